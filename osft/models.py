@@ -1,0 +1,77 @@
+"""Building a model without its weights, and finding a model's folder."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from osft.atomic import atomic_path
+
+
+def model_folder(model: str, cache: Path | None = None) -> Path:
+    """The local folder of `model`, a folder or a Hugging Face id (`org/name` or `org/name@revision`).
+
+    An id is downloaded once: to `cache`, or to the Hugging Face cache if that is None. Raises FileNotFoundError
+    if there is no such folder and the hub has no such model or cannot be reached.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise FileNotFoundError(
+            f"model folder {model} does not exist. Give a local folder or a Hugging Face id (org/name)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = model.partition("@")
+    wanted = {
+        "repo_id": name,
+        "revision": revision or None,
+        "allow_patterns": ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"],
+    }
+    try:
+        if cache is None:
+            return Path(snapshot_download(**wanted))
+        folder = cache / model.replace("/", "--")
+        if not folder.is_dir():
+            with atomic_path(folder) as temporary:
+                snapshot_download(**wanted, local_dir=temporary)
+        return folder
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise FileNotFoundError(
+            f"{model} is neither a local folder nor a model that could be downloaded{offline}: {error}. "
+            "Without access to the hub, download the model elsewhere and give the path of its folder"
+        ) from error
+
+
+def empty_model(
+    model_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a folder with its parameters on the meta device and its buffers computed.
+
+    It costs no memory beyond the buffers: parameters are allocated without being touched, then dropped.
+    """
+    if not (Path(model_path) / "config.json").is_file():
+        raise FileNotFoundError(f"{model_path} is not a model folder: it has no config.json")
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()  # part of the initialization that was left out
+    emptied: dict[int, nn.Parameter] = {}  # tied parameters stay one
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in emptied:
+                    emptied[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+                module._parameters[name] = emptied[id(parameter)]
+    return model
