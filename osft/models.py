@@ -27,18 +27,14 @@ def model_folder(model: str, cache: Path | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = model.partition("@")
-    wanted = {
-        "repo_id": name,
-        "revision": revision or None,
-        "allow_patterns": ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"],
-    }
+    files = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
     try:
         if cache is None:
-            return Path(snapshot_download(**wanted))
+            return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
         folder = cache / model.replace("/", "--")
         if not folder.is_dir():
             with atomic_path(folder) as temporary:
-                snapshot_download(**wanted, local_dir=temporary)
+                snapshot_download(name, revision=revision or None, allow_patterns=files, local_dir=temporary)
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""

@@ -109,7 +109,8 @@ def parse_record(line: str, source: str, *, allow_text: bool = False) -> Record:
     messages = value.get("messages")
     if not isinstance(messages, list) or not messages:
         keys = ", ".join(map(repr, value)) or "nothing"
-        raise refuse(f"a record needs a non-empty list 'messages' of {{role, content}}; this one has {keys}")
+        wanted = "a non-empty list 'messages' of {role, content}" + (" or a non-empty 'text'" if allow_text else "")
+        raise refuse(f"a record needs {wanted}; this one has {keys}")
     for position, message in enumerate(messages):
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, dict) else message

@@ -26,7 +26,7 @@ from osft.checkpoint import CheckpointReader
 from osft.config import SubspaceConfig
 from osft.models import empty_model
 from osft.subspace.decomposition import decompose, factor_shapes, unfrozen_rank
-from osft.subspace.targets import select_targets
+from osft.subspace.targets import linear_shape, select_targets
 
 FORMAT = 1
 """Part of every key: raise it when what is stored, or how it is computed, changes."""
@@ -87,7 +87,7 @@ def precompute(
     reader = CheckpointReader(model_path)
     model = empty_model(model_path, trust_remote_code=trust_remote_code)
     targets = select_targets(model, config.target_patterns)
-    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
+    shapes = {name: linear_shape(model, name) for name in targets}
     ranks = {name: unfrozen_rank(shape, config.unfreeze_rank_ratio) for name, shape in shapes.items()}
     for name in targets:
         if f"{name}.weight" not in reader:

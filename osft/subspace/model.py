@@ -71,6 +71,8 @@ def merge(model: nn.Module) -> nn.Module:
     """Turn every OSFT layer back into a plain linear layer, in place. Returns `model`."""
     for name, layer in list(osft_layers(model)):
         linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
+        linear.weight = layer.weight
+        if layer.bias is not None:
+            linear.bias = layer.bias
         model.set_submodule(name, linear)
     return model

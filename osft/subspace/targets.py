@@ -46,3 +46,10 @@ def select_targets(model: nn.Module, target_patterns: Sequence[str] | None = Non
                 f"Their names look like {candidates[0]!r} and end in: {', '.join(kinds)}"
             )
     return [name for name in candidates if any(re.search(pattern, name) for pattern in target_patterns)]
+
+
+def linear_shape(model: nn.Module, name: str) -> tuple[int, int]:
+    """(out_features, in_features) of a target."""
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear.out_features, linear.in_features

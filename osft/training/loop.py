@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from transformers import get_scheduler
 
 from osft.config import TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import MicroBatch, collate, plan_micro_batches
+from osft.likelihood import token_nll
 from osft.subspace.model import refresh
 
 
@@ -41,17 +41,6 @@ class StepMetrics:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
-
-
-def token_nll(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Negative log-likelihood of each target, (L,), float32. Logits are computed where there is a target only."""
-    outputs = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.loss_positions,
-        use_cache=False,
-    )
-    return F.cross_entropy(outputs.logits[0].float(), batch.targets, reduction="none")
 
 
 def train_step(

@@ -1,0 +1,1 @@
+"""The component `precompute_svd`."""

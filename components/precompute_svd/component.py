@@ -1,0 +1,49 @@
+"""Target weights -> frozen and free directions."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def precompute_svd(
+    model_path: str,
+    unfreeze_rank_ratio: float,
+    free_subspace: str,
+    target_patterns: list,
+    storage_root: str,
+    mlflow_tracking_uri: str,
+    mlflow_run_id: str,
+    pipeline_run_id: str,
+) -> str:
+    """Decompose the target weights of a model; what the store holds already is reused.
+
+    Args:
+        model_path: Folder of the model.
+        unfreeze_rank_ratio: Share of each weight's singular directions that may be trained, in (0, 1].
+        free_subspace: complement or core.
+        target_patterns: Regular expressions searched in the names of the linear layers; empty for all.
+        storage_root: Folder that all steps share.
+        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
+        mlflow_run_id: MLflow run of the pipeline run.
+        pipeline_run_id: Id of the pipeline run.
+
+    Returns:
+        Manifest of the factor set.
+    """
+    from osft import SubspaceConfig, steps
+
+    return steps.precompute_svd(
+        steps.Round(
+            storage_root=storage_root,
+            pipeline_run_id=pipeline_run_id,
+            mlflow_run_id=mlflow_run_id,
+            mlflow_tracking_uri=mlflow_tracking_uri,
+        ),
+        model_path=model_path,
+        subspace=SubspaceConfig(
+            unfreeze_rank_ratio=unfreeze_rank_ratio,
+            free_subspace=free_subspace,
+            target_patterns=target_patterns or None,
+        ),
+    )

@@ -1,0 +1,41 @@
+"""Checkpoint -> a model version with the alias `candidate`."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def register_model(
+    model_name: str,
+    checkpoint_path: str,
+    storage_root: str,
+    mlflow_tracking_uri: str,
+    mlflow_run_id: str,
+    pipeline_run_id: str,
+) -> int:
+    """Register the checkpoint in MLflow, promoted or not, so that every round can be looked at.
+
+    Args:
+        model_name: Name of the registered model.
+        checkpoint_path: Folder of the candidate.
+        storage_root: Folder that all steps share.
+        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
+        mlflow_run_id: MLflow run of the pipeline run.
+        pipeline_run_id: Id of the pipeline run.
+
+    Returns:
+        The model version.
+    """
+    from osft import steps
+
+    return steps.register_model(
+        steps.Round(
+            storage_root=storage_root,
+            pipeline_run_id=pipeline_run_id,
+            mlflow_run_id=mlflow_run_id,
+            mlflow_tracking_uri=mlflow_tracking_uri,
+        ),
+        model_name=model_name,
+        checkpoint_path=checkpoint_path,
+    )

@@ -1,0 +1,88 @@
+"""Dataset and factors -> a tuned checkpoint."""
+
+from kfp import dsl
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def train_osft(
+    model_path: str,
+    data_path: str,
+    factors_path: str,
+    unfreeze_rank_ratio: float,
+    free_subspace: str,
+    target_patterns: list,
+    effective_batch_size: int,
+    max_tokens_per_gpu: int,
+    learning_rate: float,
+    num_epochs: int,
+    lr_scheduler: str,
+    warmup_steps: int,
+    weight_decay: float,
+    nproc_per_node: int,
+    seed: int,
+    storage_root: str,
+    mlflow_tracking_uri: str,
+    mlflow_run_id: str,
+    pipeline_run_id: str,
+    metrics: dsl.Output[dsl.Metrics],
+) -> str:
+    """Tune the model in the free directions of its weights, with torchrun processes in this step's container.
+
+    Args:
+        model_path: Folder of the model.
+        data_path: Folder of the prepared dataset.
+        factors_path: Manifest of the factor set.
+        unfreeze_rank_ratio: As in precompute_svd.
+        free_subspace: As in precompute_svd.
+        target_patterns: As in precompute_svd.
+        effective_batch_size: Samples per optimizer step, over all processes.
+        max_tokens_per_gpu: Hard bound on the tokens of one micro-batch of one process.
+        learning_rate: Peak learning rate of AdamW.
+        num_epochs: Passes over the training set.
+        lr_scheduler: Name of a transformers scheduler.
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: AdamW's weight decay, which pulls back to the base model.
+        nproc_per_node: Processes; 0 for one per GPU.
+        seed: Seed of the sample order.
+        storage_root: Folder that all steps share.
+        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
+        mlflow_run_id: MLflow run of the pipeline run.
+        pipeline_run_id: Id of the pipeline run.
+        metrics: Loss, counts, time and memory.
+
+    Returns:
+        Folder of the checkpoint.
+    """
+    from osft import SubspaceConfig, steps
+
+    summary = steps.train_osft(
+        steps.Round(
+            storage_root=storage_root,
+            pipeline_run_id=pipeline_run_id,
+            mlflow_run_id=mlflow_run_id,
+            mlflow_tracking_uri=mlflow_tracking_uri,
+        ),
+        model_path=model_path,
+        data_path=data_path,
+        factors_path=factors_path,
+        subspace=SubspaceConfig(
+            unfreeze_rank_ratio=unfreeze_rank_ratio,
+            free_subspace=free_subspace,
+            target_patterns=target_patterns or None,
+        ),
+        effective_batch_size=effective_batch_size,
+        max_tokens_per_gpu=max_tokens_per_gpu,
+        learning_rate=learning_rate,
+        num_epochs=num_epochs,
+        lr_scheduler=lr_scheduler,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        nproc_per_node=nproc_per_node or None,
+        seed=seed,
+    )
+    for name, value in summary.items():
+        if isinstance(value, int | float):
+            metrics.log_metric(name, value)
+    return summary["checkpoint"]

@@ -1,0 +1,1 @@
+"""Losses and task scores, the gate, the report."""

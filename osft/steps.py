@@ -1,0 +1,238 @@
+"""The steps of the continual-learning pipeline, as functions.
+
+A pipeline component is a call of one of these. Each validates before it works, records itself as a nested MLflow
+run, and can be called again after it was killed: what it had finished is found by content or by the run's id.
+
+Everything lies below one storage root that all steps share (on a cluster a ReadWriteMany volume):
+
+    examples/ models/    models and data that were fetched
+    data/<hash>/         prepared datasets
+    factors/             decompositions, by content
+    rounds/<run id>/     what one pipeline run trained and measured
+    mlflow/              runs and model versions, unless there is a tracking server
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from osft import examples
+from osft.atomic import atomic_path, write_json
+from osft.config import SubspaceConfig, TrainConfig
+from osft.tracking import registry, runs
+from osft.tracking.live_metrics import LiveMetrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """Where one pipeline run keeps its things."""
+
+    storage_root: str
+    pipeline_run_id: str
+    mlflow_run_id: str = ""
+    """The pipeline run's MLflow run; empty until `prepare_data` has made it."""
+    mlflow_tracking_uri: str = ""
+    """Empty: MLFLOW_TRACKING_URI, or a database below the storage root."""
+
+    @property
+    def folder(self) -> Path:
+        """What this pipeline run writes."""
+        return Path(self.storage_root) / "rounds" / self.pipeline_run_id
+
+    def step(self, name: str) -> Any:
+        """The context of one step: a nested MLflow run (`osft.tracking.runs.StepRun`)."""
+        return runs.step_run(self.mlflow(), self.mlflow_run_id, name)
+
+    def mlflow(self) -> Any:
+        """A client of the tracking server."""
+        return runs.client(self.mlflow_tracking_uri, self.storage_root)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedRound:
+    """What `prepare_data` hands to the other steps."""
+
+    model_path: str
+    data_path: str
+    task: str
+    anchor_paths: list[str]
+    mlflow_run_id: str
+    statistics: dict[str, Any]
+
+
+def prepare_data(
+    round: Round,
+    *,
+    base_model: str,
+    data_uri: str,
+    anchor_uris: list[str],
+    experiment: str,
+    run_name: str,
+    max_seq_len: int,
+    validation_fraction: float,
+    max_train_samples: int,
+    max_validation_samples: int,
+) -> PreparedRound:
+    """Fetch what is named by URI, check every evaluation set, and prepare the training data."""
+    from osft.data.prepare import prepare
+    from osft.data.records import data_files, read_records
+    from osft.models import model_folder
+
+    root = Path(round.storage_root)
+    mlflow = round.mlflow()
+    parent = runs.pipeline_run(
+        mlflow,
+        experiment=experiment,
+        pipeline_run_id=round.pipeline_run_id,
+        name=run_name,
+        storage_root=round.storage_root,
+    )
+    with runs.step_run(mlflow, parent, "prepare_data") as step:
+        step.log_params({"base_model": base_model, "data_uri": data_uri, "anchor_uris": anchor_uris})
+        # The cheap checks first: nothing is fetched or converted for a run that cannot start.
+        for uri in (data_uri, *anchor_uris):
+            if not uri.startswith(examples.SCHEME):
+                data_files(uri)
+        data_path = examples.resolve(data_uri, root / "examples")
+        anchors = [examples.resolve(uri, root / "examples") for uri in anchor_uris]
+        for anchor in anchors:
+            for _ in read_records(anchor, allow_text=True):
+                pass
+        model = model_folder(examples.resolve(base_model, root / "examples"), root / "models")
+        prepared = prepare(
+            data_path,
+            model,
+            root / "data",
+            max_seq_len=max_seq_len,
+            validation_fraction=validation_fraction,
+            max_train_samples=max_train_samples,
+            max_validation_samples=max_validation_samples,
+        )
+        step.log_params(prepared.statistics["settings"])
+        step.log_metrics({k: v for k, v in prepared.statistics.items() if isinstance(v, int)})
+        step.log_artifact(prepared.folder / "dataset.json")
+    return PreparedRound(
+        model_path=str(model),
+        data_path=str(prepared.folder),
+        task=Path(data_path).stem,
+        anchor_paths=anchors,
+        mlflow_run_id=parent,
+        statistics=prepared.statistics,
+    )
+
+
+def precompute_svd(round: Round, *, model_path: str, subspace: SubspaceConfig) -> str:
+    """Decompose the target weights that the store does not hold yet. Returns the path of the set's manifest."""
+    from osft.subspace.factor_store import precompute
+
+    with round.step("precompute_svd") as step:
+        step.log_params(asdict(subspace))
+        factors = precompute(model_path, Path(round.storage_root) / "factors", subspace)
+        step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
+        step.log_params({"factors": factors.key})
+    return str(factors.path)
+
+
+def train_osft(round: Round, **settings: Any) -> dict[str, Any]:
+    """Train; `settings` are those of `TrainConfig` but for `output_dir`. Returns the summary, `training.json`."""
+    from osft.training import train
+
+    config = TrainConfig(output_dir=str(round.folder / "train"), **settings)
+    with round.step("train_osft") as step:
+        step.log_params({k: v for k, v in config.to_dict().items() if k != "subspace"} | asdict(config.subspace))
+        with LiveMetrics(step.client, step.run_id, Path(config.output_dir) / "metrics.jsonl"):
+            result = train(config)
+        numbers = {k: v for k, v in result.summary.items() if isinstance(v, int | float)}
+        step.log_metrics(numbers)
+        step.log_artifact(Path(config.output_dir) / "training.json")
+        print(f"train: {'reused' if result.reused else 'wrote'} {result.checkpoint}", flush=True)
+    return result.summary | {"checkpoint": str(result.checkpoint)}
+
+
+def evaluate_model(
+    round: Round,
+    *,
+    model_path: str,
+    checkpoint_path: str,
+    data_path: str,
+    factors_path: str,
+    task: str,
+    anchor_paths: list[str],
+    max_anchor_samples: int,
+    min_task_improvement: float,
+    max_anchor_increase: float,
+) -> dict[str, Any]:
+    """Measure base and candidate, decide, and write `evaluation.json` and `report.html` to the round's folder."""
+    from osft.evaluation.evaluate import evaluate, load_set
+    from osft.evaluation.gate import GateRules
+    from osft.evaluation.report import render_report
+    from osft.subspace.factor_store import load_factor_set
+
+    rules = GateRules(min_task_improvement=min_task_improvement, max_anchor_increase=max_anchor_increase)
+    sets = [load_set(str(Path(data_path) / "validation.jsonl"), "new task", name=task)]
+    sets += [load_set(path, "anchor", max_samples=max_anchor_samples) for path in anchor_paths]
+    with round.step("evaluate_model") as step:
+        step.log_params(asdict(rules) | {"max_anchor_samples": max_anchor_samples})
+        evaluation = evaluate(model_path, checkpoint_path, sets, rules=rules)
+        write_json(round.folder / "evaluation.json", evaluation)
+        for model, scores in evaluation["results"].items():
+            for name, score in scores.items():
+                numbers = {key: score[key] for key in ("loss", "perplexity", "accuracy")}
+                step.log_metrics({f"{model}/{name}/{key}": value for key, value in numbers.items()}, to_parent=True)
+        training = Path(checkpoint_path).parent
+        html = render_report(
+            evaluation,
+            training=_read_json(training / "training.json"),
+            metrics=[json.loads(line) for line in (training / "metrics.jsonl").read_text().splitlines()],
+            factors=load_factor_set(factors_path),
+            dataset=_read_json(Path(data_path) / "dataset.json"),
+        )
+        with atomic_path(round.folder / "report.html") as temporary:
+            temporary.write_text(html, encoding="utf-8")
+        step.log_artifact(round.folder / "report.html", to_parent=True)
+        step.log_artifact(round.folder / "evaluation.json", to_parent=True)
+    return evaluation
+
+
+def register_model(round: Round, *, model_name: str, checkpoint_path: str) -> int:
+    """Make the checkpoint a model version with the alias `candidate`, whatever the gate decided. Returns it."""
+    evaluation = _read_json(round.folder / "evaluation.json")
+    change = {
+        name: evaluation["results"]["candidate"][name]["loss"] / evaluation["results"]["base"][name]["loss"] - 1
+        for name in evaluation["sets"]
+    }
+    described = ", ".join(f"{name} {value:+.1%}" for name, value in change.items())
+    with round.step("register_model") as step:
+        version = registry.register(
+            step.client,
+            model_name,
+            Path(checkpoint_path),
+            run_id=step.run_id,
+            description=f"OSFT of {evaluation['base_model']} on {evaluation['task']}. Change of loss: {described}",
+            tags={
+                "osft.checkpoint": f"{round.pipeline_run_id}/{Path(checkpoint_path).name}",
+                "osft.task": evaluation["task"],
+                "osft.base_model": evaluation["base_model"],
+                "osft.decision": "promote" if evaluation["decision"]["promote"] else "refuse",
+            },
+        )
+        step.log_params({"model_name": model_name, "model_version": version})
+        write_json(round.folder / "version.json", {"model_name": model_name, "version": version})
+        print(f"registry: {model_name} version {version} is the candidate", flush=True)
+        step.client.set_terminated(round.mlflow_run_id, "FINISHED")
+    return version
+
+
+def promote_model(round: Round, *, model_name: str, version: int) -> None:
+    """Point the alias `champion` at a version."""
+    with round.step("promote_model") as step:
+        previous = registry.promote(step.client, model_name, version)
+        step.log_params({"model_name": model_name, "model_version": version, "previous_champion": previous})
+        print(f"registry: {model_name} version {version} is the champion, before it was {previous}", flush=True)
+        step.client.set_terminated(round.mlflow_run_id, "FINISHED")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value

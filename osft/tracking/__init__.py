@@ -1,0 +1,1 @@
+"""MLflow: runs, live metrics, the model registry."""

@@ -1,0 +1,1 @@
+"""Pipelines: components put together and compiled to YAML."""

@@ -1,0 +1,161 @@
+"""One round of continual learning, as a Kubeflow pipeline.
+
+    prepare_data -> precompute_svd -> train_osft -> evaluate_model -> register_model -> promote_model, if it passed
+
+Compile it to the YAML beside this file: `python -m pipelines.continual_learning.pipeline` (or `make compile`).
+"""
+
+from pathlib import Path
+
+from kfp import compiler, dsl, kubernetes
+
+from components.evaluate_model.component import evaluate_model
+from components.precompute_svd.component import precompute_svd
+from components.prepare_data.component import prepare_data
+from components.promote_model.component import promote_model
+from components.register_model.component import register_model
+from components.train_osft.component import train_osft
+
+STORAGE_MOUNT = "/mnt/osft"
+"""Where the shared volume is mounted in every step."""
+
+YAML = Path(__file__).parent / "continual_learning.yaml"
+
+
+@dsl.pipeline(
+    name="osft-continual-learning",
+    description="Teaches a language model a new task by Orthogonal Subspace Fine-Tuning, measures what it learned "
+    "and what it forgot, and promotes the result only if it passes the gate.",
+)
+def continual_learning(
+    base_model: str = "example:smollm2-135m-instruct",
+    data_uri: str = "example:sarcasm-headlines",
+    anchor_uris: list = ["example:web-text", "example:science-questions"],  # noqa: B006 (kfp reads it once)
+    model_name: str = "osft-model",
+    unfreeze_rank_ratio: float = 0.25,
+    free_subspace: str = "complement",
+    target_patterns: list = [],  # noqa: B006
+    max_seq_len: int = 1024,
+    validation_fraction: float = 0.1,
+    max_train_samples: int = 384,
+    max_validation_samples: int = 64,
+    effective_batch_size: int = 16,
+    max_tokens_per_gpu: int = 1024,
+    learning_rate: float = 2e-4,
+    num_epochs: int = 1,
+    lr_scheduler: str = "cosine",
+    warmup_steps: int = 2,
+    weight_decay: float = 0.0,
+    nproc_per_node: int = 0,
+    seed: int = 42,
+    max_anchor_samples: int = 48,
+    min_task_improvement: float = 0.15,
+    max_anchor_increase: float = 0.02,
+    mlflow_tracking_uri: str = "",
+    mlflow_experiment: str = "osft-continual-learning",
+    storage_root: str = STORAGE_MOUNT,
+    storage_claim: str = "osft-storage",
+):
+    """Teach a model a new task without forgetting.
+
+    Args:
+        base_model: Model to tune: Hugging Face id (org/name), folder on the shared volume, or example: URI.
+        data_uri: New task: .jsonl file, folder or glob of chats ({"messages": [...]}) on the shared volume, or
+            example: URI.
+        anchor_uris: Evaluation sets of what the model should not forget: chats or plain texts, as data_uri.
+        model_name: Name of the model in the MLflow registry.
+        unfreeze_rank_ratio: Share of each weight's singular directions that may be trained, in (0, 1]. Low values
+            preserve, high values adapt; 0.25 is a good start.
+        free_subspace: "complement" (all updates orthogonal to the frozen directions) or "core" (least memory).
+        target_patterns: Regular expressions searched in the names of the linear layers, such as "q_proj"; empty
+            trains all of them.
+        max_seq_len: Longest sample in tokens; longer ones are dropped and counted.
+        validation_fraction: Share of the prompts that is held out for evaluation.
+        max_train_samples: Use at most this many training samples; 0 uses all. The default fits ten minutes on two
+            CPU cores.
+        max_validation_samples: Evaluate on at most this many held-out samples; 0 uses all.
+        effective_batch_size: Samples per optimizer step, over all processes.
+        max_tokens_per_gpu: Hard bound on the tokens of one micro-batch of one process.
+        learning_rate: Peak learning rate of AdamW.
+        num_epochs: Passes over the training set.
+        lr_scheduler: Learning-rate schedule: cosine, linear, constant or another name that transformers knows.
+        warmup_steps: Optimizer steps of linear warm-up.
+        weight_decay: Pulls the update towards zero, that is, back to the base model.
+        nproc_per_node: Training processes; 0 starts one per GPU.
+        seed: Seed of the sample order.
+        max_anchor_samples: Evaluate on at most this many records of each anchor; 0 uses all.
+        min_task_improvement: Gate: the new task's loss must fall by at least this share of the base model's.
+        max_anchor_increase: Gate: no anchor's loss may rise by more than this share of the base model's.
+        mlflow_tracking_uri: MLflow server; empty uses MLFLOW_TRACKING_URI, or else a database below storage_root.
+        mlflow_experiment: MLflow experiment of the run.
+        storage_root: Folder that all steps share.
+        storage_claim: ReadWriteMany volume claim that is mounted at /mnt/osft in every step.
+    """
+    prepared = prepare_data(
+        base_model=base_model,
+        data_uri=data_uri,
+        anchor_uris=anchor_uris,
+        storage_root=storage_root,
+        mlflow_tracking_uri=mlflow_tracking_uri,
+        mlflow_experiment=mlflow_experiment,
+        pipeline_run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+        pipeline_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
+        max_seq_len=max_seq_len,
+        validation_fraction=validation_fraction,
+        max_train_samples=max_train_samples,
+        max_validation_samples=max_validation_samples,
+    )
+    common = {
+        "storage_root": storage_root,
+        "mlflow_tracking_uri": mlflow_tracking_uri,
+        "mlflow_run_id": prepared.outputs["mlflow_run_id"],
+        "pipeline_run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+    }
+    subspace = {
+        "unfreeze_rank_ratio": unfreeze_rank_ratio,
+        "free_subspace": free_subspace,
+        "target_patterns": target_patterns,
+    }
+    factors = precompute_svd(model_path=prepared.outputs["model_path"], **subspace, **common)
+    trained = train_osft(
+        model_path=prepared.outputs["model_path"],
+        data_path=prepared.outputs["data_path"],
+        factors_path=factors.output,
+        effective_batch_size=effective_batch_size,
+        max_tokens_per_gpu=max_tokens_per_gpu,
+        learning_rate=learning_rate,
+        num_epochs=num_epochs,
+        lr_scheduler=lr_scheduler,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        nproc_per_node=nproc_per_node,
+        seed=seed,
+        **subspace,
+        **common,
+    )
+    evaluated = evaluate_model(
+        model_path=prepared.outputs["model_path"],
+        checkpoint_path=trained.outputs["Output"],
+        data_path=prepared.outputs["data_path"],
+        factors_path=factors.output,
+        task=prepared.outputs["task"],
+        anchor_paths=prepared.outputs["anchor_paths"],
+        max_anchor_samples=max_anchor_samples,
+        min_task_improvement=min_task_improvement,
+        max_anchor_increase=max_anchor_increase,
+        **common,
+    )
+    registered = register_model(model_name=model_name, checkpoint_path=trained.outputs["Output"], **common)
+    registered.after(evaluated)
+    steps = [prepared, factors, trained, evaluated, registered]
+    with dsl.If(evaluated.outputs["Output"] == True, name="gate"):  # noqa: E712 (kfp overloads ==)
+        promoted = promote_model(model_name=model_name, version=registered.output, **common)
+        steps.append(promoted)
+    for step in steps:
+        # What can be reused is addressed by content below storage_root; KFP's cache does not know if a file changed.
+        step.set_caching_options(enable_caching=False)
+        kubernetes.mount_pvc(step, pvc_name=storage_claim, mount_path=STORAGE_MOUNT)
+
+
+if __name__ == "__main__":
+    compiler.Compiler().compile(continual_learning, str(YAML))

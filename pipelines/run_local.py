@@ -1,0 +1,171 @@
+"""Run the compiled pipeline on this machine, without a cluster.
+
+    python -m pipelines.run_local                                       the example: a real model, a real task
+    python -m pipelines.run_local --model ./my-model --data chats.jsonl --set num_epochs=3
+
+It executes `pipelines/continual_learning/continual_learning.yaml` itself with kfp.local: every step is a process
+of its own, with the code that a pod would run.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+YAML = Path(__file__).parent / "continual_learning" / "continual_learning.yaml"
+console = Console()
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Hugging Face id, local folder, or example: URI.")] = "",
+    data: Annotated[str, typer.Option(help=".jsonl file, folder, glob, or example: URI of the new task.")] = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A pipeline parameter, NAME=VALUE; lists as JSON. Repeatable.", metavar="NAME=VALUE"
+        ),
+    ] = None,
+    storage: Annotated[Path, typer.Option(help="Folder for everything that is fetched and made.")] = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the parameters, run nothing.")] = False,
+) -> None:
+    """Run one round of continual learning on this machine and print what it learned and forgot."""
+    try:
+        arguments = pipeline_arguments(model, data, settings or [], storage)
+        check(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    if dry_run:
+        console.print_json(data=arguments)
+        return
+    round_folder = run(arguments, storage)
+    show(round_folder)
+
+
+def parameters() -> dict[str, dict[str, Any]]:
+    """The compiled pipeline's parameters: name -> type, default and description."""
+    (spec, *_) = yaml.safe_load_all(YAML.read_text(encoding="utf-8"))
+    inputs: dict[str, dict[str, Any]] = spec["root"]["inputDefinitions"]["parameters"]
+    return inputs
+
+
+def pipeline_arguments(model: str, data: str, settings: list[str], storage: Path) -> dict[str, Any]:
+    """All pipeline parameters: the defaults of the YAML, then what was given. Raises ValueError for a bad one."""
+    known = parameters()
+    arguments = {name: described["defaultValue"] for name, described in known.items()}
+    arguments["storage_root"] = str(storage.absolute())
+    given = [f"base_model={model}"] * bool(model) + [f"data_uri={data}"] * bool(data) + settings
+    for setting in given:
+        name, separator, text = setting.partition("=")
+        if not separator or name not in known:
+            raise ValueError(f"--set {setting}: expected NAME=VALUE with a NAME out of {', '.join(sorted(known))}")
+        arguments[name] = _parse(name, text, known[name]["parameterType"])
+    for name, described in known.items():
+        if described["parameterType"] == "NUMBER_INTEGER":
+            arguments[name] = int(arguments[name])  # the YAML has 16.0
+    for name in ("base_model", "data_uri"):
+        if Path(arguments[name]).exists():  # the steps run in another folder
+            arguments[name] = str(Path(arguments[name]).absolute())
+    return arguments
+
+
+def _parse(name: str, text: str, kind: str) -> Any:
+    """The value of a parameter of a KFP type. Raises ValueError that names it."""
+    try:
+        if kind == "STRING":
+            return text
+        value = json.loads(text.lower() if kind == "BOOLEAN" else text)
+        fits = {"NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float), "BOOLEAN": bool, "LIST": list, "STRUCT": dict}
+        if isinstance(value, fits[kind]) and (kind == "BOOLEAN" or not isinstance(value, bool)):
+            return value
+    except json.JSONDecodeError:
+        pass
+    wanted = {"NUMBER_INTEGER": "an integer", "NUMBER_DOUBLE": "a number", "LIST": "a JSON list"}.get(
+        kind, kind.lower()
+    )
+    raise ValueError(f"{name} must be {wanted}, got {text!r}")
+
+
+def check(arguments: dict[str, Any]) -> None:
+    """Refuse what can be seen to be wrong before a step is started."""
+    from osft.config import SubspaceConfig
+    from osft.data.records import data_files, read_records
+    from osft.evaluation.gate import GateRules
+    from osft.examples import SCHEME
+
+    SubspaceConfig(
+        unfreeze_rank_ratio=arguments["unfreeze_rank_ratio"],
+        free_subspace=arguments["free_subspace"],
+        target_patterns=arguments["target_patterns"],
+    )
+    GateRules(
+        min_task_improvement=arguments["min_task_improvement"], max_anchor_increase=arguments["max_anchor_increase"]
+    )
+    if not arguments["data_uri"].startswith(SCHEME):
+        data_files(arguments["data_uri"])
+        for _ in read_records(arguments["data_uri"]):
+            pass
+    model = arguments["base_model"]
+    looks_like_a_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_like_a_path and not (Path(model) / "config.json").is_file():
+        raise FileNotFoundError(f"base_model {model} is not a model folder: there is no {Path(model) / 'config.json'}")
+
+
+def run(arguments: dict[str, Any], storage: Path) -> Path:
+    """Execute the compiled YAML. Returns the round's folder. Raises RuntimeError if a step fails."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from kfp import components, local
+
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(storage / "kfp"), raise_on_error=True)
+    rounds = storage / "rounds"
+    before = set(rounds.iterdir()) if rounds.is_dir() else set()
+    try:
+        components.load_component_from_file(str(YAML))(**arguments)
+    except RuntimeError as error:
+        console.print(f"[red]error:[/red] {error}. The step's own message is above.", highlight=False)
+        raise typer.Exit(1) from None
+    (folder,) = set(rounds.iterdir()) - before
+    return folder
+
+
+def show(round_folder: Path) -> None:
+    """Print the table of what was learned and forgotten."""
+    evaluation = json.loads((round_folder / "evaluation.json").read_text(encoding="utf-8"))
+    registered = json.loads((round_folder / "version.json").read_text(encoding="utf-8"))
+    table = Table(title=f"{evaluation['task']}: base model and candidate on held-out data")
+    for column in ("evaluation set", "role"):
+        table.add_column(column)
+    for column in ("loss before", "after", "change", "accuracy before", "after"):
+        table.add_column(column, justify="right")
+    for name, described in evaluation["sets"].items():
+        base, candidate = (evaluation["results"][model][name] for model in ("base", "candidate"))
+        accuracies = [
+            "-" if s["accuracy"] is None else f"{s['accuracy']:.0%} ± {s['accuracy_stderr']:.0%}"
+            for s in (base, candidate)
+        ]
+        change = candidate["loss"] / base["loss"] - 1
+        table.add_row(
+            name, described["role"], f"{base['loss']:.3f}", f"{candidate['loss']:.3f}", f"{change:+.1%}", *accuracies
+        )
+    console.print(table)
+    decision = evaluation["decision"]
+    aliases = "candidate and champion" if decision["promote"] else "candidate; the champion did not move"
+    console.print(f"gate:    {'passed' if decision['promote'] else 'refused'}")
+    for rule in decision["rules"]:
+        if not rule["passed"]:
+            console.print(
+                f"         {rule['name']}: {rule['value']:+.1%}, allowed {rule['comparison']} {rule['bound']:+.1%}"
+            )
+    console.print(
+        f"version: {registered['model_name']} {registered['version']} ({aliases}), `make ui` shows it in MLflow"
+    )
+    console.print(f"report:  {round_folder / 'report.html'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

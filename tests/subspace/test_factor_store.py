@@ -1,0 +1,121 @@
+"""The factor store: computed once, complete or absent, and only for the model that it was made for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from osft.checkpoint import CheckpointReader
+from osft.config import SubspaceConfig
+from osft.subspace.factor_store import (
+    FactorsMismatchError,
+    check_settings,
+    check_weights,
+    load_factor_set,
+    precompute,
+)
+from tests.conftest import byte_tokenizer, tiny_llama
+
+QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25)
+
+
+def test_second_run_computes_nothing_and_says_so(model_folder, tmp_path, capsys):
+    first = precompute(model_folder, tmp_path, QUARTER)
+    assert first.computed == 14
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")}
+    second = precompute(model_folder, tmp_path, QUARTER)
+    assert second.computed == 0
+    assert second.path == first.path
+    assert "computed 0, reused 14 of 14 weights" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*")} == files
+
+
+def test_factors_split_the_stored_weight(model_folder, tmp_path):
+    factors = precompute(model_folder, tmp_path, QUARTER)
+    target = "model.layers.1.mlp.up_proj"
+    weight = CheckpointReader(model_folder).tensor(f"{target}.weight")
+    frozen = factors.rows(target, "frozen", 0, weight.shape[0])
+    free = factors.rows(target, "right", 0, weight.shape[1])
+    assert (frozen.T @ weight @ free).norm() < 1e-5 * weight.norm()
+    values = torch.linalg.svdvals(weight.double())
+    torch.testing.assert_close(factors.singular_values(target).double(), values, rtol=1e-5, atol=1e-6)
+
+
+def test_one_changed_weight_is_the_only_one_computed_anew(model_folder, tmp_path):
+    precompute(model_folder, tmp_path / "store", QUARTER)
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    changed.save_pretrained(tmp_path / "changed")
+    assert precompute(tmp_path / "changed", tmp_path / "store", QUARTER).computed == 1
+
+
+def test_settings_have_factors_of_their_own(model_folder, tmp_path):
+    quarter = precompute(model_folder, tmp_path, QUARTER)
+    half = precompute(model_folder, tmp_path, SubspaceConfig(unfreeze_rank_ratio=0.5))
+    core = precompute(model_folder, tmp_path, SubspaceConfig(unfreeze_rank_ratio=0.25, free_subspace="core"))
+    assert half.computed == 14
+    assert core.computed == 10  # the four square weights are split alike
+    assert len({quarter.path, half.path, core.path}) == 3
+
+
+def test_set_of_another_model_is_refused_with_weight_and_hash(model_folder, tmp_path):
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    factors = precompute(tmp_path / "other", tmp_path / "store", QUARTER)
+    with pytest.raises(FactorsMismatchError, match=r"weight of model.layers.0.self_attn.q_proj has hash [0-9a-f]{12}"):
+        check_weights(factors, CheckpointReader(model_folder), list(factors.weights))
+
+
+def test_set_for_other_settings_is_refused(model_folder, tmp_path):
+    factors = precompute(model_folder, tmp_path, QUARTER)
+    with pytest.raises(FactorsMismatchError, match=r"made with unfreeze_rank_ratio=0.25, this run wants 0.5"):
+        check_settings(factors, SubspaceConfig(unfreeze_rank_ratio=0.5), list(factors.weights))
+    with pytest.raises(FactorsMismatchError, match="only the set has model.layers.0.mlp.down_proj"):
+        check_settings(factors, QUARTER, [name for name in factors.weights if "layers.0.mlp.down" not in name])
+
+
+def test_missing_factors_are_named(model_folder, tmp_path):
+    factors = precompute(model_folder, tmp_path, QUARTER)
+    factors.factors_file("model.layers.0.mlp.up_proj").unlink()
+    with pytest.raises(FileNotFoundError, match=r"factors of model.layers.0.mlp.up_proj .* are missing"):
+        load_factor_set(factors.path)
+    assert precompute(model_folder, tmp_path, QUARTER).computed == 1
+
+
+def test_killed_run_leaves_whole_files_only_and_is_continued(tmp_path):
+    model = tmp_path / "model"
+    tiny_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=12).save_pretrained(model)
+    byte_tokenizer().save_pretrained(model)
+    store = tmp_path / "store"
+    code = "import sys; from osft.config import SubspaceConfig; from osft.subspace.factor_store import precompute; "
+    code += "precompute(sys.argv[1], sys.argv[2], SubspaceConfig(unfreeze_rank_ratio=0.25))"
+    process = subprocess.Popen([sys.executable, "-c", code, str(model), str(store)], stderr=subprocess.DEVNULL)
+    while len(list(store.glob("weights/*.safetensors"))) < 5:
+        time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (store / "sets").exists(), "the manifest is written last"
+    complete = list(store.glob("weights/*.safetensors"))
+    for file in complete:
+        assert "singular_values" in load_file(file)
+    factors = precompute(model, store, QUARTER)
+    assert factors.computed == 12 * 7 - len(complete)
+    assert json.loads(Path(factors.path).read_text())["weights"].keys() == factors.weights.keys()
+
+
+def test_incomplete_model_is_refused_before_anything_is_written(model_folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        precompute(tmp_path / "nowhere", tmp_path / "store", QUARTER)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    with pytest.raises(FileNotFoundError, match="no safetensors weights"):
+        precompute(tmp_path / "empty", tmp_path / "store", QUARTER)
+    assert not (tmp_path / "store").exists()

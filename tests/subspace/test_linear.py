@@ -1,0 +1,142 @@
+"""The layer: orthogonal by construction, equal to a dense reference, and nothing left behind by merging."""
+
+import pytest
+import torch
+from torch import nn
+
+from osft.config import SubspaceConfig
+from osft.subspace import OSFTLinear, decompose, inject, merge, osft_layers, refresh, unfrozen_rank
+from tests.conftest import tiny_llama
+
+SHAPES = {"square": (24, 24), "tall": (40, 24), "wide": (24, 40)}
+SUBSPACES = ("complement", "core")
+
+
+def make_layer(shape: tuple[int, int], free_subspace: str, *, bias: bool, ratio: float = 0.25) -> OSFTLinear:
+    torch.manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0], bias=bias)
+    rank = unfrozen_rank(shape, ratio)
+    factors = decompose(linear.weight.detach(), rank, free_subspace)
+    return OSFTLinear.from_linear(linear, factors, rank=rank, free_subspace=free_subspace)
+
+
+def frozen_directions(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """U_high and V_high by an SVD in double precision, independent of the library's decomposition."""
+    left, _, right = torch.linalg.svd(weight.double(), full_matrices=False)
+    frozen_rank = min(weight.shape) - rank
+    return left[:, :frozen_rank], right[:frozen_rank].T
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("free_subspace", SUBSPACES)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_update_stays_orthogonal_to_frozen_directions(shape, free_subspace, bias, weight_decay):
+    layer = make_layer(shape, free_subspace, bias=bias)
+    base = layer.weight.clone()
+    optimizer = torch.optim.AdamW([layer.coefficients], lr=1e-2, weight_decay=weight_decay)
+    for _ in range(50):
+        layer(torch.randn(8, shape[1])).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layer.refresh_()
+    update = layer.update().double()
+    left, right = frozen_directions(base, layer.rank)
+    assert update.norm() > 0.05 * base.norm(), "the layer did not learn, so the test shows nothing"
+    assert (left.T @ update).norm() / update.norm() <= 1e-5
+    assert (update @ right).norm() / update.norm() <= 1e-5
+    # What the forward pass uses is the base weight plus this update, and nothing else.
+    torch.testing.assert_close(layer.weight.double(), base.double() + update, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("free_subspace", SUBSPACES)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_forward_and_gradient_equal_dense_reference(shape, free_subspace, bias):
+    layer = make_layer(shape, free_subspace, bias=bias)
+    with torch.no_grad():
+        layer.coefficients.normal_(std=0.1)
+    layer.refresh_()
+    x = torch.randn(2, 5, shape[1], requires_grad=True)
+    target = torch.randn(2, 5, shape[0])
+    output = layer(x)
+    (output - target).square().sum().backward()
+
+    reference_x = x.detach().clone().requires_grad_()
+    coefficients = layer.coefficients.detach().clone().requires_grad_()
+    left = torch.eye(shape[0]) if layer.left_basis is None else layer.left_basis
+    right = torch.eye(shape[1]) if layer.right_basis is None else layer.right_basis
+    weight = layer.base_weight + left @ coefficients @ right.T
+    expected = reference_x @ weight.T + (layer.bias if bias else 0)
+    (expected - target).square().sum().backward()
+
+    def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+        return ((found - wanted).norm() / wanted.norm()).item()
+
+    assert relative(output, expected) <= 1e-5
+    assert relative(x.grad, reference_x.grad) <= 1e-5
+    assert relative(layer.coefficients.grad, coefficients.grad) <= 1e-5
+
+
+def test_backward_keeps_reduced_input_and_no_weight_gradient():
+    layer = make_layer(SHAPES["square"], "complement", bias=False)
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        output = layer(torch.randn(7, 24, requires_grad=True))
+    output.sum().backward()
+    assert torch.Size([7, 24]) not in saved, "the whole input was kept"
+    assert torch.Size([7, layer.rank]) in saved
+    assert layer.weight.grad is None
+
+
+def test_untrained_layer_computes_what_the_linear_computes():
+    linear = nn.Linear(24, 40)
+    layer = OSFTLinear.from_linear(linear, decompose(linear.weight.detach(), 6), rank=6)
+    layer.refresh_()
+    x = torch.randn(3, 24)
+    assert torch.equal(layer(x), linear(x))
+
+
+def test_bfloat16_weight_is_the_rounded_sum():
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40, dtype=torch.bfloat16)
+    layer = OSFTLinear.from_linear(linear, decompose(linear.weight.detach(), 6), rank=6)
+    with torch.no_grad():
+        layer.coefficients.normal_(std=0.1)
+    layer.refresh_()
+    assert layer.coefficients.dtype == torch.float32
+    assert torch.equal(layer.weight, (linear.weight.float() + layer.update()).bfloat16())
+    layer(torch.randn(3, 24, dtype=torch.bfloat16)).sum().backward()
+    assert layer.coefficients.grad.dtype == torch.float32
+
+
+def trained_model(ratio: float = 0.25) -> nn.Module:
+    model = inject(tiny_llama(), SubspaceConfig(unfreeze_rank_ratio=ratio))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        tokens = torch.randint(0, 258, (2, 16))
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        refresh(model)
+    return model
+
+
+def test_merged_and_reloaded_model_gives_the_same_logits(tmp_path):
+    model = trained_model()
+    tokens = torch.randint(0, 258, (2, 16))
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        assert not torch.allclose(expected, tiny_llama()(input_ids=tokens).logits, atol=1e-2), "nothing was learned"
+        merged = merge(model)
+        assert list(osft_layers(merged)) == []
+        assert torch.equal(merged(input_ids=tokens).logits, expected)
+        merged.save_pretrained(tmp_path)
+        reloaded = type(merged).from_pretrained(tmp_path)
+        assert torch.equal(reloaded(input_ids=tokens).logits, expected)
+
+
+def test_only_coefficients_are_trained():
+    model = inject(tiny_llama(), SubspaceConfig(unfreeze_rank_ratio=0.25))
+    trainable = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"coefficients"}
