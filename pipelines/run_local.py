@@ -80,7 +80,13 @@ def _parse(name: str, text: str, kind: str) -> Any:
         if kind == "STRING":
             return text
         value = json.loads(text.lower() if kind == "BOOLEAN" else text)
-        fits = {"NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float), "BOOLEAN": bool, "LIST": list, "STRUCT": dict}
+        fits: dict[str, Any] = {
+            "NUMBER_INTEGER": int,
+            "NUMBER_DOUBLE": (int, float),
+            "BOOLEAN": bool,
+            "LIST": list,
+            "STRUCT": dict,
+        }
         if isinstance(value, fits[kind]) and (kind == "BOOLEAN" or not isinstance(value, bool)):
             return value
     except json.JSONDecodeError:
@@ -93,15 +99,19 @@ def _parse(name: str, text: str, kind: str) -> Any:
 
 def check(arguments: dict[str, Any]) -> None:
     """Refuse what can be seen to be wrong before a step is started."""
+    from osft.checkpoint import CheckpointReader
     from osft.config import SubspaceConfig
     from osft.data.records import data_files, read_records
     from osft.evaluation.gate import GateRules
     from osft.examples import SCHEME
+    from osft.models import empty_model
+    from osft.subspace import select_targets, unfrozen_rank
+    from osft.subspace.targets import linear_shape
 
-    SubspaceConfig(
+    subspace = SubspaceConfig(
         unfreeze_rank_ratio=arguments["unfreeze_rank_ratio"],
         free_subspace=arguments["free_subspace"],
-        target_patterns=arguments["target_patterns"],
+        target_patterns=arguments["target_patterns"] or None,
     )
     GateRules(
         min_task_improvement=arguments["min_task_improvement"], max_anchor_increase=arguments["max_anchor_increase"]
@@ -111,9 +121,11 @@ def check(arguments: dict[str, Any]) -> None:
         for _ in read_records(arguments["data_uri"]):
             pass
     model = arguments["base_model"]
-    looks_like_a_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_like_a_path and not (Path(model) / "config.json").is_file():
-        raise FileNotFoundError(f"base_model {model} is not a model folder: there is no {Path(model) / 'config.json'}")
+    if Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        CheckpointReader(model)
+        skeleton = empty_model(model)
+        for target in select_targets(skeleton, subspace.target_patterns):
+            unfrozen_rank(linear_shape(skeleton, target), subspace.unfreeze_rank_ratio)
 
 
 def run(arguments: dict[str, Any], storage: Path) -> Path:
@@ -137,21 +149,19 @@ def show(round_folder: Path) -> None:
     """Print the table of what was learned and forgotten."""
     evaluation = json.loads((round_folder / "evaluation.json").read_text(encoding="utf-8"))
     registered = json.loads((round_folder / "version.json").read_text(encoding="utf-8"))
-    table = Table(title=f"{evaluation['task']}: base model and candidate on held-out data")
+    table = Table(title=f"{evaluation['task']}: base model -> candidate, on held-out data")
     for column in ("evaluation set", "role"):
-        table.add_column(column)
-    for column in ("loss before", "after", "change", "accuracy before", "after"):
-        table.add_column(column, justify="right")
+        table.add_column(column, no_wrap=True)
+    for column in ("loss", "change", "accuracy"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, described in evaluation["sets"].items():
         base, candidate = (evaluation["results"][model][name] for model in ("base", "candidate"))
-        accuracies = [
-            "-" if s["accuracy"] is None else f"{s['accuracy']:.0%} ± {s['accuracy_stderr']:.0%}"
-            for s in (base, candidate)
-        ]
+        accuracy = "-"
+        if base["accuracy"] is not None:
+            accuracy = f"{base['accuracy']:.0%} -> {candidate['accuracy']:.0%} ± {candidate['accuracy_stderr']:.0%}"
         change = candidate["loss"] / base["loss"] - 1
-        table.add_row(
-            name, described["role"], f"{base['loss']:.3f}", f"{candidate['loss']:.3f}", f"{change:+.1%}", *accuracies
-        )
+        losses = f"{base['loss']:.3f} -> {candidate['loss']:.3f}"
+        table.add_row(name, described["role"], losses, f"{change:+.1%}", accuracy)
     console.print(table)
     decision = evaluation["decision"]
     aliases = "candidate and champion" if decision["promote"] else "candidate; the champion did not move"

@@ -38,6 +38,9 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+        "initializer_range": 0.2,  # large enough for frozen embeddings to tell tokens apart
         "tie_word_embeddings": True,
     }
     torch.manual_seed(seed)

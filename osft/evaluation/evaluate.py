@@ -66,7 +66,7 @@ def evaluate(
     answers: dict[str, list[str]] = {}
     for name, path in (("base", base_model), ("candidate", candidate_model)):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
         model.to(device).eval()
         results[name] = {
             s.name: score_set(

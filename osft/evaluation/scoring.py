@@ -137,7 +137,8 @@ def generate(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     encoded = encoded.to(next(model.parameters()).device)
-    output = model.generate(
+    generating: Any = model  # its type is an nn.Module's, whose attributes may be tensors
+    output = generating.generate(
         **encoded, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
     new_tokens = output[0, encoded["input_ids"].shape[1] :]

@@ -8,7 +8,6 @@ be sent when training ends is still in the file, and the step says so.
 import json
 import logging
 import threading
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -70,6 +69,7 @@ class LiveMetrics:
 
 
 def _metrics(line: dict[str, Any], make: Any) -> list[Any]:
-    """The numbers of one line, with the step as their axis."""
-    now = int(time.time() * 1000)
-    return [make(f"train/{name}", float(value), now, line["step"]) for name, value in line.items() if name != "step"]
+    """The numbers of one line, with the step as their axis. Sent twice, they are equal and MLflow keeps one."""
+    axes = ("step", "timestamp")
+    milliseconds = int(line["timestamp"] * 1000)
+    return [make(f"train/{k}", float(v), milliseconds, line["step"]) for k, v in line.items() if k not in axes]

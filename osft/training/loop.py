@@ -37,6 +37,8 @@ class StepMetrics:
     loss_tokens: int
     tokens_per_second: float
     step_seconds: float
+    timestamp: float
+    """Seconds since the epoch."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -165,5 +167,6 @@ def run(
                 loss_tokens=loss_tokens,
                 tokens_per_second=step_tokens / seconds,
                 step_seconds=seconds,
+                timestamp=time.time(),
             )
         )

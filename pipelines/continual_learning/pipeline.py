@@ -5,6 +5,8 @@
 Compile it to the YAML beside this file: `python -m pipelines.continual_learning.pipeline` (or `make compile`).
 """
 
+import sys
+import tempfile
 from pathlib import Path
 
 from kfp import compiler, dsl, kubernetes
@@ -48,7 +50,7 @@ def continual_learning(
     weight_decay: float = 0.0,
     nproc_per_node: int = 0,
     seed: int = 42,
-    max_anchor_samples: int = 48,
+    max_anchor_samples: int = 32,
     min_task_improvement: float = 0.15,
     max_anchor_increase: float = 0.02,
     mlflow_tracking_uri: str = "",
@@ -157,5 +159,19 @@ def continual_learning(
         kubernetes.mount_pvc(step, pvc_name=storage_claim, mount_path=STORAGE_MOUNT)
 
 
+def main() -> None:
+    """Write the YAML, or with `--check [FILE]` fail if it is not what this file compiles to."""
+    if sys.argv[1:2] == ["--check"]:
+        committed = Path(sys.argv[2]) if sys.argv[2:] else YAML
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = Path(folder) / YAML.name
+            compiler.Compiler().compile(continual_learning, str(compiled))
+            if compiled.read_text(encoding="utf-8") != committed.read_text(encoding="utf-8"):
+                sys.exit(f"{committed} is stale: run `make compile` and commit it")
+    else:
+        compiler.Compiler().compile(continual_learning, str(YAML))
+        print(f"wrote {YAML}")
+
+
 if __name__ == "__main__":
-    compiler.Compiler().compile(continual_learning, str(YAML))
+    main()

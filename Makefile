@@ -1,0 +1,72 @@
+# make run     install, then run the whole pipeline on a real small model, without a cluster
+# make test    install, then run the tests
+# make help    everything else
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+UV     := $(BIN)/uv
+# uv reads its own configuration only: hand it pip's folder of wheels, where there is one.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+# INSTALLER=pip installs with plain pip, from the same pins.
+INSTALLER ?= uv
+UV_VERSION := 0.13.9
+
+MODEL   ?=
+DATA    ?=
+STORAGE ?= runs
+SET     ?=
+IMAGE   ?=
+
+.PHONY: help setup run test lint format compile check-compiled bench ui clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: $(VENV)/.complete ## Make the environment in .venv (does nothing if it is up to date)
+
+# The stamp is written last: an interrupted installation is taken up again.
+$(VENV)/.complete: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python 3.11 with venv is needed (PYTHON=$(PYTHON))" >&2; exit 1; }
+ifeq ($(INSTALLER),uv)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --constraint constraints.txt --editable '.[dev]'
+else
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+endif
+	@touch $@
+
+run: setup ## Run the pipeline here: MODEL=… DATA=… STORAGE=… SET='num_epochs=2 seed=1'
+	$(BIN)/python -m pipelines.run_local --storage '$(STORAGE)' $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(foreach s,$(SET),--set '$(s)')
+
+ui: setup ## Open MLflow on what `make run` left
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(STORAGE))/mlflow/mlflow.db
+
+test: setup ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: setup ## Check style, types and that the compiled YAML is current
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@$(MAKE) --no-print-directory check-compiled
+
+format: setup ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compile: setup ## Compile the pipeline to YAML: IMAGE=registry/osft@sha256:… sets the image of its steps
+	$(if $(IMAGE),OSFT_IMAGE='$(IMAGE)') $(BIN)/python -m pipelines.continual_learning.pipeline
+
+check-compiled: setup
+	@$(BIN)/python -m pipelines.continual_learning.pipeline --check
+
+bench: setup ## Measure one training step of ours, of full fine-tuning and of PEFT's OSF (under five minutes)
+	$(BIN)/python -m benchmarks.step
+
+clean: ## Remove the environment and the caches, keep what runs made
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,77 @@
+"""Micro-batches keep the bound, and packed samples do not see each other."""
+
+import random
+
+import pytest
+import torch
+
+from osft.data.chat import IGNORE, Sample
+from osft.data.packing import collate, plan_micro_batches
+from osft.likelihood import token_nll
+from tests.conftest import tiny_llama
+
+
+def samples(count: int, seed: int = 0) -> list[Sample]:
+    numbers = random.Random(seed)
+    made = []
+    for _ in range(count):
+        tokens = [numbers.randrange(258) for _ in range(numbers.randrange(2, 40))]
+        made.append(
+            Sample(tokens, [IGNORE if numbers.random() < 0.5 else token for token in tokens[:-1]] + tokens[-1:])
+        )
+    return made
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("max_tokens", [40, 41, 100, 10_000])
+@pytest.mark.parametrize("count", [1, 5, 64])
+def test_plan_keeps_the_bound_and_every_sample_once(world_size, max_tokens, count):
+    lengths = [len(sample.input_ids) for sample in samples(count)]
+    plan = plan_micro_batches(lengths, max_tokens, world_size)
+    assert len(plan) == world_size
+    assert len({len(steps) for steps in plan}) == 1, "every rank takes part in every collective"
+    packed = [position for steps in plan for bin in steps for position in bin]
+    assert sorted(packed) == list(range(count))
+    assert max(sum(lengths[p] for p in bin) for steps in plan for bin in steps) <= max_tokens
+
+
+def test_plan_fills_micro_batches_well():
+    lengths = [len(sample.input_ids) for sample in samples(200)]
+    (steps,) = plan_micro_batches(lengths, 128)
+    assert len(steps) <= 1.1 * sum(lengths) / 128 + 1
+
+
+def test_sample_over_the_bound_is_refused():
+    with pytest.raises(ValueError, match="sample 1 has 50 tokens, more than max_tokens=40"):
+        plan_micro_batches([10, 50], 40)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_samples_are_isolated(attention):
+    model = tiny_llama(attn_implementation=attention).eval()
+    made = samples(6)
+    with torch.no_grad():
+        alone = [token_nll(model, collate([sample])) for sample in made]
+        together = token_nll(model, collate(made))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    # The check itself would notice a leak: without the restarting positions the losses differ.
+    batch = collate(made)
+    batch.position_ids.copy_(torch.arange(batch.input_ids.shape[1]))
+    with torch.no_grad():
+        leaked = token_nll(model, batch)
+    assert not torch.allclose(leaked, together, rtol=1e-3, atol=1e-3)
+
+
+def test_targets_are_the_next_tokens_that_count():
+    batch = collate([Sample([5, 6, 7], [IGNORE, 6, IGNORE]), Sample([8, 9], [8, 9])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.loss_positions.tolist() == [0, 3]
+    assert batch.targets.tolist() == [6, 9]
+    assert batch.sample_of_target.tolist() == [0, 1]
+
+
+def test_micro_batch_without_samples_has_a_zero_gradient():
+    model = tiny_llama()
+    token_nll(model, collate([])).sum().backward()
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())

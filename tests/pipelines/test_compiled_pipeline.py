@@ -1,0 +1,110 @@
+"""The committed YAML: current, loadable, complete for the UI, and accepted by a Pipelines server."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import kfp
+import pytest
+import yaml
+from kfp import compiler, components
+from kfp_server_api import ApiException
+
+from pipelines.continual_learning.pipeline import YAML
+from tests.pipelines.kfp_server import KfpServer, parse_spec
+
+
+@pytest.fixture(scope="module")
+def spec() -> dict:
+    return parse_spec(YAML.read_text())["pipeline_spec"]
+
+
+def check(file: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pipelines.continual_learning.pipeline", "--check", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=YAML.parents[2])
+
+
+def test_yaml_is_what_the_pipeline_compiles_to():
+    found = check(YAML)
+    assert found.returncode == 0, found.stderr
+
+
+def test_stale_yaml_is_noticed(tmp_path):
+    (tmp_path / "stale.yaml").write_text(YAML.read_text().replace("defaultValue: 0.25", "defaultValue: 0.3"))
+    stale = check(tmp_path / "stale.yaml")
+    assert stale.returncode == 1
+    assert "is stale: run `make compile`" in stale.stderr
+
+
+def test_yaml_loads_and_compiles_to_itself(tmp_path):
+    loaded = components.load_component_from_file(str(YAML))
+    assert loaded.name == "osft-continual-learning"
+    compiler.Compiler().compile(loaded, str(tmp_path / "again.yaml"))
+    again = list(yaml.safe_load_all((tmp_path / "again.yaml").read_text()))
+    assert again == list(yaml.safe_load_all(YAML.read_text()))
+
+
+def test_every_parameter_has_a_default_and_a_description(spec):
+    parameters = spec["root"]["inputDefinitions"]["parameters"]
+    assert "base_model" in parameters
+    for name, parameter in parameters.items():
+        assert parameter.get("isOptional"), f"{name} has no default"
+        assert len(parameter.get("description", "")) > 15, f"{name} has no description"
+
+
+def test_every_step_mounts_the_claim_that_the_parameter_names():
+    platform = parse_spec(YAML.read_text())["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert len(platform) == 6
+    for executor in platform.values():
+        (mount,) = executor["pvcMount"]
+        assert mount["mountPath"] == "/mnt/osft"
+        assert mount["pvcNameParameter"]["componentInputParameter"].endswith("storage_claim")
+
+
+def test_promotion_is_behind_the_gate(spec):
+    tasks = spec["root"]["dag"]["tasks"]
+    assert not any("promote" in name for name in tasks), "promotion is not at the top level"
+    (gate,) = [task for name, task in tasks.items() if name.startswith("condition")]
+    condition = gate["triggerPolicy"]["condition"]
+    assert "evaluate-model-Output" in condition
+    assert "== true" in condition
+
+
+def test_image_of_all_steps_is_set_in_one_place(tmp_path):
+    code = (
+        "import sys; from kfp import compiler; from pipelines.continual_learning.pipeline import continual_learning; "
+    )
+    code += "compiler.Compiler().compile(continual_learning, sys.argv[1])"
+    environment = {"OSFT_IMAGE": "registry.example/osft:1", "PATH": "/usr/bin:/bin"}
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "p.yaml")], check=True, env=environment, cwd=YAML.parents[2]
+    )
+    executors = parse_spec((tmp_path / "p.yaml").read_text())["pipeline_spec"]["deploymentSpec"]["executors"]
+    assert {executor["container"]["image"] for executor in executors.values()} == {"registry.example/osft:1"}
+
+
+def test_client_uploads_and_runs_the_yaml():
+    with KfpServer() as server:
+        client = kfp.Client(host=server.address)
+        uploaded = client.upload_pipeline(str(YAML), pipeline_name="continual learning")
+        kept = server.pipelines[uploaded.pipeline_id]
+        assert kept["display_name"] == "continual learning"
+        assert kept["spec"]["pipeline_spec"] == next(yaml.safe_load_all(YAML.read_text()))
+        assert kept["spec"]["platform_spec"] is not None
+
+        run = client.create_run_from_pipeline_package(
+            str(YAML), arguments={"base_model": "org/model", "num_epochs": 2}, experiment_name="rounds"
+        )
+        body = server.runs[run.run_id]
+        assert body["runtime_config"]["parameters"] == {"base_model": "org/model", "num_epochs": 2}
+        with pytest.raises(ApiException, match="unknown parameters"):
+            client.create_run_from_pipeline_package(str(YAML), arguments={"no_such": 1}, experiment_name="rounds")
+
+
+def test_server_refuses_what_is_not_a_pipeline(tmp_path):
+    (tmp_path / "not.yaml").write_text("hello: world\n")
+    with KfpServer() as server:
+        client = kfp.Client(host=server.address)
+        with pytest.raises(ApiException, match="not a pipeline"):
+            client.upload_pipeline(str(tmp_path / "not.yaml"), pipeline_name="x")
+        assert not server.pipelines

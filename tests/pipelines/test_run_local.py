@@ -1,0 +1,169 @@
+"""The whole pipeline from the compiled YAML, step by step in processes, and what it refuses before the first one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from osft.tracking import runs
+from tests.conftest import arithmetic, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_local(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "pipelines.run_local", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def arguments(storage: Path, model_folder: Path, chats: Path) -> list[str]:
+    text = write_jsonl(storage / "prose.jsonl", [{"text": f"a plain text, number {i}"} for i in range(20)])
+    task = write_jsonl(storage / "other-numbers.jsonl", arithmetic(30, seed=4))
+    settings = {
+        "anchor_uris": json.dumps([str(text), str(task)]),
+        "effective_batch_size": 8,
+        "learning_rate": 0.02,
+        "max_anchor_increase": 10.0,
+        "model_name": "tiny",
+        "nproc_per_node": 2,
+    }
+    given = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    return ["--model", str(model_folder), "--data", str(chats), "--storage", str(storage), *given]
+
+
+@pytest.fixture(scope="module")
+def promoted(arguments: list[str]) -> subprocess.CompletedProcess:
+    return run_local(*arguments)
+
+
+@pytest.fixture(scope="module")
+def refused(promoted: subprocess.CompletedProcess, arguments: list[str]) -> subprocess.CompletedProcess:
+    """A second run, with a gate that nothing passes."""
+    return run_local(*arguments, "--set", "min_task_improvement=0.99")
+
+
+def test_run_ends_with_table_version_and_report(promoted, storage):
+    assert promoted.returncode == 0, promoted.stdout[-5000:] + promoted.stderr[-5000:]
+    end = promoted.stdout[promoted.stdout.rindex("base model -> candidate") :]
+    for word in ("larger-number", "new task", "prose", "other-numbers", "anchor", "gate:    passed", "tiny 1"):
+        assert word in end
+    (folder,) = (storage / "rounds").iterdir()
+    assert str(folder / "report.html") in end
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    task = {model: scores["larger-number"]["loss"] for model, scores in evaluation["results"].items()}
+    assert f"{task['base']:.3f} -> {task['candidate']:.3f}" in end
+    assert task["candidate"] < 0.85 * task["base"]
+    assert AutoModelForCausalLM.from_pretrained(folder / "train" / "checkpoint").num_parameters() > 0
+
+
+def test_pipelines_artifacts_hold_metrics_and_report(promoted, storage):
+    (pipeline,) = (storage / "kfp").iterdir()
+    report = (pipeline / "evaluate-model" / "report").read_text()
+    assert report.lstrip().lower().startswith("<!doctype html>")
+    outputs = json.loads((pipeline / "evaluate-model" / "executor_output.json").read_text())
+    (metrics,) = outputs["artifacts"]["metrics"]["artifacts"]
+    assert "candidate/larger-number/loss" in metrics["metadata"]
+
+
+def test_mlflow_has_a_run_a_step_and_a_champion(promoted, refused, storage):
+    mlflow = runs.client("", storage)
+    experiment = mlflow.get_experiment_by_name("osft-continual-learning")
+    found = mlflow.search_runs([experiment.experiment_id])
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    assert len(parents) == 2
+    first = min(parents, key=lambda run: run.info.start_time)
+    steps = {run.info.run_name: run for run in found if run.data.tags.get("mlflow.parentRunId") == first.info.run_id}
+    expected = {"prepare_data", "precompute_svd", "train_osft", "evaluate_model", "register_model", "promote_model"}
+    assert steps.keys() == expected
+    assert {run.info.status for run in (first, *steps.values())} == {"FINISHED"}
+    losses = mlflow.get_metric_history(steps["train_osft"].info.run_id, "train/loss")
+    assert len(losses) == steps["train_osft"].data.metrics["steps"]
+    assert [metric.step for metric in losses] == list(range(1, len(losses) + 1))
+    artifacts = {artifact.path for artifact in mlflow.list_artifacts(first.info.run_id)}
+    assert {"report.html", "evaluation.json"} <= artifacts
+    champion = mlflow.get_model_version_by_alias("tiny", "champion")
+    assert int(champion.version) == 1
+    folder = mlflow.download_artifacts(champion.run_id, "model")
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
+
+
+def test_refused_candidate_is_registered_and_the_champion_stays(refused, storage):
+    assert refused.returncode == 0, refused.stdout[-5000:] + refused.stderr[-5000:]
+    assert "gate:    refused" in refused.stdout
+    assert "allowed at most -99.0%" in refused.stdout
+    mlflow = runs.client("", storage)
+    assert int(mlflow.get_model_version_by_alias("tiny", "champion").version) == 1
+    candidate = mlflow.get_model_version_by_alias("tiny", "candidate")
+    assert int(candidate.version) == 2
+    assert candidate.tags["osft.decision"] == "refuse"
+
+
+def test_second_run_reuses_data_and_factors_and_says_so(refused):
+    assert "data: reused" in refused.stdout
+    assert "factors: computed 0, reused 14 of 14 weights" in refused.stdout
+
+
+BAD_DATA = {
+    "malformed.jsonl": ('{"messages": [\n', "malformed.jsonl:1: not valid JSON"),
+    "silent.jsonl": ('{"messages": [{"role": "user", "content": "a"}]}', "silent.jsonl:1: there is no assistant"),
+    "empty.jsonl": ("", "empty.jsonl holds no record"),
+}
+BAD_SETTINGS = {
+    "unfreeze_rank_ratio=0": "nothing to train",
+    "unfreeze_rank_ratio=1.5": "unfreeze_rank_ratio must be between 0.0 and 1.0, got 1.5",
+    "unfreeze_rank_ratio=a": "unfreeze_rank_ratio must be a number, got 'a'",
+    "unfreeze_rank_ratio=0.001": "leaves nothing to train in a weight of shape",
+    "learning_rat=1": "expected NAME=VALUE with a NAME out of",
+    "effective_batch_size=2.5": "effective_batch_size must be an integer, got '2.5'",
+    'target_patterns=["qkv"]': "'qkv' matches no linear layer",
+    "max_anchor_increase=-1": "max_anchor_increase must be at least 0",
+}
+
+
+def assert_refused(problem: str, storage: Path, *given: str) -> None:
+    result = run_local(*given, "--storage", str(storage))
+    assert result.returncode == 2
+    assert problem in " ".join(result.stdout.split())
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not storage.exists(), "nothing is left behind"
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_refused_before_a_step_starts(name, tmp_path, model_folder):
+    content, problem = BAD_DATA[name]
+    (tmp_path / name).write_text(content)
+    assert_refused(problem, tmp_path / "storage", "--model", str(model_folder), "--data", str(tmp_path / name))
+
+
+@pytest.mark.parametrize("setting", BAD_SETTINGS)
+def test_bad_setting_is_refused_before_a_step_starts(setting, tmp_path, model_folder, chats):
+    given = ("--model", str(model_folder), "--data", str(chats), "--set", setting)
+    assert_refused(BAD_SETTINGS[setting], tmp_path / "storage", *given)
+
+
+def test_missing_model_and_data_are_refused_before_a_step_starts(tmp_path, model_folder, chats):
+    storage, missing = tmp_path / "storage", str(tmp_path / "missing")
+    assert_refused("missing is not a model folder", storage, "--model", missing, "--data", str(chats))
+    assert_refused("missing does not exist", storage, "--model", str(model_folder), "--data", missing)
+
+
+def test_dry_run_prints_the_parameters_and_runs_nothing(model_folder, chats, tmp_path):
+    storage = tmp_path / "storage"
+    given = ["--model", str(model_folder), "--data", str(chats), "--storage", str(storage), "--dry-run"]
+    result = run_local(*given, "--set", "num_epochs=3")
+    assert result.returncode == 0
+    printed = json.loads(result.stdout)
+    assert printed["num_epochs"] == 3
+    assert printed["base_model"] == str(model_folder)
+    assert not storage.exists()
