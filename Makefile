@@ -61,9 +61,11 @@ format: setup ## Format the code
 
 compile: setup ## Compile the pipeline to YAML: IMAGE=registry/osft@sha256:… sets the image of its steps
 	$(if $(IMAGE),OSFT_IMAGE='$(IMAGE)') $(BIN)/python -m pipelines.continual_learning.pipeline
+	$(BIN)/python -m components.readme
 
 check-compiled: setup
 	@$(BIN)/python -m pipelines.continual_learning.pipeline --check
+	@$(BIN)/python -m components.readme --check
 
 bench: setup ## Measure one training step of ours, of full fine-tuning and of PEFT's OSF (under five minutes)
 	$(BIN)/python -m benchmarks.step

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import osft
 
-HEAVY = ("kfp", "mlflow", "kubernetes", "datasets", "matplotlib", "liger_kernel", "pandas")
+HEAVY = ("kfp", "mlflow", "kubernetes", "datasets", "matplotlib", "liger_kernel", "pandas", "peft")
 ROOT = Path(__file__).parents[1]
 
 
 def test_import_needs_torch_and_transformers_only():
-    code = f"import osft, sys; print([name for name in {HEAVY!r} if name in sys.modules])"
+    code = f"import sys; from osft import *; print([name for name in {HEAVY!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_import_alone_loads_neither_torch_nor_transformers():
+    code = "import sys, osft; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

@@ -39,11 +39,11 @@ def evaluate_model(
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
         pipeline_run_id: Id of the pipeline run.
-        metrics: Losses and accuracies of both models on each set.
-        report: The page to look at.
 
     Returns:
-        Whether the candidate passed the gate.
+        Output: Whether the candidate passed the gate.
+        metrics: Losses and accuracies of both models on each set.
+        report: What was learned and forgotten, as a page to look at.
     """
     import shutil
 

@@ -29,7 +29,7 @@ def precompute_svd(
         pipeline_run_id: Id of the pipeline run.
 
     Returns:
-        Manifest of the factor set.
+        Output: Manifest of the factor set.
     """
     from osft import SubspaceConfig, steps
 

@@ -40,10 +40,14 @@ def prepare_data(
         validation_fraction: Share of the prompts that is held out.
         max_train_samples: Use at most this many training samples; 0 uses all.
         max_validation_samples: Hold out at most this many samples; 0 keeps all.
-        statistics: Counts of samples and tokens.
 
     Returns:
-        Folder of the model, folder of the dataset, name of the task, files of the anchors, MLflow run.
+        model_path: Folder of the model.
+        data_path: Folder of the prepared dataset.
+        task: Name of the new task.
+        anchor_paths: Files of the evaluation sets.
+        mlflow_run_id: MLflow run of the pipeline run.
+        statistics: Counts of samples and tokens.
     """
     from collections import namedtuple
 

@@ -25,7 +25,7 @@ def register_model(
         pipeline_run_id: Id of the pipeline run.
 
     Returns:
-        The model version.
+        Output: The model version.
     """
     from osft import steps
 

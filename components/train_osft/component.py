@@ -50,10 +50,10 @@ def train_osft(
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
         pipeline_run_id: Id of the pipeline run.
-        metrics: Loss, counts, time and memory.
 
     Returns:
-        Folder of the checkpoint.
+        Output: Folder of the checkpoint, a plain Hugging Face model.
+        metrics: Loss, counts, time and memory.
     """
     from osft import SubspaceConfig, steps
 

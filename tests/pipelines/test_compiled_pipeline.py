@@ -7,9 +7,11 @@ from pathlib import Path
 import kfp
 import pytest
 import yaml
-from kfp import compiler, components
+from kfp import compiler
+from kfp.components import load_component_from_file
 from kfp_server_api import ApiException
 
+from components import readme
 from pipelines.continual_learning.pipeline import YAML
 from tests.pipelines.kfp_server import KfpServer, parse_spec
 
@@ -37,7 +39,7 @@ def test_stale_yaml_is_noticed(tmp_path):
 
 
 def test_yaml_loads_and_compiles_to_itself(tmp_path):
-    loaded = components.load_component_from_file(str(YAML))
+    loaded = load_component_from_file(str(YAML))
     assert loaded.name == "osft-continual-learning"
     compiler.Compiler().compile(loaded, str(tmp_path / "again.yaml"))
     again = list(yaml.safe_load_all((tmp_path / "again.yaml").read_text()))
@@ -108,3 +110,15 @@ def test_server_refuses_what_is_not_a_pipeline(tmp_path):
         with pytest.raises(ApiException, match="not a pipeline"):
             client.upload_pipeline(str(tmp_path / "not.yaml"), pipeline_name="x")
         assert not server.pipelines
+
+
+def test_every_component_is_described_and_its_readme_is_current():
+    found = readme.components()
+    assert len(found) == 6
+    for file, component in found.items():
+        assert file.read_text() == readme.render(component)
+        spec = component.component_spec
+        for name, value in {**spec.inputs, **(spec.outputs or {})}.items():
+            assert value.description, f"{file.parent.name}: {name} has no description"
+        metadata = yaml.safe_load((file.parent / "metadata.yaml").read_text())
+        assert metadata["name"] == file.parent.name
