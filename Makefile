@@ -22,7 +22,7 @@ STORAGE ?= runs
 SET     ?=
 IMAGE   ?=
 
-.PHONY: help setup run test lint format compile check-compiled bench ui clean
+.PHONY: help setup run test lint format compile check-compiled bench ui image clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -69,6 +69,9 @@ check-compiled: setup
 
 bench: setup ## Measure one training step of ours, of full fine-tuning and of PEFT's OSF (under five minutes)
 	$(BIN)/python -m benchmarks.step
+
+image: ## Build the image of the steps with Docker, Podman or Buildah: TAG=… BASE=… BUILDER=… (images/README.md)
+	@images/build
 
 clean: ## Remove the environment and the caches, keep what runs made
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

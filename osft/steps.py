@@ -76,7 +76,7 @@ def prepare_data(
 ) -> PreparedRound:
     """Fetch what is named by URI, check every evaluation set, and prepare the training data."""
     from osft.data.prepare import prepare
-    from osft.data.records import data_files, read_records
+    from osft.data.records import check_names, data_files, data_name, read_records
     from osft.models import model_folder
 
     root = Path(round.storage_root)
@@ -91,6 +91,7 @@ def prepare_data(
     with runs.step_run(mlflow, parent, "prepare_data") as step:
         step.log_params({"base_model": base_model, "data_uri": data_uri, "anchor_uris": anchor_uris})
         # The cheap checks first: nothing is fetched or converted for a run that cannot start.
+        check_names([data_uri, *anchor_uris])
         for uri in (data_uri, *anchor_uris):
             if not uri.startswith(examples.SCHEME):
                 data_files(uri)
@@ -115,7 +116,7 @@ def prepare_data(
     return PreparedRound(
         model_path=str(model),
         data_path=str(prepared.folder),
-        task=Path(data_path).stem,
+        task=data_name(data_uri),
         anchor_paths=anchors,
         mlflow_run_id=parent,
         statistics=prepared.statistics,

@@ -101,7 +101,7 @@ def check(arguments: dict[str, Any]) -> None:
     """Refuse what can be seen to be wrong before a step is started."""
     from osft.checkpoint import CheckpointReader
     from osft.config import SubspaceConfig
-    from osft.data.records import data_files, read_records
+    from osft.data.records import check_names, read_records
     from osft.evaluation.gate import GateRules
     from osft.examples import SCHEME
     from osft.models import empty_model
@@ -116,10 +116,11 @@ def check(arguments: dict[str, Any]) -> None:
     GateRules(
         min_task_improvement=arguments["min_task_improvement"], max_anchor_increase=arguments["max_anchor_increase"]
     )
-    if not arguments["data_uri"].startswith(SCHEME):
-        data_files(arguments["data_uri"])
-        for _ in read_records(arguments["data_uri"]):
-            pass
+    check_names([arguments["data_uri"], *arguments["anchor_uris"]])
+    for uri in (arguments["data_uri"], *arguments["anchor_uris"]):
+        if not uri.startswith(SCHEME):
+            for _ in read_records(uri, allow_text=uri != arguments["data_uri"]):
+                pass
     model = arguments["base_model"]
     if Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         CheckpointReader(model)

@@ -10,7 +10,7 @@ Every error names the file and the line.
 import glob
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,22 @@ def data_files(uri: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"data {uri} does not exist. Give a .jsonl file, a folder of them, or a glob")
     return files
+
+
+def data_name(uri: str) -> str:
+    """What the records of a data path are called: the file's or folder's name, the part after `example:`."""
+    path = Path(uri.split(":", 1)[-1] if uri.startswith("example:") else uri)
+    if any(character in path.name for character in "*?["):
+        path = path.parent
+    return path.stem or path.absolute().name
+
+
+def check_names(uris: Sequence[str]) -> None:
+    """Raise DataError unless the data paths have different names: results are told apart by them."""
+    names = [data_name(uri) for uri in uris]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two data sets are called {name!r} ({', '.join(uris)}). Rename one of the files")
 
 
 def read_records(uri: str, *, allow_text: bool = False) -> Iterator[Record]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from osft.data.records import DataError, Record, read_records
+from osft.data.records import DataError, Record, data_name, read_records
 from osft.evaluation.gate import GateRules, decide
 from osft.evaluation.scoring import generate, score_set
 
@@ -28,12 +28,12 @@ class EvaluationSet:
 def load_set(uri: str, role: str, *, name: str = "", max_samples: int = 0) -> EvaluationSet:
     """Read an evaluation set: JSON lines of chats or of plain text.
 
-    The name defaults to the file's. Of more than `max_samples` distinct records (0: no limit) those with the
+    The name defaults to `data_name(uri)`. Of more than `max_samples` distinct records (0: no limit) those with the
     smallest content hashes are taken, so the choice does not depend on the file's order.
     """
     distinct = {record.content_hash: record for record in read_records(uri, allow_text=True)}
     records = [distinct[key] for key in sorted(distinct)][: max_samples or None]
-    return EvaluationSet(name or Path(uri).stem, role, uri, tuple(records))
+    return EvaluationSet(name or data_name(uri), role, uri, tuple(records))
 
 
 def evaluate(

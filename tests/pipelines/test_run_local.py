@@ -128,6 +128,8 @@ BAD_SETTINGS = {
     "effective_batch_size=2.5": "effective_batch_size must be an integer, got '2.5'",
     'target_patterns=["qkv"]': "'qkv' matches no linear layer",
     "max_anchor_increase=-1": "max_anchor_increase must be at least 0",
+    'anchor_uris=["example:larger-number"]': "two data sets are called 'larger-number'",
+    'anchor_uris=["missing.jsonl"]': "missing.jsonl does not exist",
 }
 
 

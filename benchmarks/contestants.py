@@ -1,0 +1,172 @@
+"""The methods that `benchmarks.step` compares, each on the same random Llama, stepped by the same loop."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from osft.atomic import write_json
+from osft.config import SubspaceConfig, TrainConfig
+from osft.data.chat import Sample
+from osft.data.packing import MicroBatch, collate
+from osft.subspace import factor_store, select_targets
+from osft.training.loop import make_optimizer, train_step
+from osft.training.sharded_model import load_sharded
+
+METHODS = {
+    "ours": "OSFT, complement",
+    "ours_core": "OSFT, core",
+    "full": "full fine-tuning, every parameter",
+    "full_targets": "full fine-tuning of the same weights",
+    "peft_osf": "PEFT OSF",
+}
+RATIO = 0.25
+
+
+@dataclass(kw_only=True, slots=True)
+class Settings:
+    """What is measured."""
+
+    device: str = "cpu"
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_layers: int = 4
+    num_heads: int = 16
+    num_key_value_heads: int = 4
+    vocab_size: int = 8192
+    """The head is then 16 % of the linear weights: between an 8B Llama's 7 % and a 1B Llama's 21 %. Only full
+    fine-tuning trains it, so a larger one would flatter every other method."""
+    micro_batches: int = 2
+    tokens: int = 1024
+    """Of one micro-batch, all of them in the loss."""
+    repetitions: int = 5
+    threads: int = 2
+    seed: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation, for every method."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+
+def give_spectrum_(weight: torch.Tensor, generator: torch.Generator) -> None:
+    """Random singular vectors, and singular values as trained weights have them: a steep head, a long falling tail.
+
+    s_i = (1 + 50 i / k)^-1/2 (1 - 0.9 i / k), i = 0 .. k - 1, scaled to entries of root mean square 0.02.
+    """
+    m, n = weight.shape
+    k = min(m, n)
+    i = torch.arange(k) / k
+    singular_values = (1 + 50 * i).rsqrt() * (1 - 0.9 * i)
+    singular_values *= 0.02 * (m * n) ** 0.5 / singular_values.norm()
+    left, right = (torch.linalg.qr(torch.randn(size, k, generator=generator))[0] for size in (m, n))
+    weight.copy_(left * singular_values @ right.T)
+
+
+def prepare(folder: Path, settings: Settings) -> None:
+    """Save the random model in bfloat16, as checkpoints come, its factors for both kinds of `ours`, the settings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        vocab_size=settings.vocab_size,
+        max_position_embeddings=max(settings.tokens, 2048),
+        tie_word_embeddings=False,
+    )
+    model: Any = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.no_grad():
+        for name in select_targets(model):
+            give_spectrum_(model.get_submodule(name).weight, generator)
+    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    del model
+    manifests = {}
+    for method, subspace in subspaces().items():
+        made = factor_store.precompute(
+            folder / "model", folder / "factors", subspace, device=settings.device, report=lambda _: None
+        )
+        manifests[method] = str(made.path)
+    write_json(folder / "prepared.json", {"settings": asdict(settings), "factors": manifests})
+
+
+def subspaces() -> dict[str, SubspaceConfig]:
+    """The subspace settings of the two kinds of `ours`."""
+    return {
+        "ours": SubspaceConfig(unfreeze_rank_ratio=RATIO, free_subspace="complement"),
+        "ours_core": SubspaceConfig(unfreeze_rank_ratio=RATIO, free_subspace="core"),
+    }
+
+
+def train_config(folder: Path, method: str, learning_rate: float = 1e-5) -> TrainConfig:
+    """The training worker's configuration; methods other than `ours` take their optimizer settings from it."""
+    method = method if method in subspaces() else "ours"
+    return TrainConfig(
+        model_path=str(folder / "model"),
+        data_path="unused",
+        factors_path=json.loads((folder / "prepared.json").read_text())["factors"][method],
+        output_dir="unused",
+        subspace=subspaces()[method],
+        learning_rate=learning_rate,
+    )
+
+
+def build(method: str, folder: Path, settings: Settings) -> Any:
+    """The model of a method, ready to train. Ours is loaded as the training worker loads it, from the factor store."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = torch.device(settings.device)
+    if method in subspaces():
+        return load_sharded(train_config(folder, method), device=device)[0].train()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=settings.dtype)
+    model.to(device)
+    targets = select_targets(model)
+    if method == "full_targets":
+        model.requires_grad_(False)
+        for name in targets:
+            model.get_submodule(name).weight.requires_grad_(True)
+    elif method == "peft_osf":
+        from peft import OSFConfig, get_peft_model
+
+        # Its rank is the frozen one.
+        model = get_peft_model(
+            model, OSFConfig(effective_rank=1 - RATIO, target_modules=targets, task_type="CAUSAL_LM")
+        )
+    return model.train()
+
+
+def random_batches(settings: Settings, *, count: int, tokens: int, seed: int) -> list[MicroBatch]:
+    """`count` micro-batches of one sample each."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(settings.vocab_size, (count, tokens), generator=generator).tolist()
+    return [collate([Sample(row, row)]).to(settings.device) for row in rows]
+
+
+def stepper(
+    model: nn.Module, config: TrainConfig, settings: Settings, *, count: int, tokens: int
+) -> Callable[[], None]:
+    """A function that does one training step on new random tokens each time."""
+    # As the worker does: the fused kernel, on a single process.
+    optimizer = make_optimizer(model, config, fused=True)
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        batches = random_batches(settings, count=count, tokens=tokens, seed=settings.seed + steps)
+        loss_tokens = sum(len(batch.targets) for batch in batches)
+        train_step(model, optimizer, batches, num_loss_tokens=loss_tokens, max_grad_norm=config.max_grad_norm)
+
+    return step
