@@ -28,7 +28,7 @@ from tests.subspace.published_form import inject_published, published_step
 RATIO = 0.25
 ROW, ROWS = 64, 16
 PRETRAINING_STEPS, TUNING_STEPS = 300, 60
-# From little forgetting to the most that a method learns in these steps.
+# From little forgetting to about the most that a method learns in these steps.
 LEARNING_RATES = {
     "published": (4e-3, 8e-3, 1.6e-2),
     "complement": (2e-3, 6e-3, 2e-2),
@@ -37,6 +37,8 @@ LEARNING_RATES = {
     "full": (2e-3, 4e-3),
 }
 TOLERANCE = 0.01
+"""Nats per byte: over eight pre-training seeds, ours minus published at the highest learning rate, where the two are
+closest, has mean 0.006 and standard deviation 0.010. At the lower two the mean is 0.018 and the least 0.006."""
 COMPARED = ("published", "complement")
 ORDERS = 2
 """Where learning is weighed against forgetting, means over so many orders of the tuning text are compared."""
