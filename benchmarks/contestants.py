@@ -40,8 +40,8 @@ class Settings:
     vocab_size: int = 8192
     """The head is then 16 % of the linear weights: between an 8B Llama's 7 % and a 1B Llama's 21 %. Only full
     fine-tuning trains it, so a larger one would flatter every other method."""
-    micro_batches: int = 2
-    tokens: int = 1024
+    micro_batches: int = 4
+    tokens: int = 512
     """Of one micro-batch, all of them in the loss."""
     repetitions: int = 5
     threads: int = 2
@@ -154,18 +154,16 @@ def random_batches(settings: Settings, *, count: int, tokens: int, seed: int) ->
     return [collate([Sample(row, row)]).to(settings.device) for row in rows]
 
 
-def stepper(
-    model: nn.Module, config: TrainConfig, settings: Settings, *, count: int, tokens: int
-) -> Callable[[], None]:
-    """A function that does one training step on new random tokens each time."""
+def stepper(model: nn.Module, config: TrainConfig, settings: Settings) -> Callable[[int, int], None]:
+    """A function that does one training step on so many micro-batches of so many new random tokens."""
     # As the worker does: the fused kernel, on a single process.
     optimizer = make_optimizer(model, config, fused=True)
     steps = 0
 
-    def step() -> None:
+    def step(micro_batches: int, tokens: int) -> None:
         nonlocal steps
         steps += 1
-        batches = random_batches(settings, count=count, tokens=tokens, seed=settings.seed + steps)
+        batches = random_batches(settings, count=micro_batches, tokens=tokens, seed=settings.seed + steps)
         loss_tokens = sum(len(batch.targets) for batch in batches)
         train_step(model, optimizer, batches, num_loss_tokens=loss_tokens, max_grad_norm=config.max_grad_norm)
 

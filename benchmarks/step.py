@@ -48,16 +48,13 @@ def measure_seconds(folder: Path, settings: Settings, progress: Callable[[str], 
         progress(f"build {METHODS[method]}")
         models[method] = build(method, folder, settings)
     config = train_config(folder, "ours")
-    steps = {
-        method: stepper(model, config, settings, count=settings.micro_batches, tokens=settings.tokens)
-        for method, model in models.items()
-    }
+    steps = {method: stepper(model, config, settings) for method, model in models.items()}
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for repetition in range(settings.repetitions + 1):  # the first one warms up
         for method, step in steps.items():
             progress(f"step {repetition}/{settings.repetitions} {METHODS[method]}")
             started = time.perf_counter()
-            step()
+            step(settings.micro_batches, settings.tokens)
             if settings.device == "cuda":
                 torch.cuda.synchronize()
             if repetition:
@@ -105,15 +102,15 @@ def measure_memory(method: str, folder: Path, settings: Settings) -> dict[str, i
     files_before = 0 if cuda else _resident()["RssFile"]
     model = build(method, folder, settings)
     config = train_config(folder, method)
-    step = stepper(model, config, settings, count=settings.micro_batches, tokens=settings.tokens)
-    step()  # puts the optimizer's moments in place
+    step = stepper(model, config, settings)
+    step(1, 64)  # puts the optimizer's moments in place
     _return_freed_memory()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
     at_rest = torch.cuda.memory_allocated() if cuda else _resident()["VmRSS"]
-    step()
+    step(settings.micro_batches, settings.tokens)
     peak = torch.cuda.max_memory_allocated() if cuda else _resident()["VmHWM"]
     files = 0 if cuda else _resident()["RssFile"] - files_before
     return {"peak_bytes": peak - before, "at_rest_bytes": at_rest - before, "mapped_file_bytes": files}
@@ -155,9 +152,9 @@ def measure_leak(settings: Settings, progress: Callable[[str], None]) -> dict[st
         for method in METHODS:
             progress(f"leak of {METHODS[method]}")
             model = build(method, folder, small)
-            step = stepper(model, train_config(folder, method, LEAK_LEARNING_RATE), small, count=1, tokens=LEAK_TOKENS)
+            step = stepper(model, train_config(folder, method, LEAK_LEARNING_RATE), small)
             for _ in range(LEAK_STEPS):
-                step()
+                step(1, LEAK_TOKENS)
             if method == "peft_osf":
                 model = model.merge_and_unload()
             left, right = [], []

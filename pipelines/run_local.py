@@ -19,8 +19,10 @@ from rich.table import Table
 
 YAML = Path(__file__).parent / "continual_learning" / "continual_learning.yaml"
 console = Console()
+app = typer.Typer(add_completion=False)
 
 
+@app.command()
 def main(
     model: Annotated[str, typer.Option(help="Hugging Face id, local folder, or example: URI.")] = "",
     data: Annotated[str, typer.Option(help=".jsonl file, folder, glob, or example: URI of the new task.")] = "",
@@ -179,4 +181,4 @@ def show(round_folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

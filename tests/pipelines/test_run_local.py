@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from osft.tracking import runs
+from pipelines.run_local import app
 from tests.conftest import arithmetic, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -134,10 +136,9 @@ BAD_SETTINGS = {
 
 
 def assert_refused(problem: str, storage: Path, *given: str) -> None:
-    result = run_local(*given, "--storage", str(storage))
-    assert result.returncode == 2
-    assert problem in " ".join(result.stdout.split())
-    assert "Traceback" not in result.stdout + result.stderr
+    result = CliRunner().invoke(app, [*given, "--storage", str(storage)])
+    assert result.exit_code == 2
+    assert problem in " ".join(result.output.split())
     assert not storage.exists(), "nothing is left behind"
 
 
@@ -154,6 +155,14 @@ def test_bad_setting_is_refused_before_a_step_starts(setting, tmp_path, model_fo
     assert_refused(BAD_SETTINGS[setting], tmp_path / "storage", *given)
 
 
+def test_refusal_is_the_commands_last_word(tmp_path, model_folder, chats):
+    given = ("--model", str(model_folder), "--data", str(chats), "--storage", str(tmp_path / "storage"))
+    result = run_local(*given, "--set", "unfreeze_rank_ratio=0")
+    assert result.returncode == 2
+    assert result.stdout.startswith("error: unfreeze_rank_ratio is 0")
+    assert "Traceback" not in result.stderr
+
+
 def test_missing_model_and_data_are_refused_before_a_step_starts(tmp_path, model_folder, chats):
     storage, missing = tmp_path / "storage", str(tmp_path / "missing")
     assert_refused("missing is not a model folder", storage, "--model", missing, "--data", str(chats))
@@ -163,9 +172,9 @@ def test_missing_model_and_data_are_refused_before_a_step_starts(tmp_path, model
 def test_dry_run_prints_the_parameters_and_runs_nothing(model_folder, chats, tmp_path):
     storage = tmp_path / "storage"
     given = ["--model", str(model_folder), "--data", str(chats), "--storage", str(storage), "--dry-run"]
-    result = run_local(*given, "--set", "num_epochs=3")
-    assert result.returncode == 0
-    printed = json.loads(result.stdout)
+    result = CliRunner().invoke(app, [*given, "--set", "num_epochs=3"])
+    assert result.exit_code == 0
+    printed = json.loads(result.output)
     assert printed["num_epochs"] == 3
     assert printed["base_model"] == str(model_folder)
     assert not storage.exists()
