@@ -40,8 +40,8 @@ class Settings:
     vocab_size: int = 8192
     """The head is then 16 % of the linear weights: between an 8B Llama's 7 % and a 1B Llama's 21 %. Only full
     fine-tuning trains it, so a larger one would flatter every other method."""
-    micro_batches: int = 4
-    tokens: int = 512
+    micro_batches: int = 2
+    tokens: int = 1024
     """Of one micro-batch, all of them in the loss."""
     repetitions: int = 5
     threads: int = 2

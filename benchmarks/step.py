@@ -299,7 +299,9 @@ def report(result: dict[str, Any], folder: Path) -> None:
 
 def main(
     device: Annotated[str, typer.Option(help="cpu (float32) or cuda (bfloat16).")] = "cpu",
-    hidden_size: Annotated[int, typer.Option(help="Width of the model; heads are 64 wide, 4 of them a key.")] = 1024,
+    hidden_size: Annotated[
+        int, typer.Option(help="Width of the model, a multiple of 256: heads are 64 wide, four share a key.")
+    ] = 1024,
     intermediate_size: Annotated[int, typer.Option(help="Width of its MLP.")] = 2816,
     num_layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 4,
     vocab_size: Annotated[
