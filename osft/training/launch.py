@@ -2,11 +2,12 @@
 
 import json
 import os
+import signal
 import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,9 @@ from osft.atomic import write_json
 from osft.checkpoint import CheckpointReader
 from osft.config import TrainConfig
 from osft.subspace.factor_store import load_factor_set
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ def train(config: TrainConfig) -> TrainResult:
     try:
         elastic_launch(launch, sys.executable)("-u", "-m", "osft.training.worker", str(config_file))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _root_failure(error)
         details = failure.error_file_data.get("message", failure.message)
         if isinstance(details, dict):
             details = details.get("extraInfo", {}).get("py_callstack") or details.get("message")
@@ -75,6 +79,17 @@ def train(config: TrainConfig) -> TrainResult:
     result = _finished(output, config)
     assert result is not None, "the worker ends with an error or with a summary"
     return TrainResult(result.checkpoint, result.metrics, result.summary)
+
+
+def _root_failure(error: "ChildFailedError") -> tuple[int, "ProcessFailure"]:
+    """The failure that the others follow from: a process that was killed, else the first that raised.
+
+    When a process is killed, its peers' broken connections are reported with earlier timestamps than its own end.
+    """
+    for rank, failure in error.failures.items():
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM is how the agent stops the rest
+            return rank, failure
+    return error.get_first_failure()
 
 
 def _finished(output: Path, config: TrainConfig) -> TrainResult | None:

@@ -79,7 +79,8 @@ def _load_buffers(
     rank, world_size = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
 
     def sharded(empty: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.to(device)
+        # A copy, not a view of the mapped file, which would stay in memory whole and could change under training.
+        rows = rows.to(device, copy=True)
         if mesh is None:
             return rows
         return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=empty.shape, stride=empty.stride())
