@@ -63,9 +63,9 @@ def decompose(weight: torch.Tensor, rank: int, free_subspace: FreeSubspace = "co
     """Split `weight` ((m, n), any float dtype, any device) with `rank` unfrozen directions.
 
     The singular vectors of the short side are the eigenvectors of the smaller Gram matrix in float64, those of
-    the long side a Householder QR of the weight times them, largest first. Compared with a float32 SVD this is
-    faster and a hundred times more accurate (`benchmarks/results/`), both sides belong together even where
-    singular values coincide at the split, and a rank-deficient weight still gets complete orthonormal bases.
+    the long side a Householder QR of the weight times them, largest first. Double
+    precision keeps the subspaces exact to float32, both sides belong together even where singular values coincide
+    at the split, and a rank-deficient weight still gets complete orthonormal bases.
     """
     m, n = weight.shape
     if m < n:
