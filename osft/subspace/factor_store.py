@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from osft.atomic import atomic_path, write_json
-from osft.checkpoint import CheckpointReader
+from osft.checkpoint import CheckpointReader, tensor_sha256
 from osft.config import SubspaceConfig
 from osft.models import empty_model
 from osft.subspace.decomposition import decompose, factor_shapes, unfrozen_rank
@@ -101,7 +101,7 @@ def precompute(
     computed = 0
     for name in tqdm(targets, desc="decompose", unit="weight", mininterval=2.0):
         weight = reader.tensor(f"{name}.weight")
-        digest = reader.sha256(f"{name}.weight")
+        digest = tensor_sha256(weight)
         key = _hash(FORMAT, digest, ranks[name], sorted(factor_shapes(shapes[name], ranks[name], config.free_subspace)))
         file = store / "weights" / f"{key}.safetensors"
         if not file.is_file():
