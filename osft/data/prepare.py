@@ -1,45 +1,26 @@
-"""Raw records -> a validated, deduplicated, split and tokenized dataset on disk.
+"""Chats -> a validated, deduplicated, split and tokenized dataset on disk (see `osft.data.dataset_folder`)."""
 
-    <folder>/train/             a `datasets` folder: input_ids, labels, source
-    <folder>/validation.jsonl   the held-out records, as they came
-    <folder>/dataset.json       statistics and provenance
-
-The folder's name is the hash of everything that determines it: the files' bytes, the tokenizer and the settings.
-A second run with the same input reuses it; a run that dies half-way leaves nothing under that name.
-"""
-
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from osft.atomic import atomic_path
-from osft.data.chat import IGNORE, tokenize
+from osft.data.chat import tokenize
+from osft.data.dataset_folder import (
+    DatasetWriter,
+    PreparedData,
+    SplitWriter,
+    content_address,
+    find_dataset,
+    hash_files,
+    hash_tokenizer,
+)
 from osft.data.records import DataError, Record, data_files, read_records
-
-FORMAT = 1
-"""Part of every dataset's hash: raise it when the preparation changes."""
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedData:
-    """A dataset on disk."""
-
-    folder: Path
-    statistics: dict[str, Any]
-    reused: bool
-
-    @property
-    def key(self) -> str:
-        """The dataset's content hash."""
-        return self.folder.name
+from osft.data.split import check_sides, check_validation, is_held_out
 
 
 def prepare(
@@ -49,114 +30,127 @@ def prepare(
     *,
     max_seq_len: int = 1024,
     validation_fraction: float = 0.1,
+    validation_data: str | None = None,
     max_train_samples: int = 0,
     max_validation_samples: int = 0,
+    deduplicate: bool = True,
+    unmask_messages: bool = False,
     trust_remote_code: bool = False,
     report: Callable[[str], None] = print,
 ) -> PreparedData:
     """Prepare `data_uri` (a .jsonl file, a folder or a glob) for the model at `model_path`.
 
-    Duplicates are dropped. Which side of the split a record is on depends on the hash of its prompt only, so it
-    stays there when the file is sorted anew or grows, and one question is never on both sides. Samples longer than
-    `max_seq_len` tokens are dropped and counted. A maximum of 0 uses all records; otherwise those with the smallest
-    hashes are used, a sample that does not depend on their order.
+    Which side of the split a record is on depends on the hash of its prompt only, so it stays there when the file is
+    sorted anew or grows, and one question is never on both sides. With a `validation_fraction` of 0 everything
+    trains, and `validation_data` (a path as `data_uri`) may name the held-out records.
+
+    With `deduplicate`, duplicates are dropped, and so are training records that `validation_data` holds; without it
+    every line of `data_uri` is a sample, and those in `validation_data` are only counted. `unmask_messages` puts a
+    loss on all messages but the system's. Samples longer than `max_seq_len` tokens are dropped and counted
+    (`validation.jsonl` keeps them). A maximum of 0 uses all records; otherwise those with the smallest hashes are
+    used, a sample that does not depend on their order.
 
     Raises FileNotFoundError for missing paths, DataError (a ValueError, with file and line) for bad records, for a
     side of the split that remains empty, and ValueError for settings out of range.
     """
     if not isinstance(max_seq_len, int) or max_seq_len < 2:
         raise ValueError(f"max_seq_len must be an integer of at least 2, got {max_seq_len!r}")
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction must be in (0, 1), got {validation_fraction!r}")
     if min(max_train_samples, max_validation_samples) < 0:
         raise ValueError("max_train_samples and max_validation_samples must be 0 (all) or more")
+    check_validation(validation_fraction, validation_data)
 
-    files = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in data_files(data_uri)}
-    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    files = hash_files(data_files(data_uri))
+    validation_files = hash_files(data_files(validation_data)) if validation_data else {}
     settings = {
         "max_seq_len": max_seq_len,
         "validation_fraction": validation_fraction,
         "max_train_samples": max_train_samples,
         "max_validation_samples": max_validation_samples,
+        "deduplicate": deduplicate,
+        "unmask_messages": unmask_messages,
     }
-    identity = [FORMAT, sorted(files.values()), _tokenizer_hash(Path(model_path)), settings]
-    folder = Path(output_root) / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    if (folder / "dataset.json").is_file():
-        report(f"data: reused {folder}")
-        return PreparedData(folder, json.loads((folder / "dataset.json").read_text(encoding="utf-8")), reused=True)
+    contents = [sorted(files.values()), sorted(validation_files.values())]
+    folder = content_address(output_root, "chats", contents, hash_tokenizer(model_path), settings)
+    if found := find_dataset(folder, report):
+        return found
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 
-    unique: dict[str, Record] = {}
-    num_records = 0
-    for record in read_records(data_uri):
-        num_records += 1
-        unique.setdefault(record.content_hash, record)
-    by_hash = [unique[key] for key in sorted(unique)]
-    held_out = [r for r in by_hash if int(r.prompt_hash[:8], 16) < validation_fraction * 2**32]
-    held_out_hashes = {r.content_hash for r in held_out}
-    train = [r for r in by_hash if r.content_hash not in held_out_hashes]
-    for side, found in (("training", train), ("validation", held_out)):
-        if not found:
-            raise DataError(
-                f"{data_uri}: the {len(unique)} distinct records leave the {side} side of the split empty "
-                f"(validation_fraction={validation_fraction}). Give more data or another fraction"
-            )
+    records, num_records = _read(data_uri, deduplicate)
+    num_duplicates = num_records - len(records)
+    num_also_held_out = 0
+    if validation_data:
+        held_out = _read(validation_data, deduplicate)[0]
+        hashes = {content_hash for content_hash, _ in held_out}
+        train = [entry for entry in records if entry[0] not in hashes]
+        num_also_held_out = len(records) - len(train)
+        if not deduplicate:
+            train = records
+        if not train:
+            raise DataError(f"{data_uri}: validation_data={validation_data!r} holds all of its records. Give others")
+    else:
+        on_side = [is_held_out(record.prompt_hash, validation_fraction) for _, record in records]
+        held_out = [entry for entry, out in zip(records, on_side, strict=True) if out]
+        train = [entry for entry, out in zip(records, on_side, strict=True) if not out]
+        unit = "distinct records" if deduplicate else "records"
+        check_sides(data_uri, unit, len(train), len(held_out), validation_fraction)
+    train, held_out = train[: max_train_samples or None], held_out[: max_validation_samples or None]
 
-    columns, dropped = _tokenize_all(train, tokenizer, max_seq_len, max_train_samples)
-    if not columns["source"]:
-        raise DataError(f"{data_uri}: every training sample is longer than max_seq_len={max_seq_len} tokens. Raise it")
-    held_out = held_out[: max_validation_samples or None]
-    lengths = [len(tokens) for tokens in columns["input_ids"]]
-    statistics = {
-        "data_uri": data_uri,
-        "files": files,
-        "settings": settings,
-        "num_records": num_records,
-        "num_duplicates": num_records - len(unique),
-        "num_train_samples": len(lengths),
-        "num_validation_samples": len(held_out),
-        "num_tokens": sum(lengths),
-        "num_loss_tokens": int(sum((labels[1:] != IGNORE).sum() for labels in columns["labels"])),
-        "longest_sample": max(lengths),
-        "dropped_as_too_long": dropped,
-    }
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        token_list = List(Value("int32"))
-        features = Features({"input_ids": token_list, "labels": token_list, "source": Value("string")})
-        Dataset.from_dict(columns, features=features).save_to_disk(temporary / "train")
-        with (temporary / "validation.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record.to_dict(), ensure_ascii=False) + "\n" for record in held_out)
-        (temporary / "dataset.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+    with atomic_path(folder) as temporary, DatasetWriter(temporary, max_seq_len=max_seq_len) as writer:
+        sides = [("training", data_uri, train, writer.train)]
+        sides += [("validation", validation_data or data_uri, held_out, writer.validation)]
+        for side, uri, entries, split in sides:
+            _tokenize_all(entries, tokenizer, split, unmask_messages=unmask_messages, description=f"tokenize {side}")
+            if not split.num_samples and (side == "training" or validation_data):
+                raise DataError(f"{uri}: every {side} sample is longer than max_seq_len={max_seq_len} tokens. Raise it")
+        for _, record in held_out:
+            writer.hold_out(record.to_dict())
+        statistics = writer.finish(
+            {
+                "kind": "chats",
+                "data_uri": data_uri,
+                "files": files,
+                "validation_data": validation_data,
+                "validation_files": validation_files,
+                "settings": settings,
+                "num_records": num_records,
+                "num_duplicates": num_duplicates,
+                "num_also_held_out": num_also_held_out,
+                "num_held_out_records": len(held_out),
+            }
+        )
+    dropped = statistics["dropped_as_too_long"]
+    overlap = ""
+    if num_also_held_out:
+        done = "dropped" if deduplicate else "kept, though they are no measure then"
+        overlap = f"; {num_also_held_out} training records that validation_data holds were {done}"
     report(
-        f"data: {len(lengths)} training samples ({sum(lengths)} tokens, {statistics['num_loss_tokens']} with loss), "
-        f"{len(held_out)} held out; dropped {statistics['num_duplicates']} duplicates and "
-        f"{dropped['samples']} samples longer than {max_seq_len} tokens"
+        f"data: {statistics['num_train_samples']} training samples ({statistics['num_tokens']} tokens, "
+        f"{statistics['num_loss_tokens']} with loss), {len(held_out)} held out; dropped {num_duplicates} duplicates "
+        f"and {dropped['samples']} samples longer than {max_seq_len} tokens ({dropped['share_of_tokens']:.1%} of all "
+        f"tokens){overlap}"
     )
     return PreparedData(folder, statistics, reused=False)
 
 
+def _read(uri: str, deduplicate: bool) -> tuple[list[tuple[str, Record]], int]:
+    """Content hash and record, in the order of the hashes; and how many records there were with the duplicates."""
+    entries = sorted(((record.content_hash, record) for record in read_records(uri)), key=itemgetter(0))
+    if not deduplicate:
+        return entries, len(entries)
+    distinct: dict[str, Record] = {}
+    for content_hash, record in entries:
+        distinct.setdefault(content_hash, record)
+    return list(distinct.items()), len(entries)
+
+
 def _tokenize_all(
-    records: list[Record], tokenizer: PreTrainedTokenizerBase, max_seq_len: int, max_samples: int
-) -> tuple[dict[str, list[Any]], dict[str, int]]:
-    """Columns of the first `max_samples` records that fit, and how much did not."""
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "source": []}
-    dropped = {"samples": 0, "tokens": 0}
-    for record in tqdm(records[: max_samples or None], desc="tokenize", unit="sample", mininterval=2.0):
-        sample = tokenize(record, tokenizer)
-        if len(sample.input_ids) > max_seq_len:
-            dropped["samples"] += 1
-            dropped["tokens"] += len(sample.input_ids)
-            continue
-        columns["input_ids"].append(np.array(sample.input_ids, dtype=np.int32))
-        columns["labels"].append(np.array(sample.labels, dtype=np.int32))
-        columns["source"].append(record.source)
-    return columns, dropped
-
-
-def _tokenizer_hash(model_path: Path) -> str:
-    """Hash of the files that determine tokens and loss masks."""
-    digest = hashlib.sha256()
-    for file in sorted(model_path.iterdir()):
-        if file.name.startswith(("tokenizer", "chat_template", "vocab", "merges", "special_tokens", "added_tokens")):
-            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+    entries: list[tuple[str, Record]],
+    tokenizer: PreTrainedTokenizerBase,
+    split: SplitWriter,
+    *,
+    unmask_messages: bool,
+    description: str,
+) -> None:
+    for _, record in tqdm(entries, desc=description, unit="sample", mininterval=2.0, disable=not entries):
+        sample = tokenize(record, tokenizer, unmask_messages=unmask_messages)
+        split.append(np.array(sample.input_ids, np.int32), np.array(sample.labels, np.int32), record.source)

@@ -4,12 +4,17 @@
     {"messages": […], "choices": ["yes", "no"]}     a task whose answer is one of a few
     {"text": "…"}                                   plain text, for evaluation
 
+A chat may have `tools` (a list of JSON schemas) and `"unmask": true` (loss on every message but the system's). An
+assistant's message may have `reasoning_content` and `tool_calls`, a tool's message `tool_call_id` and `name`; they
+go to the chat template as they are. Other keys are left out.
+
 Every error names the file and the line.
 """
 
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +37,20 @@ class Record:
     text: str = ""
     choices: tuple[str, ...] = ()
     """All possible answers, if the task is to choose; the last message is then one of them."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """What the assistant may call, as the chat template wants it (JSON schemas of functions)."""
+    unmask: bool = False
+    """Loss on every message but the system's, not only on the assistant's."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as it is written in a JSON line."""
+        """The record as it is written in a JSON line; what is not there has no key."""
         if self.text:
             return {"text": self.text}
         record: dict[str, Any] = {"messages": list(self.messages)}
+        if self.tools:
+            record["tools"] = list(self.tools)
+        if self.unmask:
+            record["unmask"] = True
         return record | {"choices": list(self.choices)} if self.choices else record
 
     @property
@@ -86,11 +99,10 @@ def check_names(uris: Sequence[str]) -> None:
             raise DataError(f"two data sets are called {name!r} ({', '.join(uris)}). Rename one of the files")
 
 
-def read_records(uri: str, *, allow_text: bool = False) -> Iterator[Record]:
-    """All records of a file, folder or glob, validated.
+def read_json_lines(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`file:line` and JSON object of each line that is not blank, of a file, folder or glob.
 
-    `allow_text` admits plain-text records. Raises FileNotFoundError for a missing path and DataError at the
-    first bad line, or if a file holds no record.
+    Raises FileNotFoundError for a missing path and DataError at the first bad line, or if a file holds no line.
     """
     for file in data_files(uri):
         found = False
@@ -99,25 +111,43 @@ def read_records(uri: str, *, allow_text: bool = False) -> Iterator[Record]:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         found = True
-                        yield parse_record(line, f"{file}:{number}", allow_text=allow_text)
+                        yield f"{file}:{number}", _parse_object(line, f"{file}:{number}")
             except UnicodeDecodeError as error:
                 raise DataError(f"{file} is not UTF-8 text: {error}") from None
         if not found:
             raise DataError(f"{file} holds no record: it is empty. Give at least one JSON line")
 
 
+def read_records(uri: str, *, allow_text: bool = False) -> Iterator[Record]:
+    """All records of a file, folder or glob, validated.
+
+    `allow_text` admits plain-text records. Raises as `read_json_lines`.
+    """
+    for source, value in read_json_lines(uri):
+        yield _to_record(value, source, allow_text=allow_text)
+
+
 def parse_record(line: str, source: str, *, allow_text: bool = False) -> Record:
     """Validate one JSON line. Raises DataError that names `source`."""
+    return _to_record(_parse_object(line, source), source, allow_text=allow_text)
 
-    def refuse(problem: str) -> DataError:
-        return DataError(f"{source}: {problem}")
 
+def _parse_object(line: str, source: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise refuse(f"not valid JSON ({error.msg} at column {error.colno}): {line.strip()[:80]!r}") from None
+        problem = f"not valid JSON ({error.msg} at column {error.colno}): {line.strip()[:80]!r}"
+        raise DataError(f"{source}: {problem}") from None
     if not isinstance(value, dict):
-        raise refuse(f"a record must be a JSON object, this is a {type(value).__name__}")
+        raise DataError(f"{source}: a record must be a JSON object, this is a {type(value).__name__}")
+    if "\\ud" in line.lower() and re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+        raise DataError(f"{source}: an escape \\ud800 … \\udfff stands alone, which is no character. Repair the text")
+    return value
+
+
+def _to_record(value: dict[str, Any], source: str, *, allow_text: bool) -> Record:
+    def refuse(problem: str) -> DataError:
+        return DataError(f"{source}: {problem}")
 
     if allow_text and "messages" not in value and isinstance(value.get("text"), str) and value["text"].strip():
         return Record(source=source, text=value["text"])
@@ -127,22 +157,61 @@ def parse_record(line: str, source: str, *, allow_text: bool = False) -> Record:
         keys = ", ".join(map(repr, value)) or "nothing"
         wanted = "a non-empty list 'messages' of {role, content}" + (" or a non-empty 'text'" if allow_text else "")
         raise refuse(f"a record needs {wanted}; this one has {keys}")
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise refuse(f"messages[{position}] needs a role out of {', '.join(ROLES)}; got {role!r}")
-        if not isinstance(message.get("content"), str):
-            raise refuse(f"messages[{position}] needs a string 'content'; got {message.get('content')!r}")
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+    kept = tuple(_message(message, f"{source}: messages[{position}]") for position, message in enumerate(messages))
+    if not any(m["role"] == "assistant" and (m["content"].strip() or len(m) > 2) for m in kept):
         raise refuse("there is no assistant message with text, so there is nothing to learn. Add one or drop the line")
 
     choices = value.get("choices", [])
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
         raise refuse(f"'choices' must be a list of non-empty strings; got {choices!r}")
-    if choices and (messages[-1]["role"] != "assistant" or messages[-1]["content"] not in choices):
+    if choices and (kept[-1]["role"] != "assistant" or kept[-1]["content"] not in choices):
         raise refuse(f"the last message must be the assistant's and one of the choices {choices!r}")
-    kept = tuple({"role": m["role"], "content": m["content"]} for m in messages)
-    return Record(source=source, messages=kept, choices=tuple(choices))
+    tools = value.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and _function_name(tool) for tool in tools):
+        raise refuse(f"'tools' must be a list of JSON schemas of functions, each with a name; got {tools!r:.200}")
+    unmask = value.get("unmask") or False
+    if not isinstance(unmask, bool):
+        raise refuse(f"'unmask' must be true or false; got {unmask!r}")
+    return Record(source=source, messages=kept, choices=tuple(choices), tools=tuple(tools), unmask=unmask)
+
+
+def _message(message: Any, place: str) -> dict[str, Any]:
+    """The keys of a message that a chat template reads; `place` begins its errors."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else message
+        raise DataError(f"{place} needs a role out of {', '.join(ROLES)}; got {role!r}")
+    role, content = message["role"], message.get("content")
+    for key in ("reasoning_content", "tool_calls"):
+        if message.get(key) and role != "assistant":
+            raise DataError(f"{place} has {key!r}, but its role is {role!r}. Only an assistant's message may have it")
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) and _function_name(call) for call in calls):
+        problem = "'tool_calls' must be a list of objects with a 'function' that has a name"
+        raise DataError(f"{place}: {problem}; got {calls!r:.200}")
+    for call in calls:
+        if not isinstance(call.get("function", call).get("arguments", {}), dict | str):
+            raise DataError(f"{place}: the arguments of a tool call must be an object or a string; got {call!r:.200}")
+    if content is None and calls:
+        content = ""
+    if not isinstance(content, str):
+        raise DataError(f"{place} needs a string 'content'; got {content!r}")
+
+    kept: dict[str, Any] = {"role": role, "content": content}
+    optional = {"assistant": ("reasoning_content",), "tool": ("tool_call_id", "name")}
+    for key in optional.get(role, ()):
+        text = message.get(key)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{place}: {key!r} must be a string; got {text!r:.200}")
+        if text:
+            kept[key] = text
+    return kept | {"tool_calls": calls} if calls else kept
+
+
+def _function_name(schema: dict[str, Any]) -> str:
+    """The name of a tool or of a call, `{"function": {"name": …}}` or `{"name": …}`; empty where there is none."""
+    function = schema.get("function", schema)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _hash(value: Any) -> str:

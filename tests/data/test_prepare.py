@@ -2,12 +2,15 @@
 
 import json
 import random
+import shutil
 
 import pytest
 from datasets import load_from_disk
 
+from osft.data.chat import tokenize
+from osft.data.dataset_folder import load_split
 from osft.data.prepare import prepare
-from osft.data.records import DataError
+from osft.data.records import DataError, parse_record
 from tests.conftest import arithmetic, write_jsonl
 
 
@@ -61,6 +64,7 @@ def test_duplicates_are_dropped_within_and_across_files(model_folder, tmp_path):
     twice = prepare(str(tmp_path / "in"), model_folder, tmp_path / "out").statistics
     once = prepare(str(tmp_path / "in" / "a.jsonl"), model_folder, tmp_path / "out").statistics
     assert twice["num_train_samples"] == once["num_train_samples"]
+    assert twice["longest_sample_source"].startswith(str(tmp_path / "in" / "a.jsonl")), "the first one stays"
     assert twice["num_duplicates"] == once["num_duplicates"] + 40
 
 
@@ -107,13 +111,134 @@ def test_refused_data_leaves_nothing_behind(model_folder, tmp_path, content, pro
     assert not (tmp_path / "out").exists()
 
 
+def test_report_says_how_much_was_dropped(model_folder, tmp_path):
+    long = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
+    file = write_jsonl(tmp_path / "a.jsonl", [*arithmetic(9), long])
+    lines: list[str] = []
+    prepared = prepare(
+        str(file), model_folder, tmp_path / "out", max_seq_len=200, validation_fraction=0, report=lines.append
+    )
+    dropped, kept = prepared.statistics["dropped_as_too_long"], prepared.statistics["num_tokens"]
+    assert dropped["share_of_tokens"] == dropped["tokens"] / (dropped["tokens"] + kept)
+    assert lines == [
+        f"data: 9 training samples ({kept} tokens, {prepared.statistics['num_loss_tokens']} with loss), 0 held out; "
+        f"dropped 0 duplicates and 1 samples longer than 200 tokens ({dropped['share_of_tokens']:.1%} of all tokens)"
+    ]
+
+
+def test_longest_sample_is_named(model_folder, tmp_path):
+    records = arithmetic(9)
+    records[4]["messages"][0]["content"] += "?" * 50
+    file = write_jsonl(tmp_path / "a.jsonl", records)
+    statistics = prepare(str(file), model_folder, tmp_path / "out", validation_fraction=0).statistics
+    assert statistics["longest_sample_source"] == f"{file}:5"
+
+
+def test_without_a_fraction_everything_trains(chats, model_folder, tmp_path):
+    prepared = prepare(str(chats), model_folder, tmp_path, validation_fraction=0)
+    assert prepared.statistics["num_train_samples"] == 120 - prepared.statistics["num_duplicates"]
+    assert held_out(prepared.folder) == []
+    assert len(load_split(prepared.folder, "validation")) == 0
+
+
+def test_duplicates_stay_on_request(model_folder, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", arithmetic(3) * 4)
+    for fraction in (0, 0.5):
+        options = {"validation_fraction": fraction, "deduplicate": False}
+        prepared = prepare(str(file), model_folder, tmp_path / "out", **options)
+        assert prepared.statistics["num_duplicates"] == 0
+        held_out_samples = prepared.statistics["num_validation_samples"]
+        assert held_out_samples % 4 == 0, "all of one question are on one side"
+        assert prepared.statistics["num_train_samples"] == 12 - held_out_samples
+
+
+def test_held_out_samples_are_tokenized_like_those_that_train(chats, model_folder, tmp_path, tokenizer):
+    prepared = prepare(str(chats), model_folder, tmp_path)
+    validation = load_split(prepared.folder, "validation")
+    records = [parse_record(json.dumps(record), "f:1") for record in held_out(prepared.folder)]
+    assert [validation[i] for i in range(len(validation))] == [tokenize(record, tokenizer) for record in records]
+    assert prepared.statistics["validation"]["num_loss_tokens"] == sum(validation.num_loss_tokens)
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_validation_data_is_held_out_whole_and_never_trains(model_folder, tmp_path, deduplicate):
+    records = arithmetic(30)
+    train = write_jsonl(tmp_path / "train.jsonl", records[:20])
+    validation = write_jsonl(tmp_path / "validation.jsonl", records[20:])
+    options = {"validation_fraction": 0, "validation_data": str(validation), "deduplicate": deduplicate}
+    prepared = prepare(str(train), model_folder, tmp_path / "out", **options)
+    assert sources(prepared.folder) == {f"{train}:{line}" for line in range(1, 21)}
+    assert {row["source"] for row in load_from_disk(prepared.folder / "validation")} == {
+        f"{validation}:{line}" for line in range(1, 11)
+    }
+    assert len(held_out(prepared.folder)) == prepared.statistics["num_validation_samples"] == 10
+
+
+def test_training_records_in_validation_data_are_dropped_unless_every_line_counts(model_folder, tmp_path):
+    records = arithmetic(20)
+    train = write_jsonl(tmp_path / "train.jsonl", records)
+    validation = write_jsonl(tmp_path / "validation.jsonl", records[15:])
+    options = {"validation_fraction": 0, "validation_data": str(validation)}
+    lines: list[str] = []
+    prepared = prepare(str(train), model_folder, tmp_path / "out", **options, report=lines.append)
+    assert sources(prepared.folder) == {f"{train}:{line}" for line in range(1, 16)}
+    all_lines = {"deduplicate": False, "report": lines.append}
+    kept = prepare(str(train), model_folder, tmp_path / "out", **options, **all_lines).statistics
+    assert (kept["num_train_samples"], kept["num_also_held_out"]) == (20, 5)
+    assert "5 training records that validation_data holds were dropped" in lines[0]
+    assert "5 training records that validation_data holds were kept" in lines[1]
+    with pytest.raises(DataError, match="validation_data='.*' holds all of its records"):
+        prepare(str(validation), model_folder, tmp_path / "out", validation_fraction=0, validation_data=str(train))
+
+
+def test_unmasked_messages_have_loss_in_both_sides(chats, model_folder, tmp_path):
+    masked = prepare(str(chats), model_folder, tmp_path).statistics
+    unmasked = prepare(str(chats), model_folder, tmp_path, unmask_messages=True).statistics
+    assert unmasked["num_tokens"] == masked["num_tokens"]
+    assert unmasked["num_loss_tokens"] > 2 * masked["num_loss_tokens"]
+    assert unmasked["validation"]["num_loss_tokens"] > 2 * masked["validation"]["num_loss_tokens"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"deduplicate": False}, {"unmask_messages": True}, {"max_seq_len": 900}, {"validation_fraction": 0.2}]
+)
+def test_every_option_is_part_of_the_address(chats, model_folder, tmp_path, change):
+    first = prepare(str(chats), model_folder, tmp_path)
+    assert prepare(str(chats), model_folder, tmp_path, **change).folder != first.folder
+
+
+def test_changed_validation_data_is_prepared_anew(chats, model_folder, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", arithmetic(5, seed=7))
+    options = {"validation_fraction": 0, "validation_data": str(file)}
+    first = prepare(str(chats), model_folder, tmp_path / "out", **options)
+    write_jsonl(file, arithmetic(5, seed=8))
+    assert prepare(str(chats), model_folder, tmp_path / "out", **options).folder != first.folder
+
+
+def test_changed_chat_template_is_prepared_anew(chats, model_folder, tmp_path):
+    first = prepare(str(chats), model_folder, tmp_path / "out")
+    shutil.copytree(model_folder, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert prepare(str(chats), tmp_path / "model", tmp_path / "out").folder != first.folder
+
+
 def test_everything_too_long_is_refused(chats, model_folder, tmp_path):
     with pytest.raises(DataError, match="every training sample is longer than max_seq_len=5"):
         prepare(str(chats), model_folder, tmp_path / "out", max_seq_len=5)
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("setting", [{"max_seq_len": 1}, {"validation_fraction": 0}, {"max_train_samples": -1}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"max_seq_len": 1},
+        {"validation_fraction": -0.1},
+        {"validation_fraction": 1},
+        {"validation_data": "held-out.jsonl"},  # beside the default fraction
+        {"max_train_samples": -1},
+    ],
+)
 def test_settings_out_of_range_are_refused_by_name(chats, model_folder, tmp_path, setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         prepare(str(chats), model_folder, tmp_path, **setting)

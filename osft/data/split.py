@@ -1,0 +1,30 @@
+"""Which samples train and which are held out to measure the result."""
+
+from osft.data.records import DataError
+
+
+def check_validation(validation_fraction: float, validation_data: str | None) -> None:
+    """Raise ValueError unless at most one of the two is asked for and the fraction is in [0, 1)."""
+    number = isinstance(validation_fraction, int | float) and not isinstance(validation_fraction, bool)
+    if not number or not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction!r}")
+    if validation_data is not None and validation_fraction > 0:
+        raise ValueError(
+            f"validation_data={validation_data!r} and validation_fraction={validation_fraction} exclude each other: "
+            "set validation_fraction=0, or leave validation_data out"
+        )
+
+
+def is_held_out(content_hash: str, validation_fraction: float) -> bool:
+    """Whether something is on the validation side: decided by its hash (hexadecimal) alone."""
+    return int(content_hash[:8], 16) < validation_fraction * 2**32
+
+
+def check_sides(data_uri: str, unit: str, num_train: int, num_validation: int, validation_fraction: float) -> None:
+    """Raise DataError if a split leaves one side empty; `unit` says what was split."""
+    for side, found in (("training", num_train), ("validation", num_validation)):
+        if not found and validation_fraction > 0:
+            raise DataError(
+                f"{data_uri}: the {num_train + num_validation} {unit} leave the {side} side of the split empty "
+                f"(validation_fraction={validation_fraction}). Give more data or another fraction"
+            )

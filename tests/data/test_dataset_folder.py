@@ -1,0 +1,91 @@
+"""A dataset folder gives back what was written, one sample at a time, without being read whole."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+
+from osft.data.chat import IGNORE, Sample
+from osft.data.dataset_folder import BUFFERED_SAMPLES, DatasetWriter, load_split
+
+
+def samples(count: int, seed: int = 0) -> list[Sample]:
+    numbers = random.Random(seed)
+    made = []
+    for _ in range(count):
+        tokens = [numbers.randrange(258) for _ in range(numbers.randrange(2, 40))]
+        labels = [IGNORE if numbers.random() < 0.5 else token for token in tokens]
+        made.append(Sample(tokens, labels))
+    return made
+
+
+def write(folder, train: list[Sample], validation: list[Sample] = (), max_seq_len: int | None = None) -> dict:
+    with DatasetWriter(folder, max_seq_len=max_seq_len) as writer:
+        for split, part in ((writer.train, train), (writer.validation, validation)):
+            for number, sample in enumerate(part, start=1):
+                split.append(np.array(sample.input_ids, np.int32), np.array(sample.labels, np.int32), f"f:{number}")
+        return writer.finish({})
+
+
+@pytest.mark.parametrize("count", [1, 17, BUFFERED_SAMPLES, 2 * BUFFERED_SAMPLES + 5])
+def test_samples_and_counts_come_back(tmp_path, count):
+    made = samples(count)
+    statistics = write(tmp_path / "d", made)
+    split = load_split(tmp_path / "d", "train")
+    assert [split[i] for i in range(len(split))] == made
+    assert split.lengths == [len(sample.input_ids) for sample in made]
+    assert split.num_loss_tokens == [sample.num_loss_tokens for sample in made]
+    assert split.largest_token == max(max(sample.input_ids) for sample in made)
+    assert statistics["num_tokens"] == sum(split.lengths)
+    assert statistics["num_loss_tokens"] == sum(split.num_loss_tokens)
+    assert statistics["longest_sample"] == max(split.lengths)
+    assert statistics["longest_sample_source"] == f"f:{split.lengths.index(max(split.lengths)) + 1}"
+
+
+def test_sides_are_apart(tmp_path):
+    write(tmp_path / "d", samples(5), samples(3, seed=1))
+    validation = load_split(tmp_path / "d", "validation")
+    assert [validation[i] for i in range(3)] == samples(3, seed=1)
+
+
+def test_absent_validation_is_empty(tmp_path):
+    write(tmp_path / "d", samples(5))
+    assert len(load_split(tmp_path / "d", "validation")) == 0
+    assert not (tmp_path / "d" / "validation").exists()
+
+
+def test_long_samples_are_counted_instead(tmp_path):
+    made = samples(200)
+    statistics = write(tmp_path / "d", made, max_seq_len=20)
+    long = [len(sample.input_ids) for sample in made if len(sample.input_ids) > 20]
+    total = sum(len(sample.input_ids) for sample in made)
+    share = pytest.approx(sum(long) / total)
+    assert statistics["dropped_as_too_long"] == {"samples": len(long), "tokens": sum(long), "share_of_tokens": share}
+    assert max(load_split(tmp_path / "d", "train").lengths) <= 20
+
+
+def test_index_out_of_range_is_refused(tmp_path):
+    write(tmp_path / "d", samples(5))
+    split = load_split(tmp_path / "d", "train")
+    for index in (-1, 5):
+        with pytest.raises(IndexError, match=f"sample {index} of 5"):
+            split[index]
+
+
+def test_incomplete_folder_is_refused(tmp_path):
+    write(tmp_path / "d", samples(5))
+    (tmp_path / "d" / "dataset.json").unlink()
+    with pytest.raises(FileNotFoundError, match="not a prepared dataset"):
+        load_split(tmp_path / "d", "train")
+
+
+def test_reading_one_sample_is_cheap(tmp_path):
+    write(tmp_path / "d", samples(20_000))
+    split = load_split(tmp_path / "d", "train")
+    order = random.Random(0).sample(range(len(split)), len(split))
+    started = time.process_time()
+    for index in order:
+        split[index]
+    per_second = len(order) / (time.process_time() - started)
+    assert per_second > 20_000

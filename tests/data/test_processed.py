@@ -1,0 +1,222 @@
+"""Tokenized data is taken over as it is, or refused with its place."""
+
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict, load_from_disk
+
+from osft.data.chat import IGNORE, Sample
+from osft.data.dataset_folder import load_split
+from osft.data.prepare import prepare
+from osft.data.processed import import_processed
+from osft.data.records import DataError
+from tests.conftest import write_jsonl
+from tests.data.test_dataset_folder import samples
+
+SIZES = {"max_seq_len": 64, "vocabulary_size": 258}
+
+
+def rows(count: int, seed: int = 0) -> list[dict]:
+    learnable = (sample for sample in samples(10 * count, seed) if sample.num_loss_tokens)
+    return [{"input_ids": s.input_ids, "labels": s.labels} for s, _ in zip(learnable, range(count), strict=False)]
+
+
+def read(folder, side="train") -> list[Sample]:
+    split = load_split(folder, side)
+    return [split[i] for i in range(len(split))]
+
+
+def stored(made: list[dict], form: str, path) -> str:
+    """The rows in one of the forms that are read; returns their path."""
+    if form == "jsonl":
+        return str(write_jsonl(path.with_suffix(".jsonl"), made))
+    if form == "datasets":
+        Dataset.from_list(made).save_to_disk(path)
+        return str(path)
+    path.mkdir()
+    if form.endswith(("folder", "glob")):
+        kind = "parquet" if "parquet" in form else "jsonl"
+        for name, part in (("a", made[:7]), ("b", made[7:])):
+            if kind == "parquet":
+                Dataset.from_list(part).to_parquet(path / f"{name}.parquet")
+            else:
+                write_jsonl(path / f"{name}.jsonl", part)
+        return str(path / f"*.{kind}") if form.endswith("glob") else str(path)
+    Dataset.from_list(made).to_parquet(path / "a.parquet")
+    return str(path / "a.parquet")
+
+
+FORMS = ["jsonl", "jsonl folder", "jsonl glob", "parquet", "parquet folder", "parquet glob", "datasets"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_samples_come_back_in_order(tmp_path, form):
+    made = rows(20)
+    prepared = import_processed(stored(made, form, tmp_path / "data"), tmp_path / "out", **SIZES)
+    assert read(prepared.folder) == [Sample(row["input_ids"], row["labels"]) for row in made]
+    assert prepared.statistics["num_records"] == prepared.statistics["num_train_samples"] == 20
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
+def test_what_was_exported_from_a_prepared_dataset_comes_back(chats, model_folder, tmp_path, form):
+    prepared = prepare(str(chats), model_folder, tmp_path / "prepared", validation_fraction=0)
+    made = [
+        {"input_ids": s.input_ids, "labels": s.labels, "len": len(s.input_ids), "num_loss_counted_tokens": count}
+        for s, count in zip(read(prepared.folder), load_split(prepared.folder, "train").num_loss_tokens, strict=True)
+    ]
+    imported = import_processed(stored(made, form, tmp_path / "data"), tmp_path / "out", **SIZES | {"max_seq_len": 512})
+    assert read(imported.folder) == read(prepared.folder)
+    for name in ("num_tokens", "num_loss_tokens", "longest_sample"):
+        assert imported.statistics[name] == prepared.statistics[name]
+
+
+def test_prepared_folder_is_used_as_it_is(chats, model_folder, tmp_path):
+    prepared = prepare(str(chats), model_folder, tmp_path / "prepared")
+    same = import_processed(str(prepared.folder), tmp_path / "out", max_seq_len=5, vocabulary_size=258)
+    assert (same.folder, same.statistics, same.reused) == (prepared.folder, prepared.statistics, True)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="has a held-out side|held-out side of its own"):
+        import_processed(str(prepared.folder), tmp_path / "out", **SIZES, validation_fraction=0.1)
+    with pytest.raises(DataError, match="its train side has token 25., but the model's vocabulary has 200"):
+        import_processed(str(prepared.folder), tmp_path / "out", max_seq_len=64, vocabulary_size=200)
+
+
+def test_long_samples_are_dropped_and_counted(tmp_path):
+    made = rows(50)
+    long = [len(row["labels"]) for row in made if len(row["labels"]) > 20]
+    lines: list[str] = []
+    prepared = import_processed(
+        stored(made, "jsonl", tmp_path / "data"),
+        tmp_path / "out",
+        max_seq_len=20,
+        vocabulary_size=258,
+        report=lines.append,
+    )
+    share = sum(long) / sum(len(row["labels"]) for row in made)
+    dropped = {"samples": len(long), "tokens": sum(long), "share_of_tokens": share}
+    assert prepared.statistics["dropped_as_too_long"] == dropped
+    assert f"dropped {len(long)} samples longer than 20 tokens ({share:.1%} of all tokens)" in lines[0]
+
+
+def test_everything_too_long_is_refused(tmp_path):
+    path = stored(rows(5), "jsonl", tmp_path / "data")
+    made = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+    held_out = stored([made], "jsonl", tmp_path / "held-out")
+    with pytest.raises(DataError, match="data.jsonl: every training sample is longer than max_seq_len=2"):
+        import_processed(stored([made] * 3, "jsonl", tmp_path / "data"), tmp_path / "out", **SIZES | {"max_seq_len": 2})
+    stored([{"input_ids": [1, 2], "labels": [1, 2]}], "jsonl", tmp_path / "data")
+    with pytest.raises(DataError, match="held-out.jsonl: every validation sample is longer than max_seq_len=2"):
+        import_processed(path, tmp_path / "out", **SIZES | {"max_seq_len": 2}, validation_data=held_out)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_every_sample_is_on_one_side_whatever_the_order(tmp_path):
+    made = rows(100)
+    options = SIZES | {"validation_fraction": 0.3}
+    first = import_processed(stored(made, "jsonl", tmp_path / "a"), tmp_path / "out", **options)
+    second = import_processed(stored(made[::-1], "jsonl", tmp_path / "b"), tmp_path / "out", **options)
+    everything = [Sample(row["input_ids"], row["labels"]) for row in made]
+    for side in ("train", "validation"):
+        assert read(first.folder, side) == read(second.folder, side)[::-1]
+        assert read(first.folder, side) == [sample for sample in everything if sample in read(first.folder, side)]
+    assert len(read(first.folder)) + len(read(first.folder, "validation")) == 100
+    assert 10 < first.statistics["num_validation_samples"] < 50
+
+
+def test_validation_data_never_trains(tmp_path):
+    train, validation = rows(20, seed=1), rows(10, seed=2)
+    path = stored(validation, "parquet", tmp_path / "validation")
+    prepared = import_processed(
+        stored(train, "jsonl", tmp_path / "train"), tmp_path / "out", **SIZES, validation_data=path
+    )
+    assert read(prepared.folder) == [Sample(row["input_ids"], row["labels"]) for row in train]
+    assert read(prepared.folder, "validation") == [Sample(row["input_ids"], row["labels"]) for row in validation]
+    assert load_from_disk(prepared.folder / "validation")["source"][:2] == [f"{path}: row 1", f"{path}: row 2"]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
+def test_second_run_reuses_and_changed_data_does_not(tmp_path, form):
+    path = stored(rows(20), form, tmp_path / "a")
+    first = import_processed(path, tmp_path / "out", **SIZES)
+    assert import_processed(path, tmp_path / "out", **SIZES).reused
+    assert import_processed(stored(rows(21), form, tmp_path / "b"), tmp_path / "out", **SIZES).folder != first.folder
+    for change in ({"max_seq_len": 63}, {"vocabulary_size": 300}, {"validation_fraction": 0.2}):
+        assert import_processed(path, tmp_path / "out", **SIZES | change).folder != first.folder
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"tokens": [1], "labels": [1]}, "needs input_ids; its columns are 'tokens', 'labels'"),
+        ({"messages": []}, "needs input_ids and labels; its columns are 'messages'"),
+        ({"input_ids": [], "labels": []}, r"input_ids must be a non-empty list of integers; got \[\]"),
+        ({"input_ids": 5, "labels": [1]}, "input_ids must be a non-empty list of integers; got 5"),
+        ({"input_ids": [1, 2.5], "labels": [1, 2]}, r"input_ids\[1\] must be an integer; got 2.5"),
+        ({"input_ids": [1, True], "labels": [1, 2]}, r"input_ids\[1\] must be an integer; got True"),
+        ({"input_ids": [1, 2], "labels": [1, None]}, r"labels\[1\] must be an integer; got None"),
+        ({"input_ids": [1, 1 << 70], "labels": [1, 2]}, "input_ids has a number that no token can have"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2]}, "there are 3 input_ids, but 2 labels"),
+        ({"input_ids": [1, 258], "labels": [1, 2]}, r"input_ids\[1\] must be a token .* 0 to 257; got 258"),
+        ({"input_ids": [-100, 2], "labels": [1, 2]}, r"input_ids\[0\] must be a token .* 0 to 257; got -100"),
+        ({"input_ids": [1, 2], "labels": [1, -1]}, r"labels\[1\] must be a token .* 0 to 257, or -100; got -1"),
+        ({"input_ids": [1, 2], "labels": [1, 258]}, r"labels\[1\] must be a token"),
+        ({"input_ids": [1, 2], "labels": [1, IGNORE]}, "no label after the first one counts"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "len": 3}, "len is 3, but the record has 2"),
+        (
+            {"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3], "num_loss_counted_tokens": 3},
+            "num_loss_counted_tokens is 3, but the record has 2",
+        ),
+        ({"input_ids": [1, 2], "labels": [1, 2], "len": [2]}, r"len is \[2\], but the record has 2"),
+    ],
+)
+def test_bad_record_is_refused_with_its_place(tmp_path, row, problem):
+    file = write_jsonl(tmp_path / "a.jsonl", [*rows(2), row])
+    with pytest.raises(DataError, match=rf"a\.jsonl:3: .*{problem}"):
+        import_processed(str(file), tmp_path / "out", **SIZES)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("form", ["parquet", "datasets"])
+def test_bad_row_is_refused_with_its_number(tmp_path, form):
+    path = stored([*rows(1500), {"input_ids": [1, 999], "labels": [1, 2]}], form, tmp_path / "data")
+    with pytest.raises(DataError, match=rf"{path}: row 1501: input_ids\[1\] must be a token .* got 999"):
+        import_processed(path, tmp_path / "out", **SIZES)
+
+
+def test_bad_line_of_validation_data_is_refused(tmp_path):
+    path = stored(rows(3), "jsonl", tmp_path / "data")
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"input_ids": [1], "labels": [1]}])
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: no label"):
+        import_processed(path, tmp_path / "out", **SIZES, validation_data=str(bad))
+
+
+@pytest.mark.parametrize("counted", [2, 3])
+def test_a_first_token_with_a_label_may_be_counted_or_not(tmp_path, counted):
+    row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "len": 3, "num_loss_counted_tokens": counted}
+    path = stored([row], "jsonl", tmp_path / "data")
+    assert import_processed(path, tmp_path / "out", **SIZES).statistics["num_loss_tokens"] == 2
+
+
+def test_folder_of_several_datasets_is_refused(tmp_path):
+    DatasetDict({"train": Dataset.from_list(rows(3))}).save_to_disk(tmp_path / "both")
+    with pytest.raises(DataError, match="both holds several datasets. Give .*both/train"):
+        import_processed(str(tmp_path / "both"), tmp_path / "out", **SIZES)
+
+
+def test_file_that_is_no_parquet_is_refused(tmp_path):
+    (tmp_path / "a.parquet").write_text(json.dumps(rows(1)[0]))
+    with pytest.raises(DataError, match="a.parquet is not a Parquet file"):
+        import_processed(str(tmp_path / "a.parquet"), tmp_path / "out", **SIZES)
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "missing/*.parquet", "."])
+def test_missing_data_is_refused(tmp_path, path):
+    with pytest.raises(FileNotFoundError):
+        import_processed(str(tmp_path / path), tmp_path / "out", **SIZES)
+
+
+@pytest.mark.parametrize("setting", [{"max_seq_len": 1}, {"vocabulary_size": 0}, {"validation_fraction": 1.0}])
+def test_settings_out_of_range_are_refused_by_name(tmp_path, setting):
+    path = stored(rows(3), "jsonl", tmp_path / "data")
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        import_processed(path, tmp_path / "out", **SIZES | setting)
