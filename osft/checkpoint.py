@@ -18,9 +18,10 @@ _SINGLE = "model.safetensors"
 
 
 class CheckpointReader:
-    """The tensors of a model folder, by name.
+    """The tensors of a model folder, by the names under which they are stored.
 
-    Raises FileNotFoundError if the folder, a shard or safetensors weights are missing.
+    Raises FileNotFoundError if the folder, a shard or safetensors weights are missing, ValueError if the weights are
+    quantized.
     """
 
     def __init__(self, model_path: str | Path) -> None:
@@ -29,6 +30,14 @@ class CheckpointReader:
             raise FileNotFoundError(
                 f"{model_path} is not a model folder: it has no config.json. Give a folder that "
                 "`save_pretrained` or a download from the Hugging Face hub wrote"
+            )
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method", "an unnamed method")
+            raise ValueError(
+                f"{model_path} holds weights quantized by {method}, which cannot be split or trained. Load the model "
+                "with AutoModelForCausalLM and a quantization_config that dequantizes (for gpt-oss "
+                "`Mxfp4Config(dequantize=True)`), save it with `save_pretrained`, and give that folder"
             )
         if (self.folder / _INDEX).is_file():
             weight_map = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -50,6 +59,10 @@ class CheckpointReader:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
+    def names(self) -> list[str]:
+        """The names of all stored tensors."""
+        return list(self._files)
+
     def _slice(self, name: str) -> Any:
         file = self._files[name]
         if file not in self._opened:
@@ -62,15 +75,16 @@ class CheckpointReader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor, in the dtype in which it is stored."""
-        return self._slice(name)[:]
+        return self._slice(name)[...]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is stored."""
-        return self.rows(name, 0, 0).dtype
+        stored = self._slice(name)
+        return (stored[0:0] if stored.get_shape() else stored[...]).dtype
 
-    def sha256(self, name: str) -> str:
-        """Hash of a tensor's dtype, shape and bytes."""
-        return tensor_sha256(self.tensor(name))
+    def empty(self, name: str) -> torch.Tensor:
+        """A tensor's shape and dtype, on the meta device."""
+        return torch.empty(self._slice(name).get_shape(), dtype=self.dtype(name), device="meta")
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:

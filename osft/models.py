@@ -1,21 +1,27 @@
 """Building a model without its weights, and finding a model's folder."""
 
 import os
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
 from osft.atomic import atomic_path
 
+_DROPOUT = re.compile(r"dropout|_pdrop$|^layerdrop$")
+"""The settings of a model's config that are probabilities of dropping activations or layers."""
 
-def model_folder(model: str, cache: Path | None = None) -> Path:
+
+def model_folder(model: str, cache: Path | None = None, *, weights: bool = True) -> Path:
     """The local folder of `model`, a folder or a Hugging Face id (`org/name` or `org/name@revision`).
 
-    An id is downloaded once: to `cache`, or to the Hugging Face cache if that is None. Raises FileNotFoundError
-    if there is no such folder and the hub has no such model or cannot be reached.
+    An id is downloaded once: to `cache`, or to the Hugging Face cache if that is None; without its weights if those
+    are not wanted. Raises FileNotFoundError if there is no such folder and the hub has no such model or cannot be
+    reached.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -27,7 +33,7 @@ def model_folder(model: str, cache: Path | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = model.partition("@")
-    files = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt"]
+    files = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
         if cache is None:
             return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
@@ -48,16 +54,24 @@ def empty_model(
     model_path: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a folder with its parameters on the meta device and its buffers computed.
 
     It costs no memory beyond the buffers: parameters are allocated without being touched, then dropped.
+    `attn_implementation` None is SDPA, or "eager" for an architecture that does not support it (Gemma 2, gpt-oss).
+    Dropout is off: with it, the loss would depend on how samples are packed and spread over processes.
+
+    Raises FileNotFoundError if there is no config.json, ValueError if the architecture lacks `attn_implementation`.
     """
     if not (Path(model_path) / "config.json").is_file():
         raise FileNotFoundError(f"{model_path} is not a model folder: it has no config.json")
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if _DROPOUT.search(name) and isinstance(value, float):
+                setattr(part, name, 0.0)
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
@@ -70,4 +84,10 @@ def empty_model(
                 if id(parameter) not in emptied:
                     emptied[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
                 module._parameters[name] = emptied[id(parameter)]
+    # As `from_pretrained` does: what the architecture wants in float32 whatever the dtype of the rest.
+    if plan := model._get_dtype_plan(dtype):
+        pattern, _, _ = build_glob_alternation(list(plan))
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if pattern.search(name):
+                tensor.data = tensor.data.float()
     return model

@@ -3,15 +3,16 @@
     <store>/weights/<key>.safetensors   the factors of one weight
     <store>/sets/<key>.json             a manifest: the factors of one model, written last
 
-A weight's key is the hash of its bytes and of what determines its factors, so a weight that did not change is
-never decomposed twice, whichever model it came with. Each file appears whole or not at all (`osft.atomic`): a
-killed run loses the weight at hand and the next one goes on behind it; two runs at once write equal files. A
-manifest names its weights and their hashes, and training refuses a set whose hashes are not those of its model.
+A weight's key is the hash of its bytes and of what determines its factors, its rank among them, so a weight that did
+not change is never decomposed twice, whichever model it came with and however its rank was chosen. Each file appears
+whole or not at all (`osft.atomic`): a killed run loses the weight at hand and the next one goes on behind it; two runs
+at once write equal files. A manifest names its weights and their hashes, and training refuses a set whose hashes are
+not those of its model.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from tqdm import tqdm
 from osft.atomic import atomic_path, write_json
 from osft.checkpoint import CheckpointReader, tensor_sha256
 from osft.config import SubspaceConfig
+from osft.conversion import ModelWeights
 from osft.models import empty_model
-from osft.subspace.decomposition import decompose, factor_shapes, unfrozen_rank
-from osft.subspace.targets import linear_shape, select_targets
+from osft.subspace.decomposition import decompose, factor_shapes
+from osft.subspace.rank_allocation import allocate_ranks, allocation_settings
+from osft.subspace.targets import Target, select_targets
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when what is stored, or how it is computed, changes."""
 
 
@@ -45,7 +48,12 @@ class FactorSet:
     unfreeze_rank_ratio: float
     free_subspace: str
     weights: dict[str, dict[str, Any]]
-    """Target module -> `sha256` of its weight, `shape`, `rank`, `file` (relative to the store)."""
+    """Target -> `sha256` of its weight, `shape`, `rank`, `file` (relative to the store)."""
+    rank_allocation: str = "uniform"
+    min_retention_ratio: float | None = None
+    """Of the adaptive allocation."""
+    importance: dict[str, float] | None = None
+    """Of the adaptive allocation: block -> what `measure_importance` found."""
     computed: int = 0
     """How many decompositions this call computed; the rest was there."""
 
@@ -58,15 +66,26 @@ class FactorSet:
         """The safetensors file with the factors of `target`."""
         return self.path.parent.parent / self.weights[target]["file"]
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Target -> the number of its unfrozen directions."""
+        return {target: weight["rank"] for target, weight in self.weights.items()}
+
     def rows(self, target: str, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the basis `name` (left, right or frozen) of `target`, float32."""
+        """Rows, or experts, [start, stop) of the basis `name` (left, right or frozen) of `target`, float32."""
         with safe_open(self.factors_file(target), framework="pt") as opened:
             return opened.get_slice(name)[start:stop]
 
-    def singular_values(self, target: str) -> torch.Tensor:
-        """(min(m, n),), descending, float32."""
+    def first_rows(self, target: str) -> list[torch.Tensor]:
+        """The first row of each basis of `target`: enough to tell whether two sets were computed alike."""
         with safe_open(self.factors_file(target), framework="pt") as opened:
-            return opened.get_tensor("singular_values")
+            return [opened.get_slice(name)[:1] for name in sorted(opened.keys()) if name != "singular_values"]
+
+    def singular_values(self, target: str) -> torch.Tensor:
+        """(min(m, n),), descending, float32; of a stack of experts the root of the sum of their squares."""
+        with safe_open(self.factors_file(target), framework="pt") as opened:
+            values = opened.get_tensor("singular_values")
+        return values if values.ndim == 1 else values.square().sum(0).sqrt()
 
 
 def precompute(
@@ -74,55 +93,62 @@ def precompute(
     store: str | Path,
     config: SubspaceConfig,
     *,
+    importance: Mapping[str, float] | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
     report: Callable[[str], None] = print,
 ) -> FactorSet:
     """Decompose every target weight of a model that the store does not hold yet, and write the set's manifest.
 
-    One weight is in memory at a time. `device` defaults to CUDA where there is one. Raises FileNotFoundError for
-    a missing or incomplete model, ValueError for settings that select nothing.
+    One weight, or one stack of experts, is in memory at a time. `importance` is that of `measure_importance`, for
+    the adaptive rank allocation. `device` defaults to CUDA where there is one. Raises FileNotFoundError for a missing
+    or incomplete model, ValueError for settings that select nothing and for a checkpoint whose target weights cannot
+    be read or written back.
     """
     store = Path(store)
     reader = CheckpointReader(model_path)
     model = empty_model(model_path, trust_remote_code=trust_remote_code)
+    stored = ModelWeights(reader, model)
     targets = select_targets(model, config.target_patterns)
-    shapes = {name: linear_shape(model, name) for name in targets}
-    ranks = {name: unfrozen_rank(shape, config.unfreeze_rank_ratio) for name, shape in shapes.items()}
-    for name in targets:
-        if f"{name}.weight" not in reader:
-            raise ValueError(
-                f"{model_path} stores no tensor {name}.weight, although its architecture has that layer. Load the "
-                "model once with AutoModelForCausalLM and save it with `save_pretrained` to get matching names"
-            )
+    ranks = allocate_ranks(targets, config, importance)
+    for target in targets:
+        stored.require(target.tensor)
+        stored.check_invertible(target.tensor)
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     weights: dict[str, dict[str, Any]] = {}
     computed = 0
-    for name in tqdm(targets, desc="decompose", unit="weight", mininterval=2.0):
-        weight = reader.tensor(f"{name}.weight")
+    for target in tqdm(targets, desc="decompose", unit="weight", mininterval=2.0):
+        weight, rank = stored.tensor(target.tensor), ranks[target.name]
         digest = tensor_sha256(weight)
-        key = _hash(FORMAT, digest, ranks[name], sorted(factor_shapes(shapes[name], ranks[name], config.free_subspace)))
+        key = _hash(FORMAT, digest, rank, sorted(factor_shapes(target.shape, rank, config.free_subspace)))
         file = store / "weights" / f"{key}.safetensors"
         if not file.is_file():
-            factors = decompose(weight.to(device), ranks[name], config.free_subspace)
+            factors = decompose(weight.to(device), rank, config.free_subspace)
             tensors = {field: t.cpu() for field, t in asdict(factors).items() if t is not None}
             with atomic_path(file) as temporary:
-                save_file(tensors, temporary, metadata={"weight": name, "sha256": digest})
+                save_file(tensors, temporary, metadata={"weight": target.name, "sha256": digest})
             computed += 1
-        weights[name] = {
+        weights[target.name] = {
             "sha256": digest,
-            "shape": list(shapes[name]),
-            "rank": ranks[name],
+            "shape": list(target.shape),
+            "rank": rank,
             "file": str(file.relative_to(store)),
         }
 
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "unfreeze_rank_ratio": config.unfreeze_rank_ratio,
         "free_subspace": config.free_subspace,
         "weights": weights,
     }
+    rank_allocation, min_retention_ratio = allocation_settings(config)
+    if rank_allocation != "uniform":
+        manifest |= {
+            "rank_allocation": rank_allocation,
+            "min_retention_ratio": min_retention_ratio,
+            "importance": dict(importance or {}),
+        }
     path = store / "sets" / f"{_hash(manifest)}.json"
     if not path.is_file():
         write_json(path, manifest)
@@ -143,6 +169,9 @@ def load_factor_set(path: str | Path, *, computed: int = 0) -> FactorSet:
         unfreeze_rank_ratio=manifest["unfreeze_rank_ratio"],
         free_subspace=manifest["free_subspace"],
         weights=manifest["weights"],
+        rank_allocation=manifest.get("rank_allocation", "uniform"),
+        min_retention_ratio=manifest.get("min_retention_ratio"),
+        importance=manifest.get("importance"),
         computed=computed,
     )
     for name in factors.weights:
@@ -154,26 +183,34 @@ def load_factor_set(path: str | Path, *, computed: int = 0) -> FactorSet:
     return factors
 
 
-def check_settings(factors: FactorSet, config: SubspaceConfig, targets: list[str]) -> None:
+def check_settings(factors: FactorSet, config: SubspaceConfig, targets: Sequence[Target]) -> None:
     """Raise FactorsMismatchError unless the set was made for these settings and target weights."""
-    for setting in ("unfreeze_rank_ratio", "free_subspace"):
-        made, wanted = getattr(factors, setting), getattr(config, setting)
-        if made != wanted:
-            raise FactorsMismatchError(f"{factors.path} was made with {setting}={made}, this run wants {wanted}")
-    if set(factors.weights) != set(targets):
-        name = sorted(set(factors.weights) ^ set(targets))[0]
+    rank_allocation, min_retention_ratio = allocation_settings(config)
+    wanted = {
+        "unfreeze_rank_ratio": config.unfreeze_rank_ratio,
+        "free_subspace": config.free_subspace,
+        "rank_allocation": rank_allocation,
+        "min_retention_ratio": min_retention_ratio,
+    }
+    for setting, value in wanted.items():
+        made = getattr(factors, setting)
+        if made != value:
+            raise FactorsMismatchError(f"{factors.path} was made with {setting}={made}, this run wants {value}")
+    names = {target.name for target in targets}
+    if set(factors.weights) != names:
+        name = sorted(set(factors.weights) ^ names)[0]
         where = "only the set" if name in factors.weights else "only this run"
         raise FactorsMismatchError(f"{factors.path} was made for other target weights: {where} has {name}")
 
 
-def check_weights(factors: FactorSet, reader: CheckpointReader, targets: list[str]) -> None:
+def check_weights(factors: FactorSet, stored: ModelWeights, targets: Sequence[Target]) -> None:
     """Raise FactorsMismatchError unless the model's weights are those that were decomposed."""
-    for name in targets:
-        found = reader.sha256(f"{name}.weight")
-        if found != factors.weights[name]["sha256"]:
+    for target in targets:
+        found, made = stored.sha256(target.tensor), factors.weights[target.name]["sha256"]
+        if found != made:
             raise FactorsMismatchError(
-                f"{factors.path} does not belong to {reader.folder}: the weight of {name} has hash {found[:12]}, "
-                f"the set was made for {factors.weights[name]['sha256'][:12]}. Run `precompute_svd` for this model"
+                f"{factors.path} does not belong to {stored.folder}: the weight of {target.name} has hash "
+                f"{found[:12]}, the set was made for {made[:12]}. Run `precompute_svd` for this model"
             )
 
 

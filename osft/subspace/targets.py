@@ -2,8 +2,23 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One weight that is split and trained, or one stack of experts' weights, each split by itself."""
+
+    name: str
+    """What `target_patterns` are searched in: the layer's full name, or the full name of the experts' parameter."""
+    tensor: str
+    """The weight's name in the model's state dict."""
+    shape: tuple[int, ...]
+    """(m, n), or (num_experts, m, n), as the model stores it: (out, in) for `nn.Linear`, (in, out) for `Conv1D`."""
 
 
 def transformer_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -25,31 +40,34 @@ def transformer_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best[1], best[2]
 
 
-def select_targets(model: nn.Module, target_patterns: Sequence[str] | None = None) -> list[str]:
-    """Full names of the linear layers to train, in the model's order.
+def select_targets(model: nn.Module, target_patterns: Sequence[str] | None = None) -> list[Target]:
+    """The weights to train, in the model's order.
 
-    Candidates are all linear layers of the transformer blocks. `target_patterns` are regular expressions
-    searched in the full name; a layer is a target if any of them is found. Raises ValueError for a pattern
-    that matches no candidate.
+    Candidates are, in the transformer blocks, the weights of all linear layers (`nn.Linear`, and `Conv1D` of
+    GPT-2) and the three-dimensional parameters in which experts are stacked. A weight with a single row or column
+    (the gate of a shared expert) has one direction only and is none, and routers that are not linear layers stay
+    as they are. `target_patterns` are regular expressions searched in the full name; a weight is a target if any of
+    them is found. Raises ValueError for a pattern that matches no candidate.
     """
     stack, blocks = transformer_blocks(model)
-    candidates = [f"{stack}.{name}" for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
+    candidates = []
+    for name, module in blocks.named_modules(prefix=stack):
+        if isinstance(module, nn.Linear | Conv1D):
+            if min(module.weight.shape) > 1:
+                candidates.append(Target(name, f"{name}.weight", tuple(module.weight.shape)))
+        elif not isinstance(module, _ConvNd):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and min(parameter.shape[1:]) > 1:
+                    candidates.append(Target(f"{name}.{leaf}", f"{name}.{leaf}", tuple(parameter.shape)))
     if not candidates:
         raise ValueError(f"the blocks of {type(model).__name__} hold no linear layer that could be trained")
     if not target_patterns:
         return candidates
     for pattern in target_patterns:
-        if not any(re.search(pattern, name) for name in candidates):
-            kinds = sorted({name.rsplit(".", 1)[-1] for name in candidates})
+        if not any(re.search(pattern, target.name) for target in candidates):
+            kinds = sorted({target.name.rsplit(".", 1)[-1] for target in candidates})
             raise ValueError(
                 f"target_patterns: {pattern!r} matches no linear layer of the blocks. "
-                f"Their names look like {candidates[0]!r} and end in: {', '.join(kinds)}"
+                f"Their names look like {candidates[0].name!r} and end in: {', '.join(kinds)}"
             )
-    return [name for name in candidates if any(re.search(pattern, name) for pattern in target_patterns)]
-
-
-def linear_shape(model: nn.Module, name: str) -> tuple[int, int]:
-    """(out_features, in_features) of a target."""
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear.out_features, linear.in_features
+    return [target for target in candidates if any(re.search(pattern, target.name) for pattern in target_patterns)]

@@ -52,10 +52,10 @@ class PublishedOSFTLinear(nn.Module):
 def inject_published(model: nn.Module, unfreeze_rank_ratio: float) -> nn.Module:
     """Put the published form in the place of every target, in place, and freeze the rest."""
     model.requires_grad_(False)
-    for name in select_targets(model):
-        linear = model.get_submodule(name)
+    for target in select_targets(model):
+        linear = model.get_submodule(target.name)
         assert linear.bias is None
-        model.set_submodule(name, PublishedOSFTLinear(linear.weight, unfreeze_rank_ratio))
+        model.set_submodule(target.name, PublishedOSFTLinear(linear.weight, unfreeze_rank_ratio))
     return model
 
 

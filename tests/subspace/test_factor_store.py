@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 
 from osft.checkpoint import CheckpointReader
 from osft.config import SubspaceConfig
+from osft.conversion import ModelWeights
+from osft.models import empty_model
+from osft.subspace import select_targets
 from osft.subspace.factor_store import (
     FactorsMismatchError,
     check_settings,
@@ -22,8 +25,14 @@ from osft.subspace.factor_store import (
     precompute,
 )
 from tests.conftest import byte_tokenizer, tiny_llama
+from tests.test_families import save_model
 
 QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25)
+TARGETS = select_targets(tiny_llama())
+
+
+def stored_weights(folder: Path) -> ModelWeights:
+    return ModelWeights(CheckpointReader(folder), empty_model(folder))
 
 
 def test_second_run_computes_nothing_and_says_so(model_folder, tmp_path, capsys):
@@ -41,11 +50,22 @@ def test_factors_split_the_stored_weight(model_folder, tmp_path):
     factors = precompute(model_folder, tmp_path, QUARTER)
     target = "model.layers.1.mlp.up_proj"
     weight = CheckpointReader(model_folder).tensor(f"{target}.weight")
-    frozen = factors.rows(target, "frozen", 0, weight.shape[0])
+    frozen = weight @ factors.rows(target, "frozen", 0, weight.shape[1])
     free = factors.rows(target, "right", 0, weight.shape[1])
+    torch.testing.assert_close(frozen.T @ frozen, torch.eye(frozen.shape[1]), rtol=0, atol=1e-4)
     assert (frozen.T @ weight @ free).norm() < 1e-5 * weight.norm()
     values = torch.linalg.svdvals(weight.double())
     torch.testing.assert_close(factors.singular_values(target).double(), values, rtol=1e-5, atol=1e-6)
+
+
+def test_singular_values_of_stacked_experts_carry_their_whole_energy(tmp_path):
+    save_model("qwen3_moe", tmp_path / "model")
+    factors = precompute(tmp_path / "model", tmp_path / "store", QUARTER)
+    target = "model.layers.0.mlp.experts.gate_up_proj"
+    weight = stored_weights(tmp_path / "model").tensor(target)
+    values = factors.singular_values(target)
+    assert values.shape == (32,)
+    assert values.norm().item() == pytest.approx(weight.norm().item(), rel=1e-5)
 
 
 def test_one_changed_weight_is_the_only_one_computed_anew(model_folder, tmp_path):
@@ -70,15 +90,15 @@ def test_set_of_another_model_is_refused_with_weight_and_hash(model_folder, tmp_
     tiny_llama(seed=1).save_pretrained(tmp_path / "other")
     factors = precompute(tmp_path / "other", tmp_path / "store", QUARTER)
     with pytest.raises(FactorsMismatchError, match=r"weight of model.layers.0.self_attn.q_proj has hash [0-9a-f]{12}"):
-        check_weights(factors, CheckpointReader(model_folder), list(factors.weights))
+        check_weights(factors, stored_weights(model_folder), TARGETS)
 
 
 def test_set_for_other_settings_is_refused(model_folder, tmp_path):
     factors = precompute(model_folder, tmp_path, QUARTER)
     with pytest.raises(FactorsMismatchError, match=r"made with unfreeze_rank_ratio=0.25, this run wants 0.5"):
-        check_settings(factors, SubspaceConfig(unfreeze_rank_ratio=0.5), list(factors.weights))
+        check_settings(factors, SubspaceConfig(unfreeze_rank_ratio=0.5), TARGETS)
     with pytest.raises(FactorsMismatchError, match="only the set has model.layers.0.mlp.down_proj"):
-        check_settings(factors, QUARTER, [name for name in factors.weights if "layers.0.mlp.down" not in name])
+        check_settings(factors, QUARTER, [t for t in TARGETS if "layers.0.mlp.down" not in t.name])
 
 
 def test_missing_factors_are_named(model_folder, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from osft.config import SubspaceConfig
 from osft.subspace import OSFTLinear, decompose, inject, merge, osft_layers, refresh, unfrozen_rank
@@ -10,14 +11,24 @@ from tests.conftest import tiny_llama
 
 SHAPES = {"square": (24, 24), "tall": (40, 24), "wide": (24, 40)}
 SUBSPACES = ("complement", "core")
+KINDS = ("no-bias", "bias", "transposed")
+"""Of a layer: `nn.Linear` without and with a bias, and `Conv1D`, which stores (in, out)."""
 
 
-def make_layer(shape: tuple[int, int], free_subspace: str, *, bias: bool, ratio: float = 0.25) -> OSFTLinear:
+def make_layer(shape: tuple[int, int], free_subspace: str, *, kind: str, ratio: float = 0.25) -> OSFTLinear:
+    """`shape` is that of the stored weight."""
     torch.manual_seed(0)
-    linear = nn.Linear(shape[1], shape[0], bias=bias)
+    if kind == "transposed":
+        linear: nn.Module = Conv1D(shape[1], shape[0])
+        nn.init.normal_(linear.weight, std=shape[0] ** -0.5)
+        nn.init.normal_(linear.bias)
+    else:
+        linear = nn.Linear(shape[1], shape[0], bias=kind == "bias")
     rank = unfrozen_rank(shape, ratio)
     factors = decompose(linear.weight.detach(), rank, free_subspace)
-    return OSFTLinear.from_linear(linear, factors, rank=rank, free_subspace=free_subspace)
+    layer = OSFTLinear(linear, rank=rank, free_subspace=free_subspace)
+    layer.fill_(factors)
+    return layer
 
 
 def frozen_directions(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,14 +40,14 @@ def frozen_directions(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, to
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("free_subspace", SUBSPACES)
-@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_update_stays_orthogonal_to_frozen_directions(shape, free_subspace, bias, weight_decay):
-    layer = make_layer(shape, free_subspace, bias=bias)
+def test_update_stays_orthogonal_to_frozen_directions(shape, free_subspace, kind, weight_decay):
+    layer = make_layer(shape, free_subspace, kind=kind)
     base = layer.weight.clone()
     optimizer = torch.optim.AdamW([layer.coefficients], lr=1e-2, weight_decay=weight_decay)
     for _ in range(50):
-        layer(torch.randn(8, shape[1])).square().mean().backward()
+        layer(torch.randn(8, shape[0] if kind == "transposed" else shape[1])).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         layer.refresh_()
@@ -51,14 +62,15 @@ def test_update_stays_orthogonal_to_frozen_directions(shape, free_subspace, bias
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("free_subspace", SUBSPACES)
-@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_forward_and_gradient_equal_dense_reference(shape, free_subspace, bias):
-    layer = make_layer(shape, free_subspace, bias=bias)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_and_gradient_equal_dense_reference(shape, free_subspace, kind):
+    layer = make_layer(shape, free_subspace, kind=kind)
     with torch.no_grad():
         layer.coefficients.normal_(std=0.1)
     layer.refresh_()
-    x = torch.randn(2, 5, shape[1], requires_grad=True)
-    target = torch.randn(2, 5, shape[0])
+    outputs, inputs = shape[::-1] if kind == "transposed" else shape
+    x = torch.randn(2, 5, inputs, requires_grad=True)
+    target = torch.randn(2, 5, outputs)
     output = layer(x)
     (output - target).square().sum().backward()
 
@@ -67,7 +79,8 @@ def test_forward_and_gradient_equal_dense_reference(shape, free_subspace, bias):
     left = torch.eye(shape[0]) if layer.left_basis is None else layer.left_basis
     right = torch.eye(shape[1]) if layer.right_basis is None else layer.right_basis
     weight = layer.base_weight + left @ coefficients @ right.T
-    expected = reference_x @ weight.T + (layer.bias if bias else 0)
+    weight = weight if kind == "transposed" else weight.T
+    expected = reference_x @ weight + (0 if kind == "no-bias" else layer.bias)
     (expected - target).square().sum().backward()
 
     def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -78,8 +91,9 @@ def test_forward_and_gradient_equal_dense_reference(shape, free_subspace, bias):
     assert relative(layer.coefficients.grad, coefficients.grad) <= 1e-5
 
 
-def test_backward_keeps_reduced_input_and_no_weight_gradient():
-    layer = make_layer(SHAPES["square"], "complement", bias=False)
+@pytest.mark.parametrize("kind", KINDS)
+def test_backward_keeps_reduced_input_and_no_weight_gradient(kind):
+    layer = make_layer(SHAPES["square"], "complement", kind=kind)
     saved: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         output = layer(torch.randn(7, 24, requires_grad=True))
@@ -89,23 +103,30 @@ def test_backward_keeps_reduced_input_and_no_weight_gradient():
     assert layer.weight.grad is None
 
 
-def test_untrained_layer_computes_what_the_linear_computes():
-    linear = nn.Linear(24, 40)
-    layer = OSFTLinear.from_linear(linear, decompose(linear.weight.detach(), 6), rank=6)
-    layer.refresh_()
+@pytest.mark.parametrize("linear", [nn.Linear(24, 40), Conv1D(40, 24)], ids=["linear", "conv1d"])
+def test_untrained_layer_computes_what_the_linear_computes_and_merges_to_it(linear):
     x = torch.randn(3, 24)
-    assert torch.equal(layer(x), linear(x))
+    expected = linear(x)
+    layer = OSFTLinear(linear, rank=6)
+    layer.fill_(decompose(linear.weight.detach(), 6))
+    layer.refresh_()
+    assert torch.equal(layer(x), expected)
+    merged = layer.merged()
+    assert type(merged) is type(linear)
+    assert torch.equal(merged(x), expected)
 
 
 def test_bfloat16_weight_is_the_rounded_sum():
     torch.manual_seed(0)
     linear = nn.Linear(24, 40, dtype=torch.bfloat16)
-    layer = OSFTLinear.from_linear(linear, decompose(linear.weight.detach(), 6), rank=6)
+    base = linear.weight.detach().clone()
+    layer = OSFTLinear(linear, rank=6)
+    layer.fill_(decompose(base, 6))
     with torch.no_grad():
         layer.coefficients.normal_(std=0.1)
     layer.refresh_()
     assert layer.coefficients.dtype == torch.float32
-    assert torch.equal(layer.weight, (linear.weight.float() + layer.update()).bfloat16())
+    assert torch.equal(layer.weight, (base.float() + layer.update()).bfloat16())
     layer(torch.randn(3, 24, dtype=torch.bfloat16)).sum().backward()
     assert layer.coefficients.grad.dtype == torch.float32
 

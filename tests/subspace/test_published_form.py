@@ -142,9 +142,9 @@ def pretrain(texts: Texts, seed: int) -> nn.Module:
 def largest_leak(base: nn.Module, tuned: nn.Module) -> float:
     """Against the singular vectors of an SVD in double precision, independent of the library's decomposition."""
     leaks = []
-    for name in select_targets(base):
-        weight = base.get_submodule(name).weight.detach().double()
-        update = tuned.get_submodule(name).weight.detach().double() - weight
+    for target in select_targets(base):
+        weight = base.get_submodule(target.name).weight.detach().double()
+        update = tuned.get_submodule(target.name).weight.detach().double() - weight
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         frozen_rank = len(s) - round(RATIO * len(s))
         leaks += [(u[:, :frozen_rank].T @ update).norm() / update.norm()]
@@ -170,8 +170,8 @@ def tune(base: nn.Module, method: str, learning_rate: float, texts: Texts, seed:
         inject(model, SubspaceConfig(unfreeze_rank_ratio=1.0))
     elif method == "full":  # of the same weights
         model.requires_grad_(False)
-        for name in select_targets(model):
-            model.get_submodule(name).weight.requires_grad_(True)
+        for target in select_targets(model):
+            model.get_submodule(target.name).weight.requires_grad_(True)
         finish_step = plain_step
     else:
         inject(model, SubspaceConfig(unfreeze_rank_ratio=RATIO, free_subspace=method))

@@ -12,12 +12,13 @@ def test_default_is_every_linear_layer_of_the_blocks():
     targets = select_targets(tiny_llama())
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert len(targets) == 2 * len(kinds)
-    assert {name.rsplit(".", 1)[-1] for name in targets} == set(kinds)
-    assert all(name.startswith("model.layers.") for name in targets), "the head is not in a block"
+    assert {target.name.rsplit(".", 1)[-1] for target in targets} == set(kinds)
+    assert all(target.name.startswith("model.layers.") for target in targets), "the head is not in a block"
 
 
 def test_patterns_are_searched_in_the_full_name():
-    assert select_targets(tiny_llama(), ["q_proj", r"layers\.1\..*down"]) == [
+    targets = select_targets(tiny_llama(), ["q_proj", r"layers\.1\..*down"])
+    assert [target.name for target in targets] == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.mlp.down_proj",

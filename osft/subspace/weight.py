@@ -1,0 +1,137 @@
+"""What every trained weight shares: the update in coordinates of the free subspace.
+
+The trained parameter is the update itself: `W = W0 + L X R^T`, with W0 frozen and X zero at the start. Whatever the
+optimizer does to X, the update stays orthogonal to the frozen directions. Two things make it cheap:
+
+- the forward pass uses one dense weight W, recomputed by `refresh_` once per optimizer step;
+- where one side of X is long, the constraint on that side is one projection per optimizer step.
+
+A stack of experts' weights (num_experts, m, n) is split expert by expert; every tensor then has the experts as its
+first dimension. Under FSDP2 every tensor is sharded by its first dimension. Of a single weight these are the rows:
+`refresh_` computes each rank's rows of W and gathers only the small factor. Of a stack they are whole experts, and
+`refresh_` needs nothing from other ranks.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from osft.config import FreeSubspace
+from osft.subspace.decomposition import Factors, factor_shapes
+
+
+class OSFTWeight(nn.Module):
+    """A dense weight `W0 + L X R^T`, (m, n) or (num_experts, m, n), of which only X is trained.
+
+    Subclasses hold the dense weight, under the name that it has in the model, and use it.
+
+    Parameters: `coefficients`, the X of `Factors`, float32, trained, zero at the start; `left_basis` and
+    `right_basis`, float32, frozen. Buffers: `base_weight` W0, `frozen_basis`. All but the coefficients are empty
+    until `fill_`, or whoever reads them from a factor store, fills them.
+    """
+
+    tensor_suffix = ""
+    """What follows the layer's name in the name of its dense weight in the model's state dict."""
+
+    def __init__(
+        self, weight: torch.Tensor, *, rank: int, free_subspace: FreeSubspace, base_dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.rank, self.free_subspace = rank, free_subspace
+        device = weight.device
+        shapes = factor_shapes(tuple(weight.shape), rank, free_subspace)
+
+        def basis(name: str) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shapes[name], device=device), False) if name in shapes else None
+
+        self.coefficients = nn.Parameter(torch.zeros(shapes["coefficients"], dtype=torch.float32, device=device))
+        self.left_basis = basis("left")
+        self.right_basis = basis("right")
+        # Buffers, so that FSDP2 does not gather them for the forward pass; loading shards them.
+        base_weight = torch.empty(weight.shape, dtype=base_dtype or weight.dtype, device=device)
+        frozen_basis = torch.empty(shapes["frozen"], device=device) if "frozen" in shapes else None
+        self.register_buffer("base_weight", base_weight, persistent=False)
+        self.register_buffer("frozen_basis", frozen_basis, persistent=False)
+        self.base_weight: torch.Tensor
+        self.frozen_basis: torch.Tensor | None
+
+    def dense_weight(self) -> torch.Tensor:
+        """The dense weight W that the forward pass uses."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fill_(self, factors: Factors) -> None:
+        """Take the dense weight as W0 and `factors` as its split."""
+        self.base_weight.copy_(self.dense_weight())
+        for own, given in (
+            (self.left_basis, factors.left),
+            (self.right_basis, factors.right),
+            (self.frozen_basis, factors.frozen),
+        ):
+            if own is not None:
+                assert given is not None, "factors of another shape or free subspace"
+                own.copy_(given)
+
+    @torch.no_grad()
+    def refresh_(self) -> None:
+        """Put X back into the free subspace and recompute the dense weight. Call it after each optimizer step."""
+        self._project_()
+        self.recompute_()
+
+    @torch.no_grad()
+    def recompute_(self) -> None:
+        """Recompute the dense weight from an X that is in the free subspace, such as one that was saved."""
+        left, right = self._factors()
+        base, weight = local(self.base_weight), local(self.dense_weight())
+        if weight.dtype == torch.float32:
+            weight.copy_(base)
+            weight.addmm_(left, right) if weight.ndim == 2 else weight.baddbmm_(left, right)
+        else:  # one rounding, of the sum
+            weight.copy_(base.float() + left @ right)
+
+    @torch.no_grad()
+    def update(self) -> torch.Tensor:
+        """This rank's part of the update D = L X R^T, float32: rows or experts (all on a single process)."""
+        left, right = self._factors()
+        return left @ right
+
+    def _project_(self) -> None:
+        """X <- X - U U^T X on the long side, U = W0 B being the frozen directions of that side and B `frozen_basis`.
+
+        U is never formed: it is as long as the weight, B as short as its other side.
+        """
+        if self.frozen_basis is None:
+            return
+        coefficients, basis = local(self.coefficients), self._whole(self.frozen_basis)
+        if self.left_basis is None:  # tall: the rows of X are those of the weight, and each rank holds its own
+            base = local(self.base_weight).to(coefficients.dtype)
+            overlap = base.mT @ coefficients
+            if isinstance(self.coefficients, DTensor) and coefficients.ndim == 2:
+                torch.distributed.all_reduce(overlap, group=self.coefficients.device_mesh.get_group())
+            coefficients.sub_(base @ (basis @ (basis.mT @ overlap)))
+        else:  # wide: each row of X is orthogonalized by itself
+            base = self._whole(self.base_weight).to(coefficients.dtype)
+            coefficients.sub_(((coefficients @ base.mT) @ basis) @ basis.mT @ base)
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A, B with A B = this rank's part of L X R^T; A is sharded like the weight, B has what A needs."""
+        if self.left_basis is None:
+            assert self.right_basis is not None
+            return local(self.coefficients), self._whole(self.right_basis).mT
+        if self.right_basis is None:
+            return local(self.left_basis), self._whole(self.coefficients)
+        return local(self.left_basis), self._whole(self.coefficients) @ self._whole(self.right_basis).mT
+
+    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All rows, gathered from every rank; of a stack of experts, this rank's experts, which are whole."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) and tensor.ndim == 2 else local(tensor)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        shape = tuple(self.base_weight.shape)
+        return f"weight={shape}, rank={self.rank}, free_subspace={self.free_subspace}"
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
