@@ -1,23 +1,86 @@
 """The model's probability of the tokens that count."""
 
+from typing import Any
+
 import torch
 from torch import nn
-from torch.nn import functional as F
+from transformers.masking_utils import create_masks_for_generate
 
 from osft.data.packing import MicroBatch
 
 
+def _attention_mask(model: Any, batch: MicroBatch) -> Any:
+    """What keeps packed samples apart, in the form that the model's attention takes; None where nothing is needed.
+
+    Most models make it from the position ids themselves. Some, OPT and gpt-oss among them, use these for the
+    positions alone and would let packed samples see each other.
+    """
+    embeddings = model.get_input_embeddings().weight
+    # Only its shape, dtype and device are read.
+    hidden_states = torch.empty(*batch.input_ids.shape, 0, dtype=embeddings.dtype, device=batch.input_ids.device)
+    return create_masks_for_generate(
+        model.config, hidden_states, attention_mask=None, past_key_values=None, position_ids=batch.position_ids
+    )
+
+
 def target_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Logits that predict each target, (L, vocabulary), float32. Positions without a target cost no logits."""
+    """Logits that predict each target, (L, vocabulary), in the model's dtype. Other positions cost no logits."""
     outputs = model(
         input_ids=batch.input_ids,
+        attention_mask=_attention_mask(model, batch),
         position_ids=batch.position_ids,
         logits_to_keep=batch.loss_positions,
         use_cache=False,
     )
-    return outputs.logits[0].float()
+    logits: torch.Tensor = outputs.logits[0]
+    return logits
 
 
 def token_nll(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Negative log-likelihood of each target in nats, (L,), float32."""
-    return F.cross_entropy(target_logits(model, batch), batch.targets, reduction="none")
+    return cross_entropy(target_logits(model, batch), batch.targets)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each row, (L,), float32 (float64 of float64 logits).
+
+    `logits`: (L, vocabulary), any float dtype; `targets`: (L,), int64. PyTorch's own keeps float32 log-probabilities
+    beside the logits and makes two gradients of their size. With a large vocabulary these are what fills a GPU, so
+    here a few rows at a time are computed in float32, and again in the backward pass: the logits and one gradient in
+    their own dtype are all that is whole.
+    """
+    nll: torch.Tensor = _CrossEntropy.apply(logits, targets)
+    return nll
+
+
+ELEMENTS_AT_ONCE = 2**24
+"""Logits in float32 at a time: 64 MiB."""
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """log sum_j exp(z_j) - z_target of each row z, with the gradient softmax(z) - onehot(target)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        log_sum_exp = torch.empty(logits.shape[0], dtype=exact, device=logits.device)
+        for rows in _row_slices(logits):
+            torch.logsumexp(logits[rows].to(exact), dim=-1, out=log_sum_exp[rows])
+        ctx.save_for_backward(logits, targets, log_sum_exp)
+        return log_sum_exp - logits.gather(1, targets[:, None])[:, 0].to(exact)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad_output,) = grad_outputs
+        logits, targets, log_sum_exp = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for rows in _row_slices(logits):
+            probabilities = (logits[rows] - log_sum_exp[rows, None]).exp_()
+            probabilities[torch.arange(len(probabilities), device=logits.device), targets[rows]] -= 1
+            gradient[rows] = probabilities.mul_(grad_output[rows, None])
+        return gradient, None
+
+
+def _row_slices(logits: torch.Tensor) -> list[slice]:
+    rows = max(1, ELEMENTS_AT_ONCE // max(1, logits.shape[1]))
+    return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]
