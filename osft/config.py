@@ -1,160 +1,371 @@
 """What a user sets, validated where it is set.
 
 Every check that needs no file or model happens in `__post_init__`, so that a bad value stops a run before
-anything is read. A value that a user can get wrong raises ValueError (TypeError's cases included: the
-documented contract knows ValueError only).
+anything is read. A value that a user can get wrong raises ValueError that names the parameter (a wrong type
+included: the documented contract knows ValueError only).
 """
 
+import inspect
+import json
 import re
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from osft.parameters import Bounds, check_fields, parameters, refuse_unknown
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 FreeSubspace = Literal["complement", "core"]
-
-
-def _number(name: str, value: Any, *, low: float, high: float = float("inf"), whole: bool = False) -> None:
-    """Refuse `value` unless it is a number (an integer if `whole`) in [low, high]."""
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        wanted = "an integer" if whole else "a number"
-        raise ValueError(f"{name} must be {wanted}, got {value!r} ({type(value).__name__})")
-    if not low <= value <= high:
-        limits = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {limits}, got {value!r}")
+RankAllocation = Literal["uniform", "adaptive"]
 
 
 @dataclass(kw_only=True, slots=True)
 class SubspaceConfig:
     """Which weights learn, and in which directions."""
 
-    unfreeze_rank_ratio: float
+    unfreeze_rank_ratio: Annotated[float, Bounds(low=0.0, high=1.0)]
     """Share of each target weight's singular directions that may be trained, in (0, 1]; the smallest singular
-    values come first. 0.25 is a good start, 1.0 constrains nothing."""
+    values come first. 0.25 is a good start, 1.0 constrains nothing, 0 is refused: nothing to train."""
+
+    target_patterns: list[str] | None = None
+    """Regular expressions searched in the full names of the modules, such as "q_proj". None: every linear layer and
+    every expert weight of the transformer blocks."""
 
     free_subspace: FreeSubspace = "complement"
     """"complement": every update orthogonal to the frozen directions on both sides, the reachable set of the
     published method. "core": only updates between the unfrozen singular vectors themselves (least memory)."""
 
-    target_patterns: list[str] | None = None
-    """Regular expressions searched in the full module name. None: every linear layer of the transformer blocks."""
+    rank_allocation: RankAllocation = "uniform"
+    """"uniform": the same ratio for every weight. "adaptive": blocks that change their input little, measured on a
+    calibration sample, keep more directions frozen; the mean stays at unfreeze_rank_ratio (arXiv:2504.07097)."""
+
+    min_retention_ratio: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.1
+    """With rank_allocation="adaptive": the smallest share of directions that stays frozen in any layer."""
+
+    calibration_samples: Annotated[int, Bounds(low=1)] = 16
+    """With rank_allocation="adaptive": training samples on which the layers' importance is measured."""
 
     def __post_init__(self) -> None:
-        _number("unfreeze_rank_ratio", self.unfreeze_rank_ratio, low=0.0, high=1.0)
+        check_fields(self)
         if self.unfreeze_rank_ratio == 0:
             raise ValueError(
                 "unfreeze_rank_ratio is 0: every direction would be frozen and there is nothing to train. "
                 "Choose a value in (0, 1], for example 0.25"
             )
-        if self.free_subspace not in get_args(FreeSubspace):
-            raise ValueError(f"free_subspace must be one of {get_args(FreeSubspace)}, got {self.free_subspace!r}")
-        if isinstance(self.target_patterns, str):
-            raise ValueError(f"target_patterns must be a list of strings, got the string {self.target_patterns!r}")
         for pattern in self.target_patterns or []:
             try:
                 re.compile(pattern)
-            except (re.error, TypeError) as error:
+            except re.error as error:
                 raise ValueError(f"target_patterns: {pattern!r} is not a regular expression: {error}") from None
 
 
 @dataclass(kw_only=True, slots=True)
-class TrainConfig:
-    """One training run: processed data in, a plain Hugging Face checkpoint out."""
+class TrainConfig(SubspaceConfig):
+    """Everything that a training run depends on: the parameters of `osft()`, of `osft train` and of the component."""
 
     model_path: str
-    """Folder of the model to tune (config.json and safetensors)."""
+    """Folder of the model to tune (config.json and safetensors) or its Hugging Face id, `org/name` or
+    `org/name@revision`."""
 
     data_path: str
-    """Folder that `osft.data.prepare` wrote."""
+    """Training data as JSON lines: a file, a folder of .jsonl files, or a glob. See `use_processed_dataset` and
+    `is_pretraining` for what a line holds; otherwise {"messages": [{"role": …, "content": …}, …]}."""
 
-    factors_path: str
-    """Manifest of the factor set that `osft.subspace.factor_store.precompute` wrote for this model."""
-
-    output_dir: str
-    """Where `checkpoint/` (the final model), `metrics.jsonl` and `training.json` are written."""
-
-    subspace: SubspaceConfig
-    """Which weights learn, and in which directions."""
-
-    effective_batch_size: int = 32
+    effective_batch_size: Annotated[int, Bounds(low=1)]
     """Samples per optimizer step, over all processes and accumulation steps."""
 
-    max_tokens_per_gpu: int = 2048
-    """Hard bound on the tokens of one micro-batch of one process."""
+    max_tokens_per_gpu: Annotated[int, Bounds(low=1)]
+    """Hard bound on the tokens of one micro-batch of one process. The way to less memory, with no effect on the
+    result: more micro-batches make up a step."""
 
-    learning_rate: float = 1e-4
+    max_seq_len: Annotated[int, Bounds(low=2)]
+    """Longest sample in tokens; longer ones are dropped, and their number and share of tokens reported."""
+
+    learning_rate: Annotated[float, Bounds(low=0.0)]
     """Peak learning rate of AdamW."""
 
-    num_epochs: int = 1
+    ckpt_output_dir: str
+    """Folder for checkpoints (`hf_format/samples_<n>`, plain Hugging Face models), metrics and training state."""
+
+    data_output_dir: str | None = None
+    """Folder for prepared data and factors. None: `_internal_data_processing` in ckpt_output_dir. Shared between
+    runs, it spares them the work: what is in it is found by content."""
+
+    use_processed_dataset: bool = False
+    """data_path is already tokenized for this model: records with `input_ids` and `labels` (JSON lines, Parquet, or a
+    folder of `datasets`), where a label of -100 takes a token out of the loss."""
+
+    unmask_messages: bool = False
+    """Loss on all messages but the system's. False: on the assistant's. A record decides for itself with
+    `"unmask": true`."""
+
+    is_pretraining: bool = False
+    """Train on raw documents: they are joined, an end-of-text token after each, and cut into blocks of exactly
+    block_size tokens, with loss on all. The remainder that fills no block is dropped and reported."""
+
+    block_size: Annotated[int | None, Bounds(low=2)] = None
+    """Tokens of a block. Required with is_pretraining, and of no use without."""
+
+    document_column_name: str = "document"
+    """With is_pretraining: the key of a record's text."""
+
+    num_epochs: Annotated[int, Bounds(low=1)] = 1
     """Passes over the training set."""
 
-    max_steps: int | None = None
-    """Stop after this many optimizer steps, whatever `num_epochs` says."""
+    max_steps: Annotated[int | None, Bounds(low=1)] = None
+    """Stop after this many optimizer steps, whatever num_epochs says."""
 
     lr_scheduler: str = "cosine"
-    """A scheduler name that `transformers.get_scheduler` knows."""
+    """A learning-rate schedule by its name in `transformers` (`SchedulerType`): cosine, linear, constant,
+    cosine_with_min_lr, …"""
 
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Bounds(low=0)] = 0
     """Steps over which the learning rate rises linearly from 0 to its peak."""
 
-    weight_decay: float = 0.0
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of the schedule, such as {"min_lr": "1e-6"}. Strings that are numbers, true or false become
+    those."""
+
+    weight_decay: Annotated[float, Bounds(low=0.0)] = 0.0
     """Decoupled weight decay of AdamW. It acts on the update, not on the model: it pulls back to the base model."""
 
-    beta1: float = 0.9
+    beta1: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.9
     """AdamW's decay of the gradient's first moment."""
 
-    beta2: float = 0.95
+    beta2: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.95
     """AdamW's decay of the gradient's second moment."""
 
-    eps: float = 1e-8
+    eps: Annotated[float, Bounds(low=0.0)] = 1e-8
     """AdamW's term for numerical stability."""
 
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Bounds(low=0.0)] = 1.0
     """Clip the gradient's global 2-norm to this; 0 turns clipping off."""
+
+    seed: Annotated[int, Bounds(low=0)] = 42
+    """Seed of the sample order. The same seed on the same machine gives the same losses, bit for bit. Dropout is off:
+    with it the losses would depend on how the work is cut."""
+
+    validation_split: Annotated[float, Bounds(low=0.0, high=0.99)] = 0.0
+    """Share of the data that is held out for the validation loss. Which side a record falls on depends on its
+    content only."""
+
+    validation_data_path: str | None = None
+    """Data for the validation loss, of the same kind as data_path. Instead of validation_split."""
+
+    validation_frequency: Annotated[int | None, Bounds(low=1)] = None
+    """Optimizer steps between two validations. None: at the end of each epoch. The last step is always validated."""
+
+    save_best_val_loss: bool = False
+    """Also keep the model with the lowest validation loss, as `hf_format/samples_<n>_best_val_loss`."""
+
+    checkpoint_at_epoch: bool = False
+    """Write a model at the end of each epoch."""
+
+    save_final_checkpoint: bool = True
+    """Write the model when training ends."""
+
+    save_state_minutes: Annotated[float, Bounds(low=0.0)] = 15.0
+    """Minutes between two savings of the training state (coefficients, optimizer, position), from which a run that
+    was killed goes on. 0: only when the run is asked to end (SIGTERM)."""
+
+    save_state_steps: Annotated[int | None, Bounds(low=1)] = None
+    """Optimizer steps between two savings of the training state. None: by the clock only."""
+
+    resume: str = "auto"
+    """"auto": go on from the newest training state of the same run in ckpt_output_dir, and return a finished run as it
+    is. "off": begin anew; what the folder holds of an earlier run is replaced. Else the path of a training state,
+    `…/state/step-<n>`."""
+
+    nproc_per_node: Annotated[int | Literal["auto", "gpu"], Bounds(low=1)] = "auto"
+    """Processes on this node. "gpu": one per GPU. "auto": the same, or one on a machine without a GPU."""
+
+    nnodes: Annotated[int, Bounds(low=1)] = 1
+    """Nodes that train together; call the function on each of them."""
+
+    node_rank: Annotated[int, Bounds(low=0)] = 0
+    """Rank of this node, from 0 to nnodes - 1. Node 0 is the master and writes the checkpoints."""
+
+    rdzv_id: int | str | None = None
+    """Id of the job, the same on all nodes. None: a random one on a single node, else "osft"."""
+
+    rdzv_endpoint: str | None = None
+    """Where the nodes meet, "host:port" of node 0. Required with more than one node, unless master_addr is given."""
+
+    master_addr: str | None = None
+    """Host of node 0; instead of rdzv_endpoint, with master_port."""
+
+    master_port: Annotated[int | None, Bounds(low=1, high=65535)] = None
+    """Port of node 0 that goes with master_addr. None: 29500, as torchrun."""
+
+    use_liger: bool | None = None
+    """Liger kernels (the extra `osft[liger]`, CUDA only). None: where both are there. True: refuse to run without."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
-    attn_implementation: str = "sdpa"
-    """Attention kernel, as `transformers` names it."""
+    attn_implementation: str | None = None
+    """Attention kernel, as `transformers` names it: sdpa, eager, flash_attention_2, … None: sdpa, or eager for an
+    architecture that does not support it (Gemma 2, gpt-oss)."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Computation dtype. "auto": bfloat16 on CUDA, float32 on CPUs. The trained coefficients are always float32."""
 
-    seed: int = 42
-    """Seed of the sample order."""
-
-    nproc_per_node: int | None = None
-    """Processes to start. None: one per visible GPU, or one on a machine without."""
-
     trust_remote_code: bool = False
     """Run Python code that the model's repository brings along. Leave off unless you have read it."""
 
+    factors: str | None = None
+    """Precomputed decompositions: the manifest of a factor set, or a factor store's folder, in which what is missing
+    is computed. None: the store `factors` in data_output_dir."""
+
+    mlflow_tracking_uri: str | None = None
+    """Log the run to this MLflow server (or `sqlite:///…`). None: MLFLOW_TRACKING_URI, or no logging where that is not
+    set."""
+
+    mlflow_experiment_name: str | None = None
+    """MLflow experiment. None: MLFLOW_EXPERIMENT_NAME, or "osft"."""
+
+    mlflow_run_name: str | None = None
+    """Name of the MLflow run. None: MLflow makes one up."""
+
+    tensorboard_log_dir: str | None = None
+    """Write TensorBoard event files to this folder (the extra `osft[tensorboard]`)."""
+
+    dry_run: bool = False
+    """Check everything, and return what would be done (samples, tokens, steps, memory, number of GPUs) without loading
+    weights or starting a process."""
+
     def __post_init__(self) -> None:
-        if isinstance(self.subspace, dict):
-            self.subspace = SubspaceConfig(**self.subspace)
-        for name in ("model_path", "data_path", "factors_path", "output_dir"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value:
-                raise ValueError(f"{name} must be a non-empty string, got {value!r}")
-        for name in ("effective_batch_size", "max_tokens_per_gpu", "num_epochs"):
-            _number(name, getattr(self, name), low=1, whole=True)
-        for name in ("max_steps", "nproc_per_node"):
-            if getattr(self, name) is not None:
-                _number(name, getattr(self, name), low=1, whole=True)
-        _number("warmup_steps", self.warmup_steps, low=0, whole=True)
-        _number("seed", self.seed, low=0, whole=True)
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "eps"):
-            _number(name, getattr(self, name), low=0.0)
-        for name in ("beta1", "beta2"):
-            _number(name, getattr(self, name), low=0.0, high=1.0)
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype must be auto, float32 or bfloat16, got {self.dtype!r}")
-        from transformers import SchedulerType
+        if isinstance(self.target_patterns, str):
+            raise ValueError(f"target_patterns must be a list of strings, got the string {self.target_patterns!r}")
+        SubspaceConfig.__post_init__(self)
+        for name in ("model_path", "data_path", "ckpt_output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        self._check_data_mode()
+        self._check_schedule()
+        self._check_processes()
+
+    def _check_data_mode(self) -> None:
+        if self.is_pretraining and self.block_size is None:
+            raise ValueError("block_size is required with is_pretraining=True: the tokens of a block, such as 1024")
+        if self.is_pretraining and (self.unmask_messages or self.use_processed_dataset):
+            other = "unmask_messages" if self.unmask_messages else "use_processed_dataset"
+            raise ValueError(f"is_pretraining=True and {other}=True exclude each other. Turn one of them off")
+        if self.validation_split and self.validation_data_path:
+            raise ValueError("validation_split and validation_data_path exclude each other. Give one of them")
+        if not (self.validation_split or self.validation_data_path):
+            for name in ("validation_frequency", "save_best_val_loss"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} needs validation data: give validation_split or validation_data_path")
+        if self.block_size is not None:
+            if not self.is_pretraining:
+                warnings.warn("block_size is of use with is_pretraining=True only; it is ignored", stacklevel=4)
+                return
+            for name in ("max_seq_len", "max_tokens_per_gpu"):
+                if self.block_size > getattr(self, name):
+                    raise ValueError(f"block_size={self.block_size} is more than {name}={getattr(self, name)}")
+
+    def _check_schedule(self) -> None:
+        import torch
+        from torch import nn
+        from torch.optim import AdamW
+        from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 
         known = [scheduler.value for scheduler in SchedulerType]
         if self.lr_scheduler not in known:
             raise ValueError(f"lr_scheduler {self.lr_scheduler!r} is unknown; known are {', '.join(known)}")
+        if self.warmup_steps:
+            if self.lr_scheduler == "constant":
+                self.lr_scheduler = "constant_with_warmup"
+            if self.lr_scheduler in ("reduce_lr_on_plateau", "greedy"):
+                raise ValueError(f"lr_scheduler={self.lr_scheduler!r} has no warm-up. Set warmup_steps to 0")
+        self.lr_scheduler_kwargs = {key: _converted(value) for key, value in self.lr_scheduler_kwargs.items()}
+        make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(self.lr_scheduler)]
+        signature = inspect.signature(make).parameters
+        try:
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
+                given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+                refuse_unknown(self.lr_scheduler_kwargs, [name for name in signature if name not in given])
+            self.make_scheduler(AdamW([nn.Parameter(torch.zeros(1))], lr=self.learning_rate), num_training_steps=1000)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"lr_scheduler_kwargs of {self.lr_scheduler!r}: {error}") from None
+
+    def make_scheduler(self, optimizer: "Optimizer", *, num_training_steps: int) -> Any:
+        """The learning-rate schedule of these settings."""
+        from transformers import get_scheduler
+
+        return get_scheduler(
+            self.lr_scheduler,
+            optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=dict(self.lr_scheduler_kwargs),
+        )
+
+    def _check_processes(self) -> None:
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank must be less than nnodes={self.nnodes}, got {self.node_rank}")
+        if self.rdzv_endpoint and self.master_addr:
+            raise ValueError("rdzv_endpoint and master_addr exclude each other. Give one of them")
+        if self.master_port and not self.master_addr:
+            raise ValueError("master_port goes with master_addr. Give both, or rdzv_endpoint='host:port'")
+        if self.nnodes > 1 and not (self.rdzv_endpoint or self.master_addr):
+            raise ValueError("rdzv_endpoint is required with nnodes > 1: 'host:port' of node 0, the same on all nodes")
+        if self.rdzv_endpoint and not re.fullmatch(r".+:\d{1,5}", self.rdzv_endpoint):
+            raise ValueError(f"rdzv_endpoint must be 'host:port', got {self.rdzv_endpoint!r}")
+
+    @classmethod
+    def from_parameters(cls, given: Mapping[str, Any]) -> "TrainConfig":
+        """The settings from named values, where None stands for the default.
+
+        Raises ValueError for an unknown name (with the nearest known one), for required ones that are missing, and
+        for values that cannot be.
+        """
+        known = parameters(cls)
+        refuse_unknown(given, known)
+        values = {name: value for name, value in given.items() if value is not None}
+        missing = [name for name, parameter in known.items() if parameter.required and name not in values]
+        if missing:
+            raise ValueError(f"required parameters are missing: {', '.join(missing)}")
+        return cls(**values)
+
+    @property
+    def subspace(self) -> SubspaceConfig:
+        """Only what determines the factors."""
+        return SubspaceConfig(**{f.name: getattr(self, f.name) for f in fields(SubspaceConfig)})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values; `TrainConfig(**d)` restores them."""
         return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that determine the result. Two runs that differ only in others are one run."""
+        return {name: value for name, value in self.to_dict().items() if name not in _NOT_IDENTITY}
+
+
+_NOT_IDENTITY = frozenset(
+    {
+        *("ckpt_output_dir", "data_output_dir", "resume", "save_state_minutes", "save_state_steps", "dry_run"),
+        *("nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"),
+        *("max_tokens_per_gpu", "gradient_checkpointing", "use_liger", "attn_implementation", "trust_remote_code"),
+        *("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "tensorboard_log_dir"),
+    }
+)
+"""How and where a run is executed, saved and logged, not what it computes."""
+
+
+def _converted(value: Any) -> Any:
+    """A schedule's argument: the documented type of the values is str, schedules want numbers."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return float(value)  # 1E-6, .5 and other spellings that JSON does not know
+    except ValueError:
+        return value

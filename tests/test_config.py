@@ -1,11 +1,24 @@
 """Settings are refused where they are set, by name and with the allowed range."""
 
+import json
+import re
+
+import numpy as np
 import pytest
 
 from osft.config import SubspaceConfig, TrainConfig
+from osft.parameters import parameters
 
-PATHS = {"model_path": "m", "data_path": "d", "factors_path": "f", "output_dir": "o"}
-QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25)
+REQUIRED = {
+    "model_path": "m",
+    "data_path": "d",
+    "ckpt_output_dir": "o",
+    "unfreeze_rank_ratio": 0.25,
+    "effective_batch_size": 8,
+    "max_tokens_per_gpu": 512,
+    "max_seq_len": 256,
+    "learning_rate": 1e-4,
+}
 
 
 @pytest.mark.parametrize(
@@ -15,9 +28,9 @@ QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25)
         (1.5, r"between 0.0 and 1.0, got 1.5"),
         (-0.1, r"between 0.0 and 1.0"),
         (float("nan"), r"between 0.0 and 1.0"),
-        ("a", r"must be a number, got 'a' \(str\)"),
-        (True, "must be a number"),
-        (None, "must be a number"),
+        ("a", r"must be float, got 'a' \(str\)"),
+        (True, "must be float"),
+        (None, "must be float"),
     ],
 )
 def test_bad_ratio_is_refused(ratio, problem):
@@ -28,13 +41,14 @@ def test_bad_ratio_is_refused(ratio, problem):
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ({"free_subspace": "both"}, "free_subspace must be one of"),
-        ({"target_patterns": "q_proj"}, "must be a list of strings"),
-        ({"target_patterns": ["("]}, "'\\(' is not a regular expression"),
+        ({"free_subspace": "both"}, "free_subspace must be 'complement' | 'core', got 'both'"),
+        ({"rank_allocation": "best"}, "rank_allocation must be 'uniform' | 'adaptive'"),
+        ({"target_patterns": "q_proj"}, "target_patterns must be list[str] | None"),
+        ({"target_patterns": ["("]}, "'(' is not a regular expression"),
     ],
 )
 def test_bad_subspace_is_refused(setting, problem):
-    with pytest.raises(ValueError, match=problem):
+    with pytest.raises(ValueError, match=re.escape(problem)):
         SubspaceConfig(unfreeze_rank_ratio=0.25, **setting)
 
 
@@ -44,6 +58,7 @@ def test_bad_subspace_is_refused(setting, problem):
         {"effective_batch_size": 0},
         {"effective_batch_size": 2.5},
         {"max_tokens_per_gpu": 0},
+        {"max_seq_len": 1},
         {"learning_rate": -1e-4},
         {"learning_rate": "fast"},
         {"num_epochs": 0},
@@ -53,17 +68,47 @@ def test_bad_subspace_is_refused(setting, problem):
         {"lr_scheduler": "cosinus"},
         {"dtype": "int8"},
         {"nproc_per_node": 0},
+        {"nproc_per_node": "all"},
+        {"master_port": 70000},
         {"seed": -1},
         {"model_path": ""},
+        {"save_best_val_loss": True},
+        {"validation_frequency": 2},
     ],
+    ids=str,
 )
 def test_bad_training_setting_is_refused_by_name(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
-        TrainConfig(**(PATHS | {"subspace": QUARTER} | setting))
+        TrainConfig(**(REQUIRED | setting))
+
+
+def test_values_of_numpy_and_of_whole_numbers_become_plain():
+    config = TrainConfig(**(REQUIRED | {"seed": np.int64(3), "learning_rate": 1, "max_steps": np.int32(5)}))
+    assert json.loads(json.dumps(config.to_dict()))["seed"] == 3
+    assert isinstance(config.learning_rate, float)
+
+
+def test_block_size_without_pretraining_is_said_to_be_ignored():
+    with pytest.warns(UserWarning, match="block_size is of use with is_pretraining=True only"):
+        TrainConfig(**REQUIRED, block_size=16)
 
 
 def test_settings_survive_json():
-    import json
-
-    config = TrainConfig(**PATHS, subspace=QUARTER, max_steps=3)
+    config = TrainConfig(**REQUIRED, max_steps=3, lr_scheduler_kwargs={"num_cycles": "0.5"})
     assert TrainConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_none_stands_for_the_default():
+    given = REQUIRED | {"seed": None, "lr_scheduler": None, "nnodes": None}
+    assert TrainConfig.from_parameters(given) == TrainConfig(**REQUIRED)
+
+
+def test_every_setting_is_documented():
+    undocumented = [name for name, parameter in parameters(TrainConfig).items() if len(parameter.doc) < 20]
+    assert undocumented == []
+
+
+def test_subspace_settings_are_a_part_of_the_training_settings():
+    config = TrainConfig(**REQUIRED, free_subspace="core", target_patterns=["q_proj"])
+    expected = SubspaceConfig(unfreeze_rank_ratio=0.25, free_subspace="core", target_patterns=["q_proj"])
+    assert config.subspace == expected
