@@ -1,0 +1,191 @@
+"""How many samples and tokens a training run reads, without preparing its data."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osft.config import TrainConfig
+from osft.data.chat import Sample, tokenize
+from osft.data.records import DataError, data_files, read_records
+from osft.data.split import is_held_out
+
+MAX_COUNTED = 1000
+"""Up to so many records are tokenized; of more, so many that are spread evenly."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataCounts:
+    """One epoch of the training set."""
+
+    samples: int
+    """With token counts: those that are trained on. Without: all records, none being known to be too long."""
+    tokens: int | None
+    """None where the model's folder has no tokenizer."""
+    loss_tokens: int | None
+    dropped_samples: int | None
+    """Longer than max_seq_len."""
+    dropped_tokens: int | None
+    """In these samples; with is_pretraining, after the last whole block."""
+    largest_loss_share: float
+    """Of the tokens of any sample, the largest share that has a loss."""
+    counted: int
+    """Records that were tokenized, or read as tokens."""
+    exact: bool
+    """False if the numbers were extrapolated from those that were counted, or are upper bounds."""
+
+
+def count_data(config: TrainConfig, folder: Path) -> DataCounts:
+    """Count the training data of `config` with the tokenizer in the model's `folder`. Writes nothing.
+
+    Raises FileNotFoundError and DataError as the preparation does, and ValueError for a sample that is longer than
+    `max_tokens_per_gpu`.
+    """
+    if config.use_processed_dataset:
+        if (Path(config.data_path) / "dataset.json").is_file():
+            return _from_statistics(config)
+        sources, samples = _processed(config, folder)
+        return _count(config, sources, samples, total=len(samples))
+    if not any(file.name.startswith(("tokenizer", "vocab", "merges")) for file in folder.iterdir()):
+        return _without_tokenizer(config)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    if config.is_pretraining:
+        return _count_documents(config, tokenizer)
+    records = [
+        record
+        for record in read_records(config.data_path)
+        if not is_held_out(record.prompt_hash, config.validation_split)
+    ]
+    if not records:
+        raise DataError(f"{config.data_path}: validation_split={config.validation_split} leaves no training sample")
+    chosen = [records[position] for position in _spread(len(records))]
+    samples = [tokenize(record, tokenizer, unmask_messages=config.unmask_messages) for record in chosen]
+    return _count(config, [record.source for record in chosen], samples, total=len(records))
+
+
+def _spread(count: int) -> Sequence[int]:
+    """All positions, or MAX_COUNTED of them at equal distances."""
+    if count <= MAX_COUNTED:
+        return range(count)
+    return [position * count // MAX_COUNTED for position in range(MAX_COUNTED)]
+
+
+def _count(config: TrainConfig, sources: Sequence[str], samples: Sequence[Sample], *, total: int) -> DataCounts:
+    """Counts of `total` samples, of which some or all are given."""
+    kept, dropped_tokens = [], 0
+    for source, sample in zip(sources, samples, strict=True):
+        length = len(sample.input_ids)
+        if length > config.max_seq_len:
+            dropped_tokens += length
+        elif length > config.max_tokens_per_gpu:
+            raise ValueError(
+                f"{source}: the sample has {length} tokens, more than max_tokens_per_gpu={config.max_tokens_per_gpu}. "
+                "Raise that, or lower max_seq_len, which drops longer samples"
+            )
+        else:
+            kept.append((length, sample.num_loss_tokens))
+    if not kept:
+        raise DataError(f"{config.data_path}: every sample is longer than max_seq_len={config.max_seq_len}. Raise it")
+    scale = total / len(samples)
+    return DataCounts(
+        samples=round(scale * len(kept)),
+        tokens=round(scale * sum(length for length, _ in kept)),
+        loss_tokens=round(scale * sum(loss for _, loss in kept)),
+        dropped_samples=round(scale * (len(samples) - len(kept))),
+        dropped_tokens=round(scale * dropped_tokens),
+        largest_loss_share=max(loss / length for length, loss in kept),
+        counted=len(samples),
+        exact=len(samples) == total,
+    )
+
+
+def _processed(config: TrainConfig, folder: Path) -> tuple[list[str], list[Sample]]:
+    """All records that are tokenized already, checked as the preparation does."""
+    from osft.data.processed import check_row, read_rows
+    from osft.training.inputs import vocabulary_size
+
+    vocabulary = vocabulary_size(folder, trust_remote_code=config.trust_remote_code)
+    sources, samples = [], []
+    for source, row in read_rows(config.data_path):
+        input_ids, labels = check_row(row, source, vocabulary)
+        if not is_held_out(hashlib.sha256(input_ids.tobytes()).hexdigest(), config.validation_split):
+            sources.append(source)
+            samples.append(Sample(input_ids.tolist(), labels.tolist()))
+    return sources, samples
+
+
+def _count_documents(config: TrainConfig, tokenizer: Any) -> DataCounts:
+    """Blocks of the joined documents, an end-of-text token after each."""
+    from osft.data.documents import read_documents
+
+    def texts() -> Iterator[str]:
+        for text, _ in read_documents(config.data_path, config.document_column_name):
+            if not is_held_out(hashlib.sha256(text.encode()).hexdigest(), config.validation_split):
+                yield text
+
+    block_size = config.block_size
+    assert block_size is not None, "checked by TrainConfig"
+    total = sum(1 for _ in texts())  # read twice rather than kept: a corpus may not fit into memory
+    chosen = set(_spread(total))
+    counted = 0
+    for position, text in enumerate(texts()):
+        if position in chosen:
+            tokens = tokenizer(text, verbose=False)["input_ids"]
+            counted += len(tokens) + (not tokens or tokens[-1] != tokenizer.eos_token_id)
+    found = round(counted * total / max(1, len(chosen)))
+    blocks, remainder = divmod(found, block_size)
+    if not blocks:
+        raise DataError(
+            f"{config.data_path}: the {total} training documents have {found} tokens, less than one block of "
+            f"block_size={block_size}. Give more documents or a smaller block_size"
+        )
+    return DataCounts(
+        samples=blocks,
+        tokens=blocks * block_size,
+        loss_tokens=blocks * (block_size - 1),
+        dropped_samples=0,
+        dropped_tokens=remainder,
+        largest_loss_share=(block_size - 1) / block_size,
+        counted=len(chosen),
+        exact=len(chosen) == total,
+    )
+
+
+def _from_statistics(config: TrainConfig) -> DataCounts:
+    """What the preparation wrote down about a dataset."""
+    from osft.training.inputs import check_lengths
+
+    check_lengths(Path(config.data_path), config.max_tokens_per_gpu)
+    found = json.loads((Path(config.data_path) / "dataset.json").read_text(encoding="utf-8"))
+    return DataCounts(
+        samples=found["num_train_samples"],
+        tokens=found["num_tokens"],
+        loss_tokens=found["num_loss_tokens"],
+        dropped_samples=found["dropped_as_too_long"]["samples"],
+        dropped_tokens=found["dropped_as_too_long"]["tokens"],
+        largest_loss_share=1.0,
+        counted=found["num_train_samples"],
+        exact=True,
+    )
+
+
+def _without_tokenizer(config: TrainConfig) -> DataCounts:
+    """The number of lines is all that is known."""
+    records = 0
+    for file in data_files(config.data_path):
+        with file.open(encoding="utf-8") as lines:
+            records += sum(1 for line in lines if line.strip())
+    return DataCounts(
+        samples=records,
+        tokens=None,
+        loss_tokens=None,
+        dropped_samples=None,
+        dropped_tokens=None,
+        largest_loss_share=1.0,
+        counted=0,
+        exact=False,
+    )

@@ -1,0 +1,286 @@
+"""How much memory a training process needs on its GPU, from the model's shapes alone.
+
+What stays for the whole run is counted on the layers themselves, with the same division into rows that loading uses.
+What the backward pass needs is counted too, not guessed: a forward pass on the meta device, which computes shapes and
+no values, shows every tensor that autograd saves.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from osft.data.packing import MicroBatch
+from osft.likelihood import ELEMENTS_AT_ONCE, target_logits
+from osft.subspace.model import osft_layers
+from osft.subspace.targets import transformer_blocks
+from osft.training.sharded_model import local_rows
+
+CONTEXT_BYTES = 2**30
+"""Allowance for what CUDA and its libraries take before the first tensor: context, kernels, workspaces."""
+NCCL_BYTES = 2**30
+"""Allowance for the buffers of NCCL's communicators, with more than one process."""
+FRAGMENTATION = 0.05
+"""Allowance for what the caching allocator holds and cannot use, as a share of the tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLine:
+    """One part of the memory of a GPU."""
+
+    name: str
+    bytes: int
+    explanation: str
+    """How it is counted, in a sentence."""
+
+
+def static_lines(model: PreTrainedModel, world_size: int = 1) -> list[MemoryLine]:
+    """What the first of `world_size` processes, which has no fewer rows than any other, holds from load to end.
+
+    `model` has its OSFT layers, on any device. Gradients and optimizer moments, which come with the first step, are
+    counted with the coefficients.
+    """
+    layers = [layer for _, layer in osft_layers(model)]
+    coefficients = [layer.coefficients for layer in layers]
+    bases = [basis for layer in layers for basis in (layer.left_basis, layer.right_basis) if basis is not None]
+    base_weights = [layer.base_weight for layer in layers]
+    frozen = [layer.frozen_basis for layer in layers if layer.frozen_basis is not None]
+    own = {id(tensor) for tensor in (*coefficients, *bases, *base_weights, *frozen)}
+    weights = [parameter for parameter in model.parameters() if id(parameter) not in own]
+    buffers = [buffer for buffer in model.buffers() if id(buffer) not in own]
+
+    def sharded(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(_first_rows_bytes(tensor, world_size) for tensor in tensors)
+
+    shards = "all rows" if world_size == 1 else f"1/{world_size} of the rows"
+    return [
+        MemoryLine("weights", sharded(weights), f"{_dtypes(weights)}, {shards} of every weight of the model"),
+        MemoryLine(
+            "base weights",
+            sharded(base_weights),
+            f"{_dtypes(base_weights)}, {shards} of the {len(layers)} target weights as the checkpoint stores them; "
+            "each step adds the update to them",
+        ),
+        MemoryLine(
+            "bases", sharded(bases), f"float32, {shards} of the unfrozen directions that the update is expressed in"
+        ),
+        MemoryLine(
+            "frozen bases",
+            sharded(frozen),
+            f"float32, {shards} of what keeps the long side of weights that are not square orthogonal to the frozen "
+            "directions"
+            if frozen
+            else "none: no weight has a side that needs a projection",
+        ),
+        MemoryLine(
+            "coefficients",
+            4 * sharded(coefficients),
+            f"16 bytes for each of {sum(c.numel() for c in coefficients):,} trained numbers / {world_size}: float32 "
+            "value, gradient and AdamW's two moments",
+        ),
+        MemoryLine("buffers", sum(b.nbytes for b in buffers), "whole on every GPU: frequencies of rotary embeddings"),
+    ]
+
+
+def gathered_line(model: PreTrainedModel, world_size: int) -> MemoryLine:
+    """What FSDP2 gathers from the other processes while it computes."""
+    if world_size == 1:
+        return MemoryLine("gathered by FSDP2", 0, "nothing: there is one process")
+    blocks = [list(block.parameters()) for block in transformer_blocks(model)[1]]
+    inside = {id(parameter) for block in blocks for parameter in block}
+    root = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
+    largest = max(sum(parameter.nbytes for parameter in block) for block in blocks)
+    gradients = max(sum(parameter.nbytes for parameter in block if parameter.requires_grad) for block in blocks)
+    return MemoryLine(
+        "gathered by FSDP2",
+        root + 2 * largest + 2 * gradients,
+        f"whole: embeddings and head ({_mib(root)}), the largest block and the prefetched next one "
+        f"(2 x {_mib(largest)}), a block's gradients and the copy that is reduced (2 x {_mib(gradients)})",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Bytes that the forward pass of one micro-batch saves for the backward pass, each storage counted once."""
+
+    outside_blocks: int
+    blocks: int
+    """In all transformer blocks together, their inputs included."""
+    block_inputs: int
+    largest_block: int
+    """In one block, without its input."""
+
+    def total(self, *, gradient_checkpointing: bool) -> int:
+        """With gradient checkpointing only the blocks' inputs stay, and one block is computed again at a time."""
+        if gradient_checkpointing:
+            return self.outside_blocks + self.block_inputs + self.largest_block
+        return self.outside_blocks + self.blocks
+
+
+def count_activations(model: PreTrainedModel, batch: MicroBatch) -> Activations:
+    """Count what autograd saves of a forward pass up to the logits, without parameters and buffers.
+
+    Model and batch are on the same device, meta or another. The logits and the loss are not counted.
+    """
+    fixed = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    alive: list[torch.Tensor] = []  # a storage that is freed gives its address to another
+    size: dict[int, int] = {}
+    saved: dict[int | None, set[int]] = {None: set()}
+    inputs: set[int] = set()
+    block: int | None = None
+
+    def count(tensor: torch.Tensor, into: set[int]) -> None:
+        address = _storage(tensor)
+        if address not in fixed:
+            alive.append(tensor)
+            size[address] = tensor.untyped_storage().nbytes()
+            into.add(address)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        count(tensor, saved[block])
+        return tensor
+
+    def enter(number: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal block
+            block = number
+            count(args[0] if args else kwargs["hidden_states"], inputs)
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        nonlocal block
+        block = None
+
+    hooks = []
+    for number, module in enumerate(transformer_blocks(model)[1]):
+        saved[number] = set()
+        hooks += [
+            module.register_forward_pre_hook(enter(number), with_kwargs=True),
+            module.register_forward_hook(leave),
+        ]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = target_logits(model.train(), batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    del logits
+
+    def total(addresses: Iterable[int]) -> int:
+        return sum(size[address] for address in addresses)
+
+    outside = saved.pop(None)
+    return Activations(
+        outside_blocks=total(outside - inputs),
+        blocks=total(inputs.union(*saved.values()) - (outside - inputs)),
+        block_inputs=total(inputs),
+        largest_block=max(total(own - inputs - outside) for own in saved.values()),
+    )
+
+
+def logits_line(model: PreTrainedModel, num_loss_tokens: int) -> MemoryLine:
+    """The peak around the loss, in its backward pass."""
+    head = model.get_output_embeddings().weight
+    numbers = num_loss_tokens * head.shape[0]
+    slices = 8 * min(numbers, ELEMENTS_AT_ONCE)
+    return MemoryLine(
+        "logits",
+        2 * head.itemsize * numbers + slices,
+        f"{num_loss_tokens:,} loss tokens x {head.shape[0]:,} words, {_dtypes([head])}, and their gradient; "
+        f"{_mib(slices)} for the rows that are in float32 at a time; tokens without loss have none",
+    )
+
+
+def allowance_line(tensor_bytes: int, world_size: int) -> MemoryLine:
+    """What is not a tensor."""
+    context = CONTEXT_BYTES + (NCCL_BYTES if world_size > 1 else 0)
+    parts = "1 GiB for CUDA's context" + (", 1 GiB for NCCL" if world_size > 1 else "")
+    return MemoryLine(
+        "allowance",
+        context + int(FRAGMENTATION * tensor_bytes),
+        f"not counted but set aside: {parts} and {FRAGMENTATION:.0%} of the above for fragmentation",
+    )
+
+
+class _FusedAttention(torch.autograd.Function):
+    """A fused kernel's output, in shape, and what such a kernel saves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch, heads, length, _ = query.shape
+        output = query.new_zeros(batch, length, heads, value.shape[-1])
+        log_sum_exp = query.new_zeros(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, log_sum_exp, bias)
+        return output
+
+
+def _flash(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
+) -> tuple[torch.Tensor, None]:
+    return _FusedAttention.apply(query, key, value, None), None
+
+
+def _sdpa(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """PyTorch's attention with the mask that keeps packed samples apart.
+
+    The mask rules out grouped key and value heads, and each call turns it into a bias of its own.
+    """
+    length = query.shape[2]
+    bias = query.new_zeros(1, 1, length, length)
+    return _FusedAttention.apply(query, *_all_heads(query, key, value), bias), None
+
+
+def _eager(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
+) -> tuple[torch.Tensor, None]:
+    key, value = _all_heads(query, key, value)
+    scores = torch.softmax(query @ key.mT, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (scores @ value).transpose(1, 2).contiguous(), None
+
+
+def _all_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+# Registered without a mask function: transformers then makes no mask, which it cannot on the meta device.
+for _name, _function in (("flash", _flash), ("sdpa", _sdpa), ("eager", _eager)):
+    AttentionInterface.register(f"osft_counted_{_name}", _function)
+
+
+def use_counted_attention(model: PreTrainedModel, attn_implementation: str) -> str:
+    """Replace the attention of `model` by one that saves what `attn_implementation` saves, on any device.
+
+    Returns its kind: "sdpa", "eager", or "flash" for every other, all of which keep no matrix of T x T numbers.
+    """
+    kind = attn_implementation if attn_implementation in ("sdpa", "eager") else "flash"
+    model.config._attn_implementation = f"osft_counted_{kind}"
+    return kind
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _first_rows_bytes(tensor: torch.Tensor, world_size: int) -> int:
+    """Bytes of the rows of a whole tensor that the first process holds."""
+    start, stop = local_rows(tensor.shape[0], 0, world_size)
+    return (stop - start) * (tensor.nbytes // tensor.shape[0])
+
+
+def _dtypes(tensors: Iterable[torch.Tensor]) -> str:
+    return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})) or "none"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,267 @@
+"""What a training run would do, from its settings, its data and the model's config.json: `dry_run` of `osft()`.
+
+No weights are read, no process is started and nothing is written.
+"""
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from osft.config import TrainConfig
+from osft.data.chat import Sample
+from osft.data.packing import collate
+from osft.models import empty_model, model_folder
+from osft.subspace.model import inject_empty, osft_layers
+from osft.subspace.rank_allocation import allocate_ranks
+from osft.subspace.targets import select_targets
+from osft.training.data_counts import DataCounts, count_data
+from osft.training.loop import num_steps
+from osft.training.memory import (
+    FRAGMENTATION,
+    Activations,
+    MemoryLine,
+    allowance_line,
+    count_activations,
+    gathered_line,
+    logits_line,
+    static_lines,
+    use_counted_attention,
+)
+
+GPUS_PER_NODE = 8
+"""Where nproc_per_node is no number."""
+MAX_GPUS = 4096
+"""Beyond, what is sharded weighs nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """The peak on one GPU of so many."""
+
+    gpus: int
+    lines: tuple[MemoryLine, ...]
+
+    @property
+    def bytes(self) -> int:
+        """The sum of the lines."""
+        return sum(line.bytes for line in self.lines)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """What a run with these settings would do."""
+
+    model_path: str
+    data: DataCounts
+    steps: int
+    """Optimizer steps."""
+    epochs: int
+    effective_batch_size: int
+    trainable_parameters: int
+    total_parameters: int
+    num_target_weights: int
+    ranks: tuple[int, int]
+    """Fewest and most unfrozen directions of a target weight."""
+    memory: tuple[MemoryEstimate, ...]
+    """Per GPU, for the numbers of GPUs that were asked for and for the smallest that suffices."""
+    gpu_memory_gib: float
+    smallest_fit: int | None
+    """The number of GPUs that suffices; None if no number does."""
+    notes: tuple[str, ...]
+    """What to know about the numbers, and what to change where they are too large."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"memory": [asdict(estimate) | {"bytes": estimate.bytes} for estimate in self.memory]}
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The counts, as names and texts."""
+        data, about = self.data, "" if self.data.exact else "about "
+        if data.tokens is None:
+            samples, tokens = f"at most {data.samples:,}", "unknown: the model's folder has no tokenizer"
+            steps = f"at most {self.steps:,}"
+        else:
+            samples = f"{about}{data.samples:,}; {about}{data.dropped_samples:,} more are too long and dropped"
+            tokens = f"{about}{data.tokens:,}, {about}{data.loss_tokens:,} of them with loss"
+            steps = f"{about}{self.steps:,}"
+        low, high = self.ranks
+        share = self.trainable_parameters / self.total_parameters
+        return [
+            ("samples", f"{samples} (per epoch)"),
+            ("tokens", f"{tokens} (per epoch)"),
+            ("steps", f"{steps} of {self.effective_batch_size:,} samples, epochs: {self.epochs}"),
+            ("parameters", f"{self.trainable_parameters:,} trainable of {self.total_parameters:,} ({share:.1%})"),
+            (
+                "rank",
+                f"{low:,}{'' if low == high else f' to {high:,}'} unfrozen directions in each of "
+                f"{self.num_target_weights:,} weights",
+            ),
+        ]
+
+    def verdict(self) -> str:
+        """Whether, and on how many GPUs, the run fits."""
+        if self.smallest_fit is None:
+            return f"It fits on no number of GPUs of {self.gpu_memory_gib:g} GiB."
+        plural = "" if self.smallest_fit == 1 else "s"
+        return f"It fits on {self.smallest_fit} GPU{plural} of {self.gpu_memory_gib:g} GiB (estimated)."
+
+    def __repr__(self) -> str:
+        lines = [f"TrainingPlan of {self.model_path}"]
+        lines += [f"  {name:<11} {text}" for name, text in self.facts()]
+        lines += ["  GiB per GPU ".ljust(22) + "".join(f"{_gpus(e.gpus):>10}" for e in self.memory)]
+        for row in zip(*(estimate.lines for estimate in self.memory), strict=True):
+            lines.append(f"    {row[0].name:<18}" + "".join(f"{gib(line.bytes):>10}" for line in row))
+        lines += ["    sum".ljust(22) + "".join(f"{gib(estimate.bytes):>10}" for estimate in self.memory)]
+        return "\n".join([*lines, f"  {self.verdict()}", *(f"  {note}" for note in self.notes)])
+
+
+def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
+    """Count what training would take.
+
+    `gpu_memory_gib` is the memory of a GPU in GiB (2^30 bytes). The model's folder may hold nothing but config.json;
+    the number of tokens is then unknown.
+
+    Raises FileNotFoundError for missing inputs, DataError for a record that cannot be used, ValueError for settings
+    that cannot work, as training itself.
+    """
+    folder = model_folder(config.model_path, weights=False)
+    model, total_parameters, notes = _described_model(config, folder)
+    data = count_data(config, folder)
+    if data.tokens is None:
+        bound = data.samples * config.max_seq_len
+        notes.append(
+            f"Tokens are unknown without a tokenizer; at most {bound:,} in an epoch, max_seq_len={config.max_seq_len} "
+            "in each sample."
+            if not config.is_pretraining
+            else "Tokens and blocks are unknown without a tokenizer: samples and steps count documents."
+        )
+    elif not data.exact:
+        notes.append(f"Samples and tokens are extrapolated from {data.counted:,} records.")
+
+    layers = [layer for _, layer in osft_layers(model)]
+    kind = use_counted_attention(model, config.attn_implementation or model.config._attn_implementation)
+    tokens = config.max_tokens_per_gpu
+    loss_tokens = math.ceil(data.largest_loss_share * tokens)
+    batch = collate([Sample([0] * tokens, [0] * tokens)]).to("meta")
+    activations = count_activations(model, batch)
+    fixed = [_activations_line(activations, config, kind, model), logits_line(model, loss_tokens)]
+
+    def estimate(gpus: int) -> MemoryEstimate:
+        lines = [*static_lines(model, gpus), gathered_line(model, gpus), *fixed]
+        allowance = allowance_line(sum(line.bytes for line in lines), gpus)
+        return MemoryEstimate(gpus, (*lines, allowance))
+
+    sizes = [estimate(gpus) for gpus in _sizes(config)]
+    smallest = next((e.gpus for e in sizes if e.bytes <= gpu_memory_gib * 2**30), None)
+    columns = {*_asked_for(config), *([smallest] if smallest else [])}
+    if smallest is None:
+        notes.append(_remedy(sizes[-1], config, gpu_memory_gib))
+    if not config.gradient_checkpointing and smallest != 1:
+        less = activations.total(gradient_checkpointing=False) - activations.total(gradient_checkpointing=True)
+        fewer = next((e.gpus for e in sizes if e.bytes - (1 + FRAGMENTATION) * less <= gpu_memory_gib * 2**30), None)
+        if fewer and fewer != smallest:
+            notes.append(f"With gradient_checkpointing=True, {gib(less)} GiB less, it fits on {_gpus(fewer)}.")
+    ranks = [layer.rank for layer in layers]
+    return TrainingPlan(
+        model_path=config.model_path,
+        data=data,
+        steps=num_steps(data.samples, config),
+        epochs=config.num_epochs,
+        effective_batch_size=config.effective_batch_size,
+        trainable_parameters=sum(layer.coefficients.numel() for layer in layers),
+        total_parameters=total_parameters,
+        num_target_weights=len(layers),
+        ranks=(min(ranks), max(ranks)),
+        memory=tuple(estimate(gpus) for gpus in sorted(columns)),
+        gpu_memory_gib=gpu_memory_gib,
+        smallest_fit=smallest,
+        notes=tuple(notes),
+    )
+
+
+def _described_model(config: TrainConfig, folder: Path) -> tuple[PreTrainedModel, int, list[str]]:
+    """The model with its OSFT layers on the meta device, its number of parameters without them, and notes."""
+    notes = []
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{config.model_path} is not a model folder: it has no config.json")
+    stored_dtype = (
+        AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code).get_text_config().dtype
+        or torch.float32
+    )
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    # The kernels of flash attention need not be installed where a run is planned.
+    build_with = config.attn_implementation if config.attn_implementation in ("sdpa", "eager", None) else "eager"
+    with torch.device("meta"):
+        model = empty_model(
+            folder, dtype=dtype, attn_implementation=build_with, trust_remote_code=config.trust_remote_code
+        )
+        total_parameters = sum(parameter.numel() for parameter in model.parameters())
+        targets = select_targets(model, config.target_patterns)
+        inject_empty(
+            model,
+            targets,
+            allocate_ranks(targets, replace(config.subspace, rank_allocation="uniform")),
+            free_subspace=config.free_subspace,
+            base_dtypes={target.name: stored_dtype for target in targets},
+        )
+    if config.rank_allocation == "adaptive":
+        notes.append("Ranks are those of the uniform ratio; rank_allocation='adaptive' moves them between layers.")
+    return model, total_parameters, notes
+
+
+def _activations_line(activations: Activations, config: TrainConfig, kind: str, model: PreTrainedModel) -> MemoryLine:
+    tokens = config.max_tokens_per_gpu
+    if config.gradient_checkpointing:
+        parts = "with gradient checkpointing: each block's input, and one block computed again"
+    else:
+        parts = "every tensor that the forward pass saves for the backward pass"
+    if kind == "sdpa":
+        parts += (
+            f"; attn_implementation='sdpa' keeps a mask of packed samples, {tokens:,} x {tokens:,} numbers, "
+            f"{'in that block' if config.gradient_checkpointing else 'in each block'}; flash_attention_2 keeps none"
+        )
+    return MemoryLine(
+        "activations",
+        activations.total(gradient_checkpointing=config.gradient_checkpointing),
+        f"one micro-batch of {tokens:,} tokens, counted on the model: {parts}",
+    )
+
+
+def _asked_for(config: TrainConfig) -> set[int]:
+    """The numbers of GPUs to show: the given one, or a single GPU and a whole node."""
+    if isinstance(config.nproc_per_node, int):
+        return {config.nproc_per_node * config.nnodes}
+    return {1, GPUS_PER_NODE} if config.nnodes == 1 else {GPUS_PER_NODE * config.nnodes}
+
+
+def _sizes(config: TrainConfig) -> list[int]:
+    """1, 2, 4, … GPUs of a node, then 1, 2, 4, … whole nodes."""
+    node = config.nproc_per_node if isinstance(config.nproc_per_node, int) else GPUS_PER_NODE
+    within = [2**power for power in range(node.bit_length()) if 2**power < node]
+    return within + [node * 2**power for power in range(13) if node * 2**power <= MAX_GPUS]
+
+
+def _remedy(largest: MemoryEstimate, config: TrainConfig, gpu_memory_gib: float) -> str:
+    """What to lower where no number of GPUs is enough."""
+    by_tokens = sum(line.bytes for line in largest.lines if line.name in ("activations", "logits"))
+    room = gpu_memory_gib * 2**30 - (largest.bytes - by_tokens)
+    if room <= 0:
+        return "The gathered weights alone are too much for such a GPU: take one with more memory."
+    tokens = int(config.max_tokens_per_gpu * room / by_tokens)  # they grow with the tokens, or faster
+    return (
+        f"Activations and logits alone are too much: {gib(by_tokens)} GiB, which more GPUs do not divide. Lower "
+        f"max_tokens_per_gpu from {config.max_tokens_per_gpu:,} to about {tokens:,}."
+    )
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB, two decimals."""
+    return f"{size / 2**30:,.2f}"
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'' if count == 1 else 's'}"
