@@ -4,6 +4,7 @@ A process can be killed at any moment. What it was writing lies under a name wit
 nothing reads, and the final name appears in one rename after the last byte is on disk.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -37,6 +38,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes out of `folder` until the block ends, or this process does.
+
+    Raises RuntimeError at once if another one is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is writing to {folder}. Wait for it, or give another folder") from None
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,84 +1,225 @@
-"""Starting the training processes of one machine from a function call."""
+"""Starting the training processes of one node from a function call, and waiting for them.
+
+What happens to a run that does not end well: if a process dies, torchrun's agent stops the others and the call raises
+with the first one's own traceback. If the caller is told to end (SIGTERM, an interrupt) or is killed, the processes
+save their training state and end. If the machine goes, what was saved last is there. The next call with the same
+settings and `resume="auto"` goes on from it. Two calls at once for one folder: the second is refused.
+"""
 
 import json
 import os
+import shutil
 import signal
 import sys
 import uuid
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from osft.atomic import write_json
-from osft.checkpoint import CheckpointReader
+from osft.atomic import exclusive, write_json
 from osft.config import TrainConfig
-from osft.subspace.factor_store import load_factor_set
+from osft.training.callbacks import Follower, TrainingCallback
+from osft.training.inputs import factor_set, local_model, prepare_training_data
+from osft.training.liger import liger_wanted
+from osft.training.loop import INTERRUPTED
+from osft.training.outputs import STOP_FILE
+from osft.training.result import TrainResult
+from osft.training.state import complete, newest_state, read_position
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    from torch.distributed.launcher.api import LaunchConfig
 
 
-@dataclass(frozen=True, slots=True)
-class TrainResult:
-    """What a training run leaves."""
+def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> TrainResult:
+    """Prepare what is missing, train in `config.nproc_per_node` processes and wait for them.
 
-    checkpoint: Path
-    """A plain Hugging Face folder."""
-    metrics: Path
-    """JSON lines, one a step: `osft.training.loop.StepMetrics`."""
-    summary: dict[str, Any]
-    """Counts, timings, memory, final loss; the content of `training.json`."""
-    reused: bool = False
-    """True if the run had already finished and nothing was trained."""
-
-
-def train(config: TrainConfig) -> TrainResult:
-    """Train in `config.nproc_per_node` processes started by torchrun's agent and wait for them.
-
-    A finished run with the same settings in `output_dir` is returned as it is, so a retried step does not train
-    twice. If a process dies, the others are stopped.
+    A finished run with the same settings in `ckpt_output_dir` is returned as it is, an unfinished one is gone on with
+    (see `resume`). With several nodes, each of them calls this.
 
     Raises FileNotFoundError for missing inputs and ValueError for settings that cannot work, before a process is
-    started, ValueError if `output_dir` holds another run, and RuntimeError with the traceback of the first
-    failing rank if training fails.
+    started, ValueError if `ckpt_output_dir` holds another run, and RuntimeError if another process is training there
+    or, with the traceback of the first failing rank, if training fails.
     """
-    output = Path(config.output_dir)
-    finished = _finished(output, config)
+    config = with_environment(config)
+    output = Path(config.ckpt_output_dir)
+    processes = num_processes(config)
+    liger = liger_wanted(config)
+    model = local_model(config)
+    data = prepare_training_data(config, model)
+    finished = finished_run(output, config, data.key)
     if finished:
         return finished
-    _check_inputs(config)
-    output.mkdir(parents=True, exist_ok=True)
-    config_file = output / "config.json"
-    write_json(config_file, config.to_dict())
+    state = _state_to_resume(output, config, data.key)
+    factors = factor_set(config, model, data)
 
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    work = {
+        "config": config.to_dict(),
+        "model": str(model),
+        "dataset": str(data.folder),
+        "factors": str(factors.path),
+        "state": str(state) if state else None,
+        "liger": liger,
+        "summary_file": str(output / f"summary-{config.node_rank}.json"),
+    }
+    with exclusive(output) if config.node_rank == 0 else nullcontext():
+        if config.node_rank == 0:
+            _clear(output, keep_state=state is not None)
+            write_json(output / "config.json", config.to_dict() | {"dataset": data.key})
+        after = read_position(state)["step"] if state else 0
+        with Follower(output, callbacks if config.node_rank == 0 else (), after=after):
+            summary = _run_processes(_launch_config(config, processes), work)
+        if not (output / "training.json").is_file():  # not node 0, and a folder of its own
+            write_json(output / "training.json", summary)
+    return TrainResult(output, summary)
 
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.nproc_per_node or max(1, torch.cuda.device_count()),
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.2,
+
+def finished_run(output: Path, config: TrainConfig, dataset: str) -> TrainResult | None:
+    """The run in `output`, if it is complete: the summary is written last.
+
+    Raises ValueError if it is another one, that is, if it had other settings or its data another content hash.
+    """
+    summary_file = output / "training.json"
+    if config.resume == "off" or not summary_file.is_file():
+        return None
+    summary = json.loads(summary_file.read_text(encoding="utf-8"))
+    _check_same_run(summary["config"], config, dataset, output, "a finished")
+    return TrainResult(output, summary, reused=True)
+
+
+def with_environment(config: TrainConfig) -> TrainConfig:
+    """The settings with torchrun's variables (PET_NNODES, PET_NODE_RANK, …) where they were left at their defaults."""
+    found: dict[str, Any] = {}
+    for name in ("nnodes", "node_rank", "nproc_per_node", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"):
+        text = os.environ.get(f"PET_{name.upper()}")
+        default = TrainConfig.__dataclass_fields__[name].default
+        if text and getattr(config, name) == default:
+            found[name] = int(text) if text.isdigit() else text
+    if config.rdzv_endpoint or found.get("rdzv_endpoint"):
+        found.pop("master_addr", None), found.pop("master_port", None)
+    return replace(config, **found) if found else config
+
+
+def num_processes(config: TrainConfig) -> int:
+    """Processes on this node. Raises ValueError for "gpu" on a machine without."""
+    if isinstance(config.nproc_per_node, int):
+        return config.nproc_per_node
+    gpus = torch.cuda.device_count()
+    if not gpus and config.nproc_per_node == "gpu":
+        raise ValueError("nproc_per_node is 'gpu', but there is no GPU on this machine. Use 'auto' or a number")
+    return max(1, gpus)
+
+
+def _state_to_resume(output: Path, config: TrainConfig, dataset: str) -> Path | None:
+    """The training state that the run goes on from. Raises ValueError if it is another run's."""
+    if config.resume == "off":
+        return None
+    state = newest_state(output) if config.resume == "auto" else Path(config.resume)
+    if state is not None and not complete(state):
+        raise FileNotFoundError(f"resume: {state} is not a complete training state (…/state/step-<n>)")
+    settings = (state.parent.parent if state else output) / "config.json"
+    if settings.is_file() and (state or (output / "hf_format").exists()):
+        _check_same_run(json.loads(settings.read_text(encoding="utf-8")), config, dataset, output, "an unfinished")
+    elif (output / "hf_format").exists():
+        raise ValueError(
+            f"ckpt_output_dir {output} holds models that something else wrote (hf_format). Give another "
+            "ckpt_output_dir, or resume='off' to replace them"
+        )
+    if state:
+        print(f"train: goes on from {state}", flush=True)
+    return state
+
+
+def _check_same_run(made: dict[str, Any], config: TrainConfig, dataset: str, output: Path, kind: str) -> None:
+    wanted = json.loads(json.dumps(config.identity() | {"dataset": dataset}))
+    differing = [
+        f"{key}: {made.get(key)!r} there, {wanted[key]!r} now" for key in wanted if made.get(key) != wanted[key]
+    ]
+    if differing:
+        raise ValueError(
+            f"ckpt_output_dir {output} holds {kind} run with other settings ({'; '.join(differing)}). "
+            "Give another ckpt_output_dir, or resume='off' to replace that run"
+        )
+
+
+def _clear(output: Path, *, keep_state: bool) -> None:
+    """Remove what an earlier run left; a run that goes on keeps its models and metrics too."""
+    for file in (output / STOP_FILE, output / "training.json"):
+        file.unlink(missing_ok=True)
+    if not keep_state:
+        (output / "metrics.jsonl").unlink(missing_ok=True)
+        for folder in ("hf_format", "state"):
+            shutil.rmtree(output / folder, ignore_errors=True)
+
+
+def _launch_config(config: TrainConfig, processes: int) -> "LaunchConfig":
+    from torch.distributed.launcher.api import LaunchConfig
+
+    common: dict[str, Any] = {
+        "nproc_per_node": processes,
+        "max_restarts": 0,
+        "monitor_interval": 0.2,
+        "shutdown_timeout": 120,  # seconds to save the training state in, when the run is asked to end
+    }
+    if config.nnodes == 1:
+        return LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            run_id=str(config.rdzv_id or uuid.uuid4().hex),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",  # a free port: several runs may share the machine
+            **common,
+        )
+    # Static, as torchrun without --rdzv_backend: ranks follow node_rank, and node 0 may listen on 0.0.0.0.
+    return LaunchConfig(
+        min_nodes=config.nnodes,
+        max_nodes=config.nnodes,
+        run_id=str(config.rdzv_id or "osft"),
+        rdzv_backend="static",
+        rdzv_endpoint=config.rdzv_endpoint or f"{config.master_addr}:{config.master_port or 29500}",
+        rdzv_configs={"rank": config.node_rank, "timeout": 900},
+        **common,
     )
+
+
+def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, Any]:
+    """Start `osft.training.worker` in each process, wait, and return the summary. Raises RuntimeError if one fails."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs for the same result twice
+    summary_file = Path(work["summary_file"])
+    work_file = summary_file.with_name(summary_file.name.replace("summary", "work"))
+    write_json(work_file, work)
     try:
-        elastic_launch(launch, sys.executable)("-u", "-m", "osft.training.worker", str(config_file))
+        elastic_launch(launch, sys.executable)("-u", "-m", "osft.training.worker", str(work_file))
+        summary: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
+        return summary
     except ChildFailedError as error:
         rank, failure = _root_failure(error)
+        if failure.exitcode == INTERRUPTED:
+            raise RuntimeError(
+                f"training was interrupted: rank {rank} was asked to end (SIGTERM). Its state is saved; the same call "
+                "goes on from there"
+            ) from None
         details = failure.error_file_data.get("message", failure.message)
         if isinstance(details, dict):
             details = details.get("extraInfo", {}).get("py_callstack") or details.get("message")
         reason = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"
         raise RuntimeError(f"training failed: rank {rank} ended with {reason}\n{details}") from None
-    result = _finished(output, config)
-    assert result is not None, "the worker ends with an error or with a summary"
-    return TrainResult(result.checkpoint, result.metrics, result.summary)
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise SystemExit(128 + error.sigval) from None
+    finally:
+        for file in (work_file, summary_file):
+            file.unlink(missing_ok=True)
 
 
 def _root_failure(error: "ChildFailedError") -> tuple[int, "ProcessFailure"]:
@@ -90,29 +231,3 @@ def _root_failure(error: "ChildFailedError") -> tuple[int, "ProcessFailure"]:
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM is how the agent stops the rest
             return rank, failure
     return error.get_first_failure()
-
-
-def _finished(output: Path, config: TrainConfig) -> TrainResult | None:
-    """The run in `output`, if it is complete: the summary is written last."""
-    summary_file = output / "training.json"
-    if not summary_file.is_file():
-        return None
-    summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    if summary["config"] != json.loads(json.dumps(config.to_dict())):
-        raise ValueError(f"output_dir {output} holds a finished run with other settings. Give another output_dir")
-    return TrainResult(output / "checkpoint", output / "metrics.jsonl", summary, reused=True)
-
-
-def _check_inputs(config: TrainConfig) -> None:
-    """What can be checked without loading the model."""
-    CheckpointReader(config.model_path)
-    load_factor_set(config.factors_path)
-    data = Path(config.data_path)
-    if not (data / "dataset.json").is_file():
-        raise FileNotFoundError(f"data_path {data} is not a prepared dataset. Run `prepare_data` first")
-    longest = json.loads((data / "dataset.json").read_text(encoding="utf-8"))["longest_sample"]
-    if longest > config.max_tokens_per_gpu:
-        raise ValueError(
-            f"max_tokens_per_gpu={config.max_tokens_per_gpu} is less than the longest training sample ({longest} "
-            "tokens). Raise it, or prepare the data with a smaller max_seq_len"
-        )

@@ -4,21 +4,37 @@ The loss of a step is the sum over the loss tokens of the effective batch divide
 packing nor the number of processes or micro-batches changes it or its gradient.
 """
 
+import inspect
+import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import get_scheduler
 
 from osft.config import TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import MicroBatch, collate, plan_micro_batches
 from osft.likelihood import token_nll
 from osft.subspace.model import refresh
+
+
+class Samples(Protocol):
+    """Tokenized samples, as `osft.data.dataset_folder` reads them."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sample."""
+
+    @property
+    def num_loss_tokens(self) -> Sequence[int]:
+        """Of these, the tokens that count in the loss."""
+
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +48,75 @@ class StepMetrics:
     learning_rate: float
     grad_norm: float
     """Global 2-norm of the gradient before clipping."""
+    samples: int
+    """All samples processed since the start, over all processes."""
     tokens: int
-    """All tokens processed since the start, over all processes."""
     loss_tokens: int
     tokens_per_second: float
     step_seconds: float
     timestamp: float
     """Seconds since the epoch."""
+    validation_loss: float | None = None
+    """Nats per loss token of the validation set after the step, where it was measured."""
+    checkpoints: tuple[str, ...] = ()
+    """The models that were written after the step, relative to the output folder."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one optimizer step works on."""
+
+    number: int
+    """From 1."""
+    epoch: float
+    """Epochs done after the step."""
+    indices: list[int]
+    """Samples of the effective batch."""
+    ends_epoch: bool
+    is_last: bool
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a run has come; with the model and the optimizer, all that it needs to go on."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    best_validation_loss: float | None = None
+    best_checkpoint: str | None = None
+    scheduler: dict[str, Any] | None = None
+    learning_rate: float | None = None
+
+
+GO_ON, SAVE_STATE, INTERRUPT, STOP = range(4)
+"""What a process may wish after a step: the largest of all ranks' wishes is done."""
+
+
+class Saving(Protocol):
+    """What the loop asks of whoever writes its results (`osft.training.outputs`). All ranks call it alike."""
+
+    def model(self, name: str) -> str:
+        """Write the tuned model under a name; returns its path relative to the output folder."""
+
+    def wanted(self) -> int:
+        """This rank's wish: GO_ON, SAVE_STATE, INTERRUPT (save the state and end) or STOP (end training)."""
+
+    def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
+        """Write the training state."""
+
+
+INTERRUPTED = 128 + signal.SIGTERM
+"""Exit code of a process that was asked to end and has saved its training state."""
+
+
+class InterruptedTraining(SystemExit):
+    """The process was asked to end, and the training state is saved."""
 
 
 def train_step(
@@ -72,21 +146,23 @@ def train_step(
     return loss_sum, grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
 
-def effective_batches(num_samples: int, config: TrainConfig) -> Iterator[tuple[float, list[int]]]:
-    """(epoch, sample indices) of each optimizer step: a new order each epoch, the last batch may be smaller.
+def plan_steps(num_samples: int, config: TrainConfig, *, after: int = 0) -> Iterator[Step]:
+    """The run's steps after step `after`: a new order each epoch, an epoch's last batch may be smaller.
 
     Each process computes the same sequence from the seed.
     """
-    step = 0
+    total, number = num_steps(num_samples, config), 0
     for epoch in range(config.num_epochs):
         generator = torch.Generator().manual_seed(config.seed + epoch)
         order = torch.randperm(num_samples, generator=generator).tolist()
         for start in range(0, num_samples, config.effective_batch_size):
-            if step == config.max_steps:
+            if number == total:
                 return
-            step += 1
+            number += 1
             indices = order[start : start + config.effective_batch_size]
-            yield epoch + (start + len(indices)) / num_samples, indices
+            done = start + len(indices)
+            if number > after:
+                yield Step(number, epoch + done / num_samples, indices, done == num_samples, number == total)
 
 
 def num_steps(num_samples: int, config: TrainConfig) -> int:
@@ -107,66 +183,140 @@ def make_optimizer(model: nn.Module, config: TrainConfig, *, fused: bool) -> tor
     )
 
 
+@torch.no_grad()
+def mean_nll(
+    model: nn.Module, samples: Samples, max_tokens: int, *, device: torch.device, rank: int = 0, world_size: int = 1
+) -> float:
+    """Mean negative log-likelihood of all loss tokens, in nats. Call it on every rank."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    plan = plan_micro_batches(samples.lengths, max_tokens, world_size)
+    for packed in plan[rank]:
+        total += token_nll(model, collate([samples[i] for i in packed]).to(device)).sum()
+    if world_size > 1:
+        torch.distributed.all_reduce(total)
+    model.train()
+    return total.item() / sum(samples.num_loss_tokens)
+
+
 def run(
     model: nn.Module,
-    samples: Callable[[int], Sample],
-    lengths: Sequence[int],
+    samples: Samples,
     config: TrainConfig,
     *,
     device: torch.device,
     on_step: Callable[[StepMetrics], None],
+    validation: Samples | None = None,
+    saving: Saving | None = None,
+    position: Position | None = None,
+    restore: Callable[[torch.optim.Optimizer], None] | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
-    """Train `model` in place. `samples(i)` gives sample i, `lengths[i]` its number of tokens.
+    """Train `model` in place, from `position` on if it is given (`restore` then fills model and optimizer).
 
-    `on_step` is called after each step, on every rank with the same values. Raises RuntimeError if the loss is
-    no longer finite.
+    `on_step` is called after each step, on every rank with the same values. Raises RuntimeError if the loss is no
+    longer finite, and InterruptedTraining if `saving` wished to end and go on later.
     """
     model.train()
     optimizer = make_optimizer(model, config, fused=device.type == "cuda" or world_size == 1)
-    scheduler = get_scheduler(
-        config.lr_scheduler, optimizer, config.warmup_steps, num_training_steps=num_steps(len(lengths), config)
-    )
-    tokens = loss_tokens = 0
-    for step, (epoch, indices) in enumerate(effective_batches(len(lengths), config), start=1):
+    scheduler = config.make_scheduler(optimizer, num_training_steps=num_steps(len(samples.lengths), config))
+    follows_loss = "metrics" in inspect.signature(scheduler.step).parameters
+    position = position or Position()
+    if restore is not None:
+        restore(optimizer)
+        scheduler.load_state_dict(scheduler.state_dict() | (position.scheduler or {}))
+        for group in optimizer.param_groups:
+            group["lr"] = position.learning_rate
+
+    for step in plan_steps(len(samples.lengths), config, after=position.step):
         started = time.perf_counter()
-        plan = plan_micro_batches([lengths[i] for i in indices], config.max_tokens_per_gpu, world_size)
-        step_loss_tokens = sum(samples(i).num_loss_tokens for i in indices)
-        micro_batches = [collate([samples(indices[i]) for i in packed]).to(device) for packed in plan[rank]]
-        learning_rate = scheduler.get_last_lr()[0]
+        # What a model draws at random (a router's noise) depends on the step only: a resumed run draws the same.
+        torch.manual_seed((config.seed * 1_000_003 + step.number) * world_size + rank)
+        lengths = [samples.lengths[i] for i in step.indices]
+        plan = plan_micro_batches(lengths, config.max_tokens_per_gpu, world_size)
+        micro_batches = [collate([samples[step.indices[i]] for i in packed]).to(device) for packed in plan[rank]]
+        num_loss_tokens = sum(samples.num_loss_tokens[i] for i in step.indices)
+        learning_rate = optimizer.param_groups[0]["lr"]
         loss_sum, grad_norm = train_step(
             model,
             optimizer,
             micro_batches,
-            num_loss_tokens=step_loss_tokens,
+            num_loss_tokens=num_loss_tokens,
             max_grad_norm=config.max_grad_norm,
             world_size=world_size,
         )
-        scheduler.step()
+        wanted = torch.tensor(saving.wanted() if saving else GO_ON, device=device)
         if world_size > 1:
             torch.distributed.all_reduce(loss_sum)
-        loss = loss_sum.item() / step_loss_tokens
-        if not torch.isfinite(grad_norm) or loss != loss:
+            torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
+        wish, loss, norm = wanted.item(), loss_sum.item() / num_loss_tokens, grad_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RuntimeError(
-                f"step {step}: the loss is {loss} and the gradient norm {grad_norm.item()}. Lower learning_rate "
+                f"step {step.number}: the loss is {loss} and the gradient norm {norm}. Lower learning_rate "
                 f"({config.learning_rate}) or raise warmup_steps ({config.warmup_steps})"
             )
         seconds = time.perf_counter() - started
-        step_tokens = sum(lengths[i] for i in indices)
-        tokens += step_tokens
-        loss_tokens += step_loss_tokens
+        position.step = step.number
+        position.samples += len(step.indices)
+        position.tokens += sum(lengths)
+        position.loss_tokens += num_loss_tokens
+        is_last = step.is_last or wish == STOP
+
+        validation_loss = None
+        if validation and (is_last or _validation_due(step, config)):
+            validation_loss = mean_nll(
+                model, validation, config.max_tokens_per_gpu, device=device, rank=rank, world_size=world_size
+            )
+        scheduler.step(*([loss if validation_loss is None else validation_loss] if follows_loss else []))
         on_step(
             StepMetrics(
-                step=step,
-                epoch=epoch,
+                step=step.number,
+                epoch=step.epoch,
                 loss=loss,
                 learning_rate=learning_rate,
-                grad_norm=grad_norm.item(),
-                tokens=tokens,
-                loss_tokens=loss_tokens,
-                tokens_per_second=step_tokens / seconds,
+                grad_norm=norm,
+                samples=position.samples,
+                tokens=position.tokens,
+                loss_tokens=position.loss_tokens,
+                tokens_per_second=sum(lengths) / seconds,
                 step_seconds=seconds,
                 timestamp=time.time(),
+                validation_loss=validation_loss,
+                checkpoints=_write_models(saving, config, step, position, validation_loss, is_last) if saving else (),
             )
         )
+        if is_last:
+            return
+        if saving and (wish in (SAVE_STATE, INTERRUPT) or _state_due(step, config)):
+            position.scheduler = {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
+            position.learning_rate = optimizer.param_groups[0]["lr"]
+            saving.state(optimizer, position)
+            if wish == INTERRUPT:
+                raise InterruptedTraining(INTERRUPTED)
+
+
+def _write_models(
+    saving: Saving, config: TrainConfig, step: Step, position: Position, validation_loss: float | None, is_last: bool
+) -> tuple[str, ...]:
+    """Write the models that are due after a step, the best one by validation loss first. Returns their paths."""
+    written = []
+    best = position.best_validation_loss
+    if validation_loss is not None and (best is None or validation_loss < best):
+        position.best_validation_loss = validation_loss
+        if config.save_best_val_loss:
+            position.best_checkpoint = saving.model(f"samples_{position.samples}_best_val_loss")
+            written.append(position.best_checkpoint)
+    if (is_last and config.save_final_checkpoint) or (step.ends_epoch and config.checkpoint_at_epoch):
+        written.append(saving.model(f"samples_{position.samples}"))
+    return tuple(written)
+
+
+def _validation_due(step: Step, config: TrainConfig) -> bool:
+    if config.validation_frequency:
+        return step.number % config.validation_frequency == 0
+    return step.ends_epoch
+
+
+def _state_due(step: Step, config: TrainConfig) -> bool:
+    return config.save_state_steps is not None and step.number % config.save_state_steps == 0

@@ -9,16 +9,20 @@ from typing import IO
 
 from tqdm import tqdm
 
+from osft.atomic import atomic_path
 from osft.training.loop import StepMetrics
 
 _LINE_INTERVAL_SECONDS = 10.0
 
 
 class Progress:
-    """Appends each step to a JSON-lines file and shows it: a bar on a terminal, now and then a line in a log."""
+    """Appends each step to a JSON-lines file and shows it: a bar on a terminal, now and then a line in a log.
 
-    def __init__(self, total_steps: int, metrics_file: Path, *, enabled: bool) -> None:
-        self._total, self._file, self._enabled = total_steps, metrics_file, enabled
+    A run that goes on after step `done` keeps the file's lines up to there.
+    """
+
+    def __init__(self, total_steps: int, metrics_file: Path, *, done: int = 0, enabled: bool) -> None:
+        self._total, self._file, self._done, self._enabled = total_steps, metrics_file, done, enabled
         self._lines: IO[str] | None = None
         self._bar: tqdm | None = None
         self._started = time.monotonic()
@@ -26,9 +30,12 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self._enabled:
-            self._lines = self._file.open("w", encoding="utf-8", buffering=1)
+            kept = self._file.read_text(encoding="utf-8").splitlines(keepends=True)[: self._done] if self._done else []
+            with atomic_path(self._file) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
+            self._lines = self._file.open("a", encoding="utf-8", buffering=1)
             if sys.stderr.isatty():
-                self._bar = tqdm(total=self._total, desc="train", unit="step")
+                self._bar = tqdm(total=self._total, initial=self._done, desc="train", unit="step")
         return self
 
     def advance(self, metrics: StepMetrics) -> None:
@@ -43,9 +50,12 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= _LINE_INTERVAL_SECONDS or metrics.step == self._total:
             self._last_line = now
-            remaining = (now - self._started) / metrics.step * (self._total - metrics.step)
+            remaining = (now - self._started) / (metrics.step - self._done) * (self._total - metrics.step)
+            shown = f"loss {metrics.loss:.4f}"
+            if metrics.validation_loss is not None:
+                shown += f"  validation {metrics.validation_loss:.4f}"
             print(
-                f"step {metrics.step}/{self._total}  loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}  "
+                f"step {metrics.step}/{self._total}  {shown}  lr {metrics.learning_rate:.2e}  "
                 f"{metrics.tokens_per_second:.0f} tokens/s  {remaining:.0f} s left",
                 flush=True,
             )

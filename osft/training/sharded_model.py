@@ -4,7 +4,8 @@ On one process the tensors are plain; on several, FSDP2 shards each transformer 
 never in one process's memory, neither when it is loaded nor when it is saved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,64 +17,95 @@ from transformers import PreTrainedModel
 
 from osft.checkpoint import CheckpointReader, write_checkpoint
 from osft.config import TrainConfig
+from osft.conversion import ModelWeights
 from osft.models import empty_model
 from osft.subspace.factor_store import FactorSet, check_settings, check_weights, load_factor_set
-from osft.subspace.linear import OSFTLinear
 from osft.subspace.model import inject_empty, osft_layers
 from osft.subspace.targets import select_targets, transformer_blocks
+from osft.subspace.weight import local
 
 
 def load_sharded(
-    config: TrainConfig, *, device: torch.device, mesh: DeviceMesh | None = None
-) -> tuple[PreTrainedModel, CheckpointReader]:
-    """The model of `config`, its targets split as the factor set says, on `device`; sharded over `mesh` if given.
+    config: TrainConfig,
+    model_path: str | Path,
+    factors_path: str | Path,
+    *,
+    device: torch.device,
+    mesh: DeviceMesh | None = None,
+) -> tuple[PreTrainedModel, ModelWeights]:
+    """The model of a folder, its targets split as a factor set says, on `device`; sharded over `mesh` if given.
 
-    Raises FactorsMismatchError if the factors are not those of the model's weights.
+    Returns the checkpoint that it came from, too. Raises FactorsMismatchError if the factors are not those of the
+    model's weights, ValueError if the checkpoint lacks a tensor of the model.
     """
     dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(config.dtype) or getattr(
         torch, config.dtype
     )
-    reader = CheckpointReader(config.model_path)
+    reader = CheckpointReader(model_path)
     model = empty_model(
-        config.model_path,
+        model_path,
         dtype=dtype,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
     )
+    stored = ModelWeights(reader, model)
+    _untie_what_is_stored_apart(model, stored)
     targets = select_targets(model, config.subspace.target_patterns)
-    factors = load_factor_set(config.factors_path)
+    factors = load_factor_set(factors_path)
     check_settings(factors, config.subspace, targets)
     rank, world_size = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
-    check_weights(factors, reader, targets[rank::world_size])  # each process reads its share, together all of them
+    check_weights(factors, stored, targets[rank::world_size])  # each process reads its share, together all of them
 
     inject_empty(
         model,
         targets,
-        unfreeze_rank_ratio=config.subspace.unfreeze_rank_ratio,
+        factors.ranks,
         free_subspace=config.subspace.free_subspace,
-        base_dtype=reader.dtype(f"{targets[0]}.weight"),
+        base_dtypes={target.name: stored.dtype(target.tensor) for target in targets},
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    ties = _ties(model)
     if mesh:
         for block in transformer_blocks(model)[1]:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    _load_buffers(model, reader, factors, device, mesh)
+    _load_bases(model, stored, factors, device, mesh)
     model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-    model.tie_weights()  # the line above makes two of a tied weight
-    _load_parameters(model, reader, factors, rank, world_size)
-    return model, reader
+    for first, *others in ties:  # the line above makes two of a tied weight
+        for other in others:
+            owner, _, leaf = other.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+    _load_tensors(model, stored, factors, rank, world_size)
+    return model, stored
 
 
 def local_rows(size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """[start, stop) of the rows that FSDP2 gives to `rank`: equal chunks, the last ones smaller or empty."""
+    """[start, stop) of the rows (or experts) that FSDP2 gives to `rank`: equal chunks, the last smaller or empty."""
     chunk = -(-size // world_size)
     return min(rank * chunk, size), min((rank + 1) * chunk, size)
 
 
-def _load_buffers(
-    model: nn.Module, reader: CheckpointReader, factors: FactorSet, device: torch.device, mesh: DeviceMesh | None
+def _ties(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [tied for tied in names.values() if len(tied) > 1]
+
+
+def _untie_what_is_stored_apart(model: nn.Module, stored: ModelWeights) -> None:
+    """Make two of a tied parameter for which the checkpoint has two different tensors, as `from_pretrained` does."""
+    for first, *others in _ties(model):
+        for other in others:
+            if first in stored and other in stored and stored.sha256(first) != stored.sha256(other):
+                owner, _, leaf = other.rpartition(".")
+                own = nn.Parameter(torch.empty_like(model.get_parameter(first)), requires_grad=False)
+                setattr(model.get_submodule(owner), leaf, own)
+
+
+def _load_bases(
+    model: nn.Module, stored: ModelWeights, factors: FactorSet, device: torch.device, mesh: DeviceMesh | None
 ) -> None:
     """Fill the OSFT layers' buffers, which FSDP2 does not shard, with this rank's rows."""
     rank, world_size = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
@@ -86,52 +118,68 @@ def _load_buffers(
         return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=empty.shape, stride=empty.stride())
 
     for name, layer in osft_layers(model):
-        rows = reader.rows(f"{name}.weight", *local_rows(layer.out_features, rank, world_size))
-        layer.base_weight = sharded(layer.base_weight, rows)
-        if layer.frozen_basis is not None:
-            rows = factors.rows(name, "frozen", *local_rows(layer.frozen_basis.shape[0], rank, world_size))
-            layer.frozen_basis = sharded(layer.frozen_basis, rows)
+        base, frozen = layer.base_weight, layer.frozen_basis
+        rows = stored.rows(name + layer.tensor_suffix, *local_rows(base.shape[0], rank, world_size))
+        layer.base_weight = sharded(base, rows)
+        if frozen is not None:
+            rows = factors.rows(name, "frozen", *local_rows(frozen.shape[0], rank, world_size))
+            layer.frozen_basis = sharded(frozen, rows)
 
 
 @torch.no_grad()
-def _load_parameters(
-    model: nn.Module, reader: CheckpointReader, factors: FactorSet, rank: int, world_size: int
-) -> None:
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+def _load_tensors(model: nn.Module, stored: ModelWeights, factors: FactorSet, rank: int, world_size: int) -> None:
+    """Fill all parameters and the buffers that the checkpoint has."""
+    loaded: set[int] = set()
+
+    def fill_(name: str, parameter: nn.Parameter, rows: Callable[[int, int], torch.Tensor]) -> None:
         start, stop = local_rows(parameter.shape[0], rank, world_size)
-        assert local.shape[0] == stop - start, f"{name}: FSDP2 shards rows differently than expected"
-        is_osft = isinstance(model.get_submodule(owner), OSFTLinear)
-        if is_osft and leaf == "coefficients":
-            local.zero_()
-        elif is_osft and leaf.endswith("_basis"):
-            local.copy_(factors.rows(owner, leaf.removesuffix("_basis"), start, stop))
-        elif name in reader:
-            local.copy_(reader.rows(name, start, stop))
-        else:
-            raise ValueError(
-                f"{reader.folder} stores no tensor {name}, although its architecture has it. Load the model once "
-                "with AutoModelForCausalLM and save it with `save_pretrained` to get matching names"
-            )
+        part = local(parameter)
+        assert part.shape[0] == stop - start, f"{name}: FSDP2 shards rows differently than expected"
+        part.copy_(rows(start, stop))
+        loaded.add(id(parameter))
+
+    for name, layer in osft_layers(model):
+        local(layer.dense_weight()).copy_(local(layer.base_weight))
+        local(layer.coefficients).zero_()
+        loaded |= {id(layer.dense_weight()), id(layer.coefficients)}
+        for side, basis in (("left", layer.left_basis), ("right", layer.right_basis)):
+            if basis is not None:
+                fill_(f"{name}: {side} basis", basis, partial(factors.rows, name, side))
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # of a tied one whichever name is stored
+        if name in stored and id(parameter) not in loaded:
+            fill_(name, parameter, partial(stored.rows, name))
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(stored.tensor(name))
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in loaded:
+            stored.require(name)
 
 
-def save_merged(model: PreTrainedModel, reader: CheckpointReader, folder: Path, *, rank: int = 0) -> None:
-    """Write the tuned model as a plain Hugging Face folder, in the dtypes of the model that it came from.
+def save_merged(model: PreTrainedModel, stored: ModelWeights, folder: Path, *, rank: int = 0) -> None:
+    """Write the tuned model as a plain Hugging Face folder, with the names, shapes and dtypes that it came with.
 
-    Call it on every rank; rank 0 writes, one tensor at a time.
+    What was not trained is copied. Call it on every rank; rank 0 writes, one weight or stack of experts at a time.
     """
+    tuned = {name + layer.tensor_suffix: layer for name, layer in osft_layers(model)}
 
     def gathered() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if name not in reader:  # a basis or coefficients of an OSFT layer, or the second name of a tied weight
-                continue
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if rank == 0:
-                yield name, whole.detach().to("cpu", reader.dtype(name))
+        for group in stored.groups:
+            tensors = {}
+            for name in group.shapes:
+                if name in tuned:
+                    weight = tuned[name].dense_weight().detach()
+                    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+                    tensors[name] = whole.cpu() if rank == 0 else whole
+            if rank == 0 and tensors:
+                yield from stored.stored_form(group, tensors)
+            elif rank == 0:
+                yield from ((name, stored.reader.tensor(name)) for name in group.stored_names)
+        if rank == 0:
+            yield from ((name, stored.reader.tensor(name)) for name in stored.unused)
 
     if rank == 0:
-        write_checkpoint(folder, gathered(), reader.folder)
+        write_checkpoint(folder, gathered(), stored.folder)
     else:
         for _ in gathered():
             pass

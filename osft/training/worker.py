@@ -1,89 +1,156 @@
-"""One training process. Started by torchrun's agent: `python -m osft.training.worker CONFIG.json`."""
+"""One training process. Started by torchrun's agent: `python -m osft.training.worker WORK.json`."""
 
+import ctypes
 import json
 import os
 import resource
-import shutil
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from osft.atomic import write_json
+from osft.checkpoint import tensor_sha256
 from osft.config import TrainConfig
-from osft.data.chat import Sample
+from osft.data.dataset_folder import load_split
+from osft.subspace.factor_store import load_factor_set
 from osft.subspace.model import osft_layers
-from osft.training.loop import StepMetrics, num_steps, run
+from osft.training.liger import apply_liger
+from osft.training.loop import Position, StepMetrics, num_steps, run
+from osft.training.outputs import Outputs
 from osft.training.progress import Progress
-from osft.training.sharded_model import load_sharded, save_merged
+from osft.training.sharded_model import load_sharded
+from osft.training.state import load_state, read_position
 
 
 @record
 def main() -> None:
-    """Load, train, save; rank 0 writes metrics, the checkpoint and, last, the summary."""
-    config = TrainConfig(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    """Do what the file says that the launcher wrote."""
+    _end_with_the_launcher()
+    train_process(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+
+
+def train_process(work: dict[str, Any]) -> None:
+    """Load, train, save; rank 0 writes metrics, models and, last, the summary."""
+    config = TrainConfig(**work["config"])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _device()
     mesh = None
     if world_size > 1:
         mesh = init_device_mesh(device.type, (world_size,))  # gloo on CPUs, NCCL on CUDA
-    output = Path(config.output_dir)
+        _check_same_inputs(work)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    output, dataset = Path(config.ckpt_output_dir), Path(work["dataset"])
     started = time.perf_counter()
 
-    from datasets import load_from_disk
-
-    dataset = load_from_disk(Path(config.data_path) / "train").with_format("numpy")
-    columns = {name: list(dataset[name]) for name in ("input_ids", "labels")}
-    lengths = [len(tokens) for tokens in columns["input_ids"]]
-
-    def sample(index: int) -> Sample:
-        return Sample(columns["input_ids"][index].tolist(), columns["labels"][index].tolist())
-
-    model, reader = load_sharded(config, device=device, mesh=mesh)
+    samples = load_split(dataset, "train")
+    validation = load_split(dataset, "validation") if config.validation_split or config.validation_data_path else None
+    model, stored = load_sharded(config, work["model"], work["factors"], device=device, mesh=mesh)
+    if work["liger"]:
+        apply_liger(model)
+    outputs = Outputs(config, model, stored, rank=rank)
+    state = Path(work["state"]) if work["state"] else None
+    position = Position(**read_position(state)) if state else Position()
     loaded = time.perf_counter()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for name, p in model.named_parameters() if name in reader)
+    total = sum(p.numel() for name, p in model.named_parameters() if name in stored)
     steps: list[StepMetrics] = []
-    metrics_file = output / "metrics.jsonl"
     if rank == 0:
-        shutil.rmtree(output / "checkpoint", ignore_errors=True)  # of a run that died before its summary
         print(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}", flush=True)
-    with Progress(num_steps(len(lengths), config), metrics_file, enabled=rank == 0) as progress:
+    with Progress(
+        num_steps(len(samples), config), output / "metrics.jsonl", done=position.step, enabled=rank == 0
+    ) as progress:
 
         def on_step(metrics: StepMetrics) -> None:
             steps.append(metrics)
             progress.advance(metrics)
 
-        run(model, sample, lengths, config, device=device, on_step=on_step, rank=rank, world_size=world_size)
-    trained = time.perf_counter()
+        run(
+            model,
+            samples,
+            config,
+            device=device,
+            on_step=on_step,
+            validation=validation,
+            saving=outputs,
+            position=position,
+            restore=(lambda optimizer: load_state(state, model, optimizer)) if state else None,
+            rank=rank,
+            world_size=world_size,
+        )
+    seconds = time.perf_counter() - loaded
 
     update_norms = {name: _norm(layer.coefficients) for name, layer in osft_layers(model)}
-    save_merged(model, reader, output / "checkpoint", rank=rank)
+    weights = load_factor_set(work["factors"]).weights
+    history = [metrics.to_dict() for metrics in steps]
+    if rank == 0:  # the steps before this call, too
+        history = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary = {
+        "config": config.to_dict() | {"dataset": dataset.name},
+        "steps": position.step,
+        "samples": position.samples,
+        "tokens": position.tokens,
+        "loss_tokens": position.loss_tokens,
+        "first_loss": history[0]["loss"],
+        "final_loss": history[-1]["loss"],
+        "validation_loss": history[-1]["validation_loss"],
+        "best_validation_loss": position.best_validation_loss,
+        "checkpoints": [path for line in history for path in line["checkpoints"]],
+        "best_checkpoint": position.best_checkpoint,
+        "world_size": world_size,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "liger": work["liger"],
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "load_seconds": loaded - started,
+        "train_seconds": seconds - outputs.seconds,
+        "save_seconds": outputs.seconds,
+        "peak_memory_bytes": _peak_memory(device),
+        "rank_layout": {
+            name: _layout(described["shape"], described["rank"], update_norms[name])
+            for name, described in weights.items()
+        },
+    }
     if rank == 0:
-        summary = {
-            "config": config.to_dict(),
-            "steps": len(steps),
-            "tokens": steps[-1].tokens,
-            "loss_tokens": steps[-1].loss_tokens,
-            "first_loss": steps[0].loss,
-            "final_loss": steps[-1].loss,
-            "world_size": world_size,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "trainable_parameters": trainable,
-            "total_parameters": total,
-            "load_seconds": loaded - started,
-            "train_seconds": trained - loaded,
-            "save_seconds": time.perf_counter() - trained,
-            "peak_memory_bytes": _peak_memory(device),
-            "update_norms": update_norms,
-        }
         write_json(output / "training.json", summary)
+    if os.environ["LOCAL_RANK"] == "0":
+        write_json(Path(work["summary_file"]), summary)
     if world_size > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _end_with_the_launcher() -> None:
+    """Have the kernel send SIGTERM when the launcher dies, which then cannot end its processes itself (Linux)."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def _layout(shape: list[int], rank: int, update_norm: float) -> dict[str, Any]:
+    """How one weight is split. `shape` is (m, n), or (experts, m, n) with a split for each."""
+    return {"shape": shape, "unfrozen": rank, "frozen": min(shape[-2:]) - rank, "update_norm": update_norm}
+
+
+def _check_same_inputs(work: dict[str, Any]) -> None:
+    """Raise RuntimeError unless all processes have equal data and factors, which nodes without a shared folder made."""
+    factors = load_factor_set(work["factors"])
+    digests = [tensor_sha256(basis) for name in factors.weights for basis in factors.first_rows(name)]
+    mine = [Path(work["dataset"]).name, Path(work["factors"]).name, digests]
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    for what, values in zip(("data", "factor set", "singular vectors"), zip(*everyone, strict=True), strict=True):
+        if any(value != values[0] for value in values):
+            raise RuntimeError(
+                f"the processes have different {what}. Put data_output_dir on a folder that all nodes share, or "
+                "prepare once and pass the result as data_path and factors"
+            )
 
 
 def _device() -> torch.device:

@@ -20,6 +20,7 @@ from osft.subspace import factor_store
 from osft.training import TrainResult, train
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.subspace.test_linear import frozen_directions
+from tests.training.in_process import run_in_process
 
 STEPS = 20
 QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25)
@@ -32,9 +33,11 @@ def config(chats: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFac
     return TrainConfig(
         model_path=str(model_folder),
         data_path=str(prepare(str(chats), model_folder, root / "data").folder),
-        factors_path=str(factor_store.precompute(model_folder, root / "factors", QUARTER).path),
-        output_dir=str(root / "one-process"),
-        subspace=QUARTER,
+        use_processed_dataset=True,
+        factors=str(factor_store.precompute(model_folder, root / "factors", QUARTER).path),
+        ckpt_output_dir=str(root / "one-process"),
+        unfreeze_rank_ratio=0.25,
+        max_seq_len=300,
         effective_batch_size=12,
         max_tokens_per_gpu=300,
         learning_rate=1e-2,
@@ -59,6 +62,14 @@ def weights(result: TrainResult) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(result.checkpoint).state_dict()
 
 
+def assert_same_training(result: TrainResult, expected: TrainResult) -> None:
+    """The same losses at every step, and the same weights at the end, up to the rounding of sums."""
+    assert losses(result) == pytest.approx(losses(expected), rel=1e-4)
+    wanted = weights(expected)
+    for name, found in weights(result).items():
+        torch.testing.assert_close(found, wanted[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
 def test_training_learns(one_process):
     found = losses(one_process)
     assert len(found) == STEPS
@@ -68,29 +79,39 @@ def test_training_learns(one_process):
 @pytest.mark.parametrize(
     "change",
     [
-        {"nproc_per_node": 2},
         {"nproc_per_node": 3, "max_tokens_per_gpu": 150},  # no dimension is a multiple of 3
         {"max_tokens_per_gpu": 2000},
         {"max_tokens_per_gpu": 100, "gradient_checkpointing": True},
     ],
-    ids=["two-processes", "three-uneven-processes", "large-micro-batches", "small-micro-batches-recomputed"],
+    ids=["three-uneven-processes", "large-micro-batches", "small-micro-batches-recomputed"],
 )
-def test_losses_and_weights_do_not_depend_on_how_the_work_is_cut(config, one_process, tmp_path, change):
-    result = train(dataclasses.replace(config, output_dir=str(tmp_path / "run"), **change))
-    assert losses(result) == pytest.approx(losses(one_process), rel=1e-4)
-    expected = weights(one_process)
-    for name, found in weights(result).items():
-        torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+def test_losses_and_weights_do_not_depend_on_how_the_work_is_cut(config, one_process, tmp_path, monkeypatch, change):
+    if "nproc_per_node" not in change:
+        run_in_process(monkeypatch)
+    assert_same_training(
+        train(dataclasses.replace(config, ckpt_output_dir=str(tmp_path / "run"), **change)), one_process
+    )
 
 
-def test_sharded_update_is_orthogonal_to_the_frozen_directions(config, tmp_path):
-    result = train(dataclasses.replace(config, output_dir=str(tmp_path / "run"), nproc_per_node=2))
+@pytest.fixture(scope="module")
+def two_processes(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    output = tmp_path_factory.mktemp("two-processes") / "run"
+    return train(dataclasses.replace(config, ckpt_output_dir=str(output), nproc_per_node=2))
+
+
+def test_two_processes_train_as_one(one_process, two_processes):
+    assert two_processes.summary["world_size"] == 2
+    assert_same_training(two_processes, one_process)
+
+
+def test_sharded_update_is_orthogonal_to_the_frozen_directions(config, two_processes):
+    result = two_processes
     base = CheckpointReader(config.model_path)
     tuned = CheckpointReader(result.checkpoint)
-    for name, norm in result.summary["update_norms"].items():
+    for name, layout in result.rank_layout.items():
         before = base.tensor(f"{name}.weight").double()
         update = tuned.tensor(f"{name}.weight").double() - before
-        assert update.norm().item() == pytest.approx(norm, rel=1e-3)
+        assert update.norm().item() == pytest.approx(layout["update_norm"], rel=1e-3)
         left, right = frozen_directions(before, round(0.25 * min(before.shape)))
         # The stored float32 weight rounds the update, so the bound is the rounding's.
         assert (left.T @ update).norm() / update.norm() < 1e-4
@@ -117,10 +138,13 @@ def test_bfloat16_model_in_several_shards_is_trained_and_stays_bfloat16(chats, t
         TrainConfig(
             model_path=str(folder),
             data_path=str(prepare(str(chats), folder, tmp_path / "data").folder),
-            factors_path=str(factor_store.precompute(folder, tmp_path / "factors", core).path),
-            output_dir=str(tmp_path / "run"),
-            subspace=core,
+            use_processed_dataset=True,
+            factors=str(factor_store.precompute(folder, tmp_path / "factors", core).path),
+            ckpt_output_dir=str(tmp_path / "run"),
+            **dataclasses.asdict(core),
             effective_batch_size=16,
+            max_tokens_per_gpu=2048,
+            max_seq_len=2048,
             learning_rate=1e-2,
             max_steps=3,
             nproc_per_node=2,
@@ -135,23 +159,17 @@ def test_bfloat16_model_in_several_shards_is_trained_and_stays_bfloat16(chats, t
     assert torch.equal(tuned.tensor(kept), base.tensor(kept))
 
 
-def test_finished_run_is_reused_and_other_settings_are_refused(config, one_process):
-    assert train(config).reused
-    with pytest.raises(ValueError, match="holds a finished run with other settings"):
-        train(dataclasses.replace(config, seed=7))
-
-
 def test_inputs_are_checked_before_a_process_starts(config, tmp_path):
     def with_(**changes: object) -> TrainConfig:
-        return dataclasses.replace(config, output_dir=str(tmp_path / "run"), **changes)
+        return dataclasses.replace(config, ckpt_output_dir=str(tmp_path / "run"), **changes)
 
-    with pytest.raises(FileNotFoundError, match="nowhere is not a model folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         train(with_(model_path=str(tmp_path / "nowhere")))
-    with pytest.raises(FileNotFoundError, match="is not a prepared dataset"):
-        train(with_(data_path=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="missing.jsonl does not exist"):
+        train(with_(data_path=str(tmp_path / "missing.jsonl")))
     with pytest.raises(FileNotFoundError, match="there is no factor set"):
-        train(with_(factors_path=str(tmp_path / "set.json")))
-    with pytest.raises(ValueError, match="max_tokens_per_gpu=40 is less than the longest training sample"):
+        train(with_(factors=str(tmp_path / "set.json")))
+    with pytest.raises(ValueError, match="more than max_tokens_per_gpu=40"):
         train(with_(max_tokens_per_gpu=40))
     assert not (tmp_path / "run").exists()
 
@@ -161,31 +179,65 @@ def test_error_of_a_rank_arrives_with_its_traceback(config, tmp_path):
     tiny_llama(seed=5).save_pretrained(other)
     foreign = factor_store.precompute(other, tmp_path / "factors", QUARTER)
     with pytest.raises(RuntimeError, match=r"(?s)rank 0 ended with exit code 1.*check_weights.*does not belong to"):
-        train(dataclasses.replace(config, output_dir=str(tmp_path / "run"), factors_path=str(foreign.path)))
-    assert not (tmp_path / "run" / "checkpoint").exists()
+        train(dataclasses.replace(config, ckpt_output_dir=str(tmp_path / "run"), factors=str(foreign.path)))
+    assert not (tmp_path / "run" / "hf_format").exists()
     assert not (tmp_path / "run" / "training.json").exists()
 
 
-def test_killed_process_ends_the_run_and_leaves_nothing_running(config, tmp_path):
-    long = dataclasses.replace(
-        config, output_dir=str(tmp_path / "run"), nproc_per_node=2, max_steps=None, num_epochs=10_000
-    )
-    settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps(long.to_dict()))
+def start(config: TrainConfig, folder: Path) -> subprocess.Popen:
+    """A training call in a process of its own, with its first step done."""
+    settings = folder / "settings.json"
+    settings.write_text(json.dumps(config.to_dict()))
     code = "import json, sys; from osft import TrainConfig; from osft.training import train; "
     code += "train(TrainConfig(**json.load(open(sys.argv[1]))))"
     launcher = subprocess.Popen(
         [sys.executable, "-c", code, str(settings)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics = Path(config.ckpt_output_dir) / "metrics.jsonl"
     while not metrics.is_file() or metrics.stat().st_size == 0:
         assert launcher.poll() is None, launcher.stdout.read()
-        time.sleep(0.1)
+        time.sleep(0.02)
+    return launcher
+
+
+def running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.covers("resume", "save_state_steps")
+def test_killed_process_ends_the_run_which_goes_on_with_other_processes(config, one_process, tmp_path, monkeypatch):
+    """One of two processes is killed; the next call goes on in one, and repeats the uninterrupted run's losses."""
+    run = dataclasses.replace(
+        config, ckpt_output_dir=str(tmp_path / "run"), nproc_per_node=2, save_state_steps=1, max_tokens_per_gpu=100
+    )
+    launcher = start(run, tmp_path)
     workers = psutil.Process(launcher.pid).children()
     assert len(workers) == 2
+    state = tmp_path / "run" / "state"
+    while not list(state.glob("step-*[0-9]")):
+        time.sleep(0.02)
     workers[1].send_signal(signal.SIGKILL)
     output, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 1
     assert "training failed: rank 1 ended with signal 9" in output
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert running(workers) == []
     assert not (tmp_path / "run" / "training.json").exists()
+
+    run_in_process(monkeypatch)
+    assert_same_training(train(dataclasses.replace(run, nproc_per_node=1)), one_process)
+
+
+@pytest.mark.covers("resume", "save_state_minutes")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_launcher_that_ends_leaves_the_state_and_no_process(config, one_process, tmp_path, monkeypatch, signum):
+    run = dataclasses.replace(config, ckpt_output_dir=str(tmp_path / "run"), max_tokens_per_gpu=100)
+    launcher = start(run, tmp_path)
+    workers = psutil.Process(launcher.pid).children()
+    launcher.send_signal(signum)
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == (-signum if signum == signal.SIGKILL else 128 + signum), output
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    (state,) = (tmp_path / "run" / "state").iterdir()
+    assert int(state.name.removeprefix("step-")) < STEPS
+    run_in_process(monkeypatch)
+    assert_same_training(train(run), one_process)

@@ -1,0 +1,162 @@
+"""Following a run from the process that started it.
+
+Training runs in processes of its own and writes a line of `metrics.jsonl` after each step; a thread of the calling
+process reads what has been added and calls the callbacks. They are live objects: closures, plots and state work, and
+nothing needs to be pickled.
+"""
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from osft.atomic import atomic_path
+from osft.training.loop import INTERRUPT, STOP
+from osft.training.outputs import STOP_FILE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingContext:
+    """What a callback is told."""
+
+    output_dir: Path
+    step: int = 0
+    epoch: float = 0.0
+    loss: float | None = None
+    """Nats per loss token."""
+    learning_rate: float | None = None
+    validation_loss: float | None = None
+    checkpoints: tuple[Path, ...] = ()
+    """The models that were just written."""
+    metrics: dict[str, Any]
+    """The whole line of `metrics.jsonl`."""
+
+
+class TrainingCallback:
+    """Override what you need. Called in the process and the order of the caller, a step at a time.
+
+    Raise StopTraining to end training after the step at hand: the final model is written as if it were the last one.
+    Any other exception ends training too and is raised from `osft()`; the training state is saved, and the same call
+    goes on from there.
+    """
+
+    def on_train_begin(self, context: TrainingContext) -> None:
+        """Before the first step of this call."""
+
+    def on_step_end(self, context: TrainingContext) -> None:
+        """After each optimizer step."""
+
+    def on_log(self, context: TrainingContext) -> None:
+        """After each optimizer step, as on_step_end: every step is logged."""
+
+    def on_evaluate(self, context: TrainingContext) -> None:
+        """After a step at which the validation loss was measured."""
+
+    def on_save(self, context: TrainingContext) -> None:
+        """After models were written."""
+
+    def on_epoch_end(self, context: TrainingContext) -> None:
+        """After an epoch's last step."""
+
+    def on_train_end(self, context: TrainingContext) -> None:
+        """After the last step of this call, also if training failed."""
+
+
+class StopTraining(Exception):
+    """Raised by a callback to end training early."""
+
+
+class Follower:
+    """Calls the callbacks for each line that is added to the metrics of a run, until the block ends.
+
+    `after` is the step that the run goes on from; lines up to it are not new. On leaving, what remains is delivered,
+    and an exception of a callback is raised, whatever became of the block.
+    """
+
+    def __init__(
+        self, output: Path, callbacks: Sequence[TrainingCallback], *, after: int, interval_seconds: float = 0.5
+    ) -> None:
+        self._output, self._callbacks, self._interval = output, callbacks, interval_seconds
+        self._file, self._offset = output / "metrics.jsonl", 0
+        self._last = TrainingContext(output_dir=output, step=after, metrics={})
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="osft-callbacks", daemon=True)
+
+    def __enter__(self) -> "Follower":
+        if self._callbacks:
+            self._call("on_train_begin", self._last)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._callbacks:
+            return
+        self._done.set()
+        self._thread.join()
+        self._deliver()
+        self._call("on_train_end", self._last)
+        if self._error is not None:
+            raise self._error from None
+
+    def _run(self) -> None:
+        while not self._done.wait(self._interval):
+            self._deliver()
+
+    def _deliver(self) -> None:
+        for metrics in self._new_lines():
+            self._last = TrainingContext(
+                output_dir=self._output,
+                step=metrics["step"],
+                epoch=metrics["epoch"],
+                loss=metrics["loss"],
+                learning_rate=metrics["learning_rate"],
+                validation_loss=metrics["validation_loss"],
+                checkpoints=tuple(self._output / path for path in metrics["checkpoints"]),
+                metrics=metrics,
+            )
+            self._call("on_step_end", self._last)
+            self._call("on_log", self._last)
+            if metrics["validation_loss"] is not None:
+                self._call("on_evaluate", self._last)
+            if metrics["checkpoints"]:
+                self._call("on_save", self._last)
+            if metrics["epoch"] == int(metrics["epoch"]):
+                self._call("on_epoch_end", self._last)
+
+    def _new_lines(self) -> list[dict[str, Any]]:
+        """The complete lines that were added since the last call, of steps that were not seen yet."""
+        if not self._file.is_file():
+            return []
+        with self._file.open("rb") as lines:
+            if self._file.stat().st_size < self._offset:
+                self._offset = 0  # a run that goes on drops the steps behind its state
+            lines.seek(self._offset)
+            added = lines.read()
+        complete = added[: added.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [line for line in map(json.loads, complete.splitlines()) if line["step"] > self._last.step]
+
+    def _call(self, hook: str, context: TrainingContext) -> None:
+        """Call a hook of each callback; after the first exception no hook is called any more."""
+        for callback in self._callbacks:
+            if self._error is not None:
+                return
+            try:
+                call = getattr(callback, hook, None)  # one written for training_hub may lack some
+                if call is not None:
+                    call(context)
+            except StopTraining:
+                self._ask(STOP)
+            except Exception as error:
+                self._error = error
+                self._ask(INTERRUPT)
+
+    def _ask(self, wish: int) -> None:
+        with atomic_path(self._output / STOP_FILE) as temporary:
+            temporary.write_text(str(wish), encoding="utf-8")

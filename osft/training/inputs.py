@@ -1,0 +1,130 @@
+"""From what the user names to what a training process reads: a model folder, a prepared dataset, a factor set.
+
+Everything is found by content if it was there before, so that a call that was killed repeats nothing, and several
+nodes may do the same work side by side on one shared folder or each on its own.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig
+
+from osft.checkpoint import CheckpointReader
+from osft.config import SubspaceConfig, TrainConfig
+from osft.models import model_folder
+from osft.subspace.factor_store import FactorSet, load_factor_set, precompute
+from osft.subspace.rank_allocation import measure_importance
+
+if TYPE_CHECKING:
+    from osft.data.dataset_folder import PreparedData
+
+
+def local_model(config: TrainConfig) -> Path:
+    """The folder of the model, downloaded if need be. Raises FileNotFoundError if it is incomplete."""
+    return CheckpointReader(model_folder(config.model_path)).folder
+
+
+def data_folder(config: TrainConfig) -> Path:
+    """Where prepared data and factors go."""
+    return Path(config.data_output_dir or Path(config.ckpt_output_dir) / "_internal_data_processing")
+
+
+def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[str], None] = print) -> "PreparedData":
+    """The prepared dataset, checked against `max_tokens_per_gpu`.
+
+    Raises ValueError that names the sample if one is longer.
+    """
+    from osft.data.documents import prepare_documents
+    from osft.data.prepare import prepare
+    from osft.data.processed import import_processed
+
+    output = data_folder(config) / "data"
+    common: dict[str, Any] = {
+        "validation_fraction": config.validation_split,
+        "validation_data": config.validation_data_path,
+        "report": report,
+    }
+    if config.is_pretraining:
+        assert config.block_size is not None, "checked by TrainConfig"
+        prepared = prepare_documents(
+            config.data_path,
+            model,
+            output,
+            block_size=config.block_size,
+            document_column_name=config.document_column_name,
+            trust_remote_code=config.trust_remote_code,
+            **common,
+        )
+    elif config.use_processed_dataset:
+        prepared = import_processed(
+            config.data_path,
+            output,
+            max_seq_len=config.max_seq_len,
+            vocabulary_size=vocabulary_size(model, trust_remote_code=config.trust_remote_code),
+            **common,
+        )
+    else:
+        prepared = prepare(
+            config.data_path,
+            model,
+            output,
+            max_seq_len=config.max_seq_len,
+            unmask_messages=config.unmask_messages,
+            deduplicate=False,
+            trust_remote_code=config.trust_remote_code,
+            **common,
+        )
+    check_lengths(prepared.folder, config.max_tokens_per_gpu)
+    return prepared
+
+
+def check_lengths(folder: Path, max_tokens_per_gpu: int) -> None:
+    """Raise ValueError that names the longest sample of a prepared dataset if it exceeds the bound."""
+    statistics = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    longest, source = statistics["longest_sample"], statistics.get("longest_sample_source", folder)
+    if longest > max_tokens_per_gpu:
+        raise ValueError(
+            f"{source}: the sample has {longest} tokens, more than max_tokens_per_gpu={max_tokens_per_gpu}. "
+            "Raise that, or lower max_seq_len, which drops longer samples"
+        )
+
+
+def vocabulary_size(model: Path, *, trust_remote_code: bool = False) -> int:
+    """Number of token ids of a model."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return int(config.get_text_config().vocab_size)
+
+
+def factor_set(config: TrainConfig, model: Path, data: "PreparedData") -> FactorSet:
+    """The factor set that is named, or the one that the store holds or gets."""
+    if config.factors and Path(config.factors).is_file():
+        return load_factor_set(config.factors)
+    if config.factors and config.factors.endswith(".json"):
+        raise FileNotFoundError(f"there is no factor set {config.factors}. Leave `factors` out to have it computed")
+    store = Path(config.factors or data_folder(config) / "factors")
+    return compute_factors(model, data.folder, store, config.subspace, trust_remote_code=config.trust_remote_code)
+
+
+def compute_factors(
+    model: Path, data: Path, store: Path, subspace: SubspaceConfig, *, trust_remote_code: bool = False
+) -> FactorSet:
+    """Decompose what `store` does not hold yet; with adaptive ranks, measure the layers' importance on `data` first."""
+    importance = None
+    if subspace.rank_allocation == "adaptive":
+        from osft.data.dataset_folder import load_split
+
+        train = load_split(data, "train")
+        samples = [train[i] for i in range(min(subspace.calibration_samples, len(train)))]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        importance = measure_importance(
+            model,
+            samples,
+            device=device,
+            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+            max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
+            trust_remote_code=trust_remote_code,
+        )
+    return precompute(model, store, subspace, importance=importance, trust_remote_code=trust_remote_code)

@@ -1,0 +1,69 @@
+"""What a training process writes while it runs, and when.
+
+    <ckpt_output_dir>/hf_format/samples_<n>/    models, named as mini-trainer names them
+    <ckpt_output_dir>/state/step-<n>/           the newest training state (osft.training.state)
+
+A process that receives SIGTERM (a preempted pod, a stopped or killed launcher) or an interrupt finishes its step, and
+the run saves its state and ends. All processes agree on that: each step's wishes are reduced over the ranks.
+"""
+
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+import torch
+from transformers import PreTrainedModel
+
+from osft.config import TrainConfig
+from osft.conversion import ModelWeights
+from osft.training.loop import GO_ON, INTERRUPT, SAVE_STATE, Position
+from osft.training.sharded_model import save_merged
+from osft.training.state import save_state
+
+STOP_FILE = "stop"
+"""The launcher writes it to the output folder when a callback ends training: STOP or INTERRUPT, as a number."""
+
+
+class Outputs:
+    """Writes models and training states; `Saving` of `osft.training.loop`."""
+
+    def __init__(self, config: TrainConfig, model: PreTrainedModel, stored: ModelWeights, *, rank: int) -> None:
+        self._folder = Path(config.ckpt_output_dir)
+        self._model, self._stored, self._rank = model, stored, rank
+        self._interval = config.save_state_minutes * 60
+        self._last_state = time.monotonic()
+        self._terminated = False
+        self.seconds = 0.0
+        """Time spent writing."""
+        for signum in (signal.SIGTERM, signal.SIGINT):  # an interrupt at a terminal goes to every process
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
+    def wanted(self) -> int:
+        """This rank's wish after a step."""
+        if self._rank == 0 and (self._folder / STOP_FILE).exists():
+            return int((self._folder / STOP_FILE).read_text(encoding="utf-8"))
+        if self._terminated:
+            return INTERRUPT
+        if self._rank == 0 and self._interval and time.monotonic() - self._last_state > self._interval:
+            return SAVE_STATE
+        return GO_ON
+
+    def model(self, name: str) -> str:
+        """Write the tuned model under a name; returns its path relative to the output folder."""
+        started = time.perf_counter()
+        path = f"hf_format/{name}"
+        save_merged(self._model, self._stored, self._folder / path, rank=self._rank)
+        self.seconds += time.perf_counter() - started
+        return path
+
+    def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
+        """Write the training state."""
+        started = time.perf_counter()
+        save_state(self._folder, self._model, optimizer, asdict(position), rank=self._rank)
+        self._last_state = time.monotonic()
+        self.seconds += time.perf_counter() - started

@@ -1,0 +1,106 @@
+"""What a training run leaves, as an object."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A finished training run. Everything in it is also in the output folder, `training.json` and `metrics.jsonl`."""
+
+    output_dir: Path
+    """The run's ckpt_output_dir."""
+    summary: dict[str, Any]
+    """Counts, timings, memory, losses, rank layout and settings; the content of `training.json`."""
+    reused: bool = False
+    """True if the run had already finished and nothing was trained."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The tuned model, a plain Hugging Face folder: the last one written, None if none was asked for."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """All models that the run wrote, in their order."""
+        return [self.output_dir / folder for folder in self.summary["checkpoints"]]
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The model with the lowest validation loss, with `save_best_val_loss`."""
+        folder = self.summary["best_checkpoint"]
+        return self.output_dir / folder if folder else None
+
+    @property
+    def metrics(self) -> Path:
+        """JSON lines, one a step: `osft.training.loop.StepMetrics`."""
+        return self.output_dir / "metrics.jsonl"
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The content of `metrics`: loss (nats per token), learning rate, gradient norm, tokens/s … of each step."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        return int(self.summary["steps"])
+
+    @property
+    def num_samples(self) -> int:
+        """Samples processed, epochs included."""
+        return int(self.summary["samples"])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens processed, epochs included."""
+        return int(self.summary["tokens"])
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Of these, the tokens that counted in the loss."""
+        return int(self.summary["loss_tokens"])
+
+    @property
+    def final_loss(self) -> float:
+        """Loss of the last step, in nats per token."""
+        return float(self.summary["final_loss"])
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds: `load`, `train`, `save`."""
+        return {name: self.summary[f"{name}_seconds"] for name in ("load", "train", "save")}
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of the first process: the GPU allocator's peak, or the resident memory's on a CPU."""
+        return int(self.summary["peak_memory_bytes"])
+
+    @property
+    def rank_layout(self) -> dict[str, dict[str, Any]]:
+        """Target weight -> `shape`, number of `unfrozen` and `frozen` singular directions, `update_norm`."""
+        layout: dict[str, dict[str, Any]] = self.summary["rank_layout"]
+        return layout
+
+    def __repr__(self) -> str:
+        summary, timings = self.summary, self.timings
+        loss = f"{summary['first_loss']:.4f} -> {self.final_loss:.4f}"
+        if summary["validation_loss"] is not None:
+            loss += f", validation {summary['validation_loss']:.4f}"
+        ranks = [layout["unfrozen"] for layout in self.rank_layout.values()]
+        spread = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+        lines = [
+            f"TrainResult{' (finished before, nothing trained)' if self.reused else ''}",
+            f"  checkpoint  {self.checkpoint}",
+            f"  loss        {loss} nats per token",
+            f"  steps       {self.num_steps:,} ({self.num_samples:,} samples, {self.num_tokens:,} tokens, "
+            f"{self.num_loss_tokens:,} with loss)",
+            f"  parameters  {summary['trainable_parameters']:,} trainable of {summary['total_parameters']:,}",
+            f"  rank        {spread} unfrozen directions in {len(ranks)} weights",
+            f"  time        {timings['load']:.1f} s load, {timings['train']:.1f} s train, {timings['save']:.1f} s save",
+            f"  memory      {self.peak_memory_bytes / 2**30:.2f} GiB at most, {summary['world_size']} x "
+            f"{summary['device']}",
+        ]
+        return "\n".join(lines)

@@ -1,0 +1,35 @@
+"""Training without starting processes, for tests of what happens inside of one."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osft.training import launch, worker
+
+
+def run_in_process(monkeypatch) -> None:
+    """From now on a run of one process happens in this one: the same worker, without the seconds of starting it."""
+
+    def run_processes(launch_config: Any, work: dict[str, Any]) -> dict[str, Any]:
+        assert launch_config.nproc_per_node == 1
+        assert launch_config.max_nodes == 1
+        handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+        torch_state = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+        try:
+            worker.train_process(work)
+            return json.loads(Path(work["summary_file"]).read_text())
+        finally:
+            Path(work["summary_file"]).unlink(missing_ok=True)
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+            torch.use_deterministic_algorithms(torch_state[0])
+            torch.set_num_threads(torch_state[1])
+
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(launch, "_run_processes", run_processes)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
