@@ -8,27 +8,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from osft.api import Algorithm as Algorithm
+    from osft.api import AlgorithmRegistry as AlgorithmRegistry
+    from osft.api import Backend as Backend
+    from osft.api import OSFTAlgorithm as OSFTAlgorithm
+    from osft.api import create_algorithm as create_algorithm
+    from osft.api import osft as osft
     from osft.config import SubspaceConfig as SubspaceConfig
     from osft.config import TrainConfig as TrainConfig
     from osft.subspace import OSFTLinear as OSFTLinear
     from osft.subspace import inject as inject
     from osft.subspace import merge as merge
     from osft.subspace import refresh as refresh
+    from osft.training import StopTraining as StopTraining
+    from osft.training import TrainingCallback as TrainingCallback
+    from osft.training import TrainingContext as TrainingContext
+    from osft.training import TrainResult as TrainResult
     from osft.training import train as train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "SubspaceConfig": "osft.config",
-    "TrainConfig": "osft.config",
-    "OSFTLinear": "osft.subspace",
-    "inject": "osft.subspace",
-    "merge": "osft.subspace",
-    "refresh": "osft.subspace",
-    "train": "osft.training",
+    **dict.fromkeys(
+        ("Algorithm", "AlgorithmRegistry", "Backend", "OSFTAlgorithm", "create_algorithm", "osft"), "osft.api"
+    ),
+    **dict.fromkeys(("SubspaceConfig", "TrainConfig"), "osft.config"),
+    **dict.fromkeys(("OSFTLinear", "inject", "merge", "refresh"), "osft.subspace"),
+    **dict.fromkeys(("StopTraining", "TrainResult", "TrainingCallback", "TrainingContext", "train"), "osft.training"),
 }
 
-__all__ = ["OSFTLinear", "SubspaceConfig", "TrainConfig", "__version__", "inject", "merge", "refresh", "train"]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

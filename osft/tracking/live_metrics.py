@@ -1,16 +1,15 @@
 """Training metrics in MLflow while training runs.
 
-Training writes `metrics.jsonl` and knows nothing of MLflow; a thread of the launching process reads what has been
-added and sends it. If the server does not answer, training goes on and the lines are sent later; what could not
-be sent when training ends is still in the file, and the step says so.
+Training knows nothing of MLflow: this is a callback in the launching process, with a thread that sends what has come.
+If the server does not answer, training goes on and the metrics are sent later; what could not be sent when training
+ends is still in `metrics.jsonl`, and a line says so.
 """
 
-import json
 import logging
 import threading
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from osft.training.callbacks import TrainingCallback, TrainingContext
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -18,58 +17,53 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class LiveMetrics:
-    """Forwards the lines of a growing metrics file to a run, until the block ends."""
+class LiveMetrics(TrainingCallback):
+    """Forwards the numbers of each step to an MLflow run."""
 
-    def __init__(self, mlflow: "MlflowClient", run_id: str, metrics_file: Path, *, interval_seconds: float = 5.0):
-        self._mlflow, self._run_id, self._file, self._interval = mlflow, run_id, metrics_file, interval_seconds
-        self._offset = 0
+    def __init__(self, mlflow: "MlflowClient", run_id: str, *, interval_seconds: float = 5.0) -> None:
+        self._mlflow, self._run_id, self._interval = mlflow, run_id, interval_seconds
+        self._pending: list[dict[str, Any]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="live-metrics", daemon=True)
 
-    def __enter__(self) -> "LiveMetrics":
-        self._offset = self._file.stat().st_size if self._file.is_file() else 0
+    def on_train_begin(self, context: TrainingContext) -> None:
+        """Start sending."""
         self._thread.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def on_step_end(self, context: TrainingContext) -> None:
+        """Take a step's numbers."""
+        self._pending.append(context.metrics)
+
+    def on_train_end(self, context: TrainingContext) -> None:
+        """Send what is left."""
         self._stop.set()
         self._thread.join()
         if not self._send():
-            print(f"mlflow: the last metrics could not be sent; they are in {self._file}", flush=True)
+            print(f"mlflow: the last metrics could not be sent; they are in {context.output_dir}", flush=True)
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval):
             self._send()
 
     def _send(self) -> bool:
-        """Send all complete new lines; False if the server did not take them."""
+        """Send all that is pending; False if the server did not take it."""
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
-        if not self._file.is_file():
-            return True
-        with self._file.open("rb") as lines:
-            if self._file.stat().st_size < self._offset:
-                self._offset = 0  # the file was begun anew
-            lines.seek(self._offset)
-            added = lines.read()
-        complete = added[: added.rfind(b"\n") + 1]
-        metrics = [metric for line in complete.splitlines() for metric in _metrics(json.loads(line), Metric)]
+        lines = list(self._pending)
+        metrics = [metric for line in lines for metric in _metrics(line, Metric)]
         try:
             for start in range(0, len(metrics), 1000):  # MLflow's limit on one batch
                 self._mlflow.log_batch(self._run_id, metrics=metrics[start : start + 1000])
         except (MlflowException, OSError) as error:
             _log.warning("metrics could not be sent to MLflow, trying again later: %s", error)
             return False
-        self._offset += len(complete)
+        del self._pending[: len(lines)]
         return True
 
 
 def _metrics(line: dict[str, Any], make: Any) -> list[Any]:
     """The numbers of one line, with the step as their axis. Sent twice, they are equal and MLflow keeps one."""
-    axes = ("step", "timestamp")
+    numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "timestamp")}
     milliseconds = int(line["timestamp"] * 1000)
-    return [make(f"train/{k}", float(v), milliseconds, line["step"]) for k, v in line.items() if k not in axes]
+    return [make(f"train/{k}", float(v), milliseconds, line["step"]) for k, v in numbers.items()]

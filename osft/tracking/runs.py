@@ -61,6 +61,17 @@ def local_tracking_uri(storage_root: str | Path) -> str:
     return f"sqlite:///{Path(storage_root).absolute() / 'mlflow' / 'mlflow.db'}"
 
 
+def experiment_of(mlflow: "MlflowClient", name: str, storage_root: str | Path) -> str:
+    """The id of an experiment, made on first use."""
+    known = mlflow.get_experiment_by_name(name)
+    if known is not None:
+        return str(known.experiment_id)
+    # A server knows where its artifacts go; a local database is told.
+    is_local = mlflow.tracking_uri.startswith("sqlite:")
+    artifacts = (Path(storage_root).absolute() / "mlflow" / "artifacts").as_uri() if is_local else None
+    return str(mlflow.create_experiment(name, artifact_location=artifacts))
+
+
 def pipeline_run(
     mlflow: "MlflowClient", *, experiment: str, pipeline_run_id: str, name: str, storage_root: str | Path
 ) -> str:
@@ -73,14 +84,7 @@ def pipeline_run(
     if injected:
         mlflow.set_tag(injected, _PIPELINE_RUN_TAG, pipeline_run_id)
         return injected
-    known = mlflow.get_experiment_by_name(experiment)
-    if known is None:
-        # A server knows where its artifacts go; a local database is told.
-        is_local = mlflow.tracking_uri.startswith("sqlite:")
-        artifacts = (Path(storage_root).absolute() / "mlflow" / "artifacts").as_uri() if is_local else None
-        experiment_id = mlflow.create_experiment(experiment, artifact_location=artifacts)
-    else:
-        experiment_id = known.experiment_id
+    experiment_id = experiment_of(mlflow, experiment, storage_root)
     found = mlflow.search_runs([experiment_id], filter_string=f"tags.`{_PIPELINE_RUN_TAG}` = '{pipeline_run_id}'")
     parents = [run for run in found if _PARENT_TAG not in run.data.tags]
     if parents:

@@ -14,6 +14,7 @@ import pytest
 
 from osft.tracking import registry, runs
 from osft.tracking.live_metrics import LiveMetrics
+from osft.training.callbacks import Follower
 
 
 @pytest.fixture(scope="module")
@@ -95,14 +96,21 @@ def test_versions_are_never_overwritten_and_aliases_move(mlflow, storage, tmp_pa
 
 
 def metrics_line(step: int) -> str:
-    return json.dumps({"step": step, "loss": 10.0 / step, "timestamp": 1.7e9 + step}) + "\n"
+    numbers = {"step": step, "epoch": 0.5, "loss": 10.0 / step, "learning_rate": 0.1, "timestamp": 1.7e9 + step}
+    return json.dumps(numbers | {"validation_loss": None, "checkpoints": []}) + "\n"
+
+
+def follow(mlflow, run_id: str, file: Path) -> Follower:
+    """What training does with the callback: reads the file while it grows."""
+    live = LiveMetrics(mlflow, run_id, interval_seconds=0.05)
+    return Follower(file.parent, [live], after=0, interval_seconds=0.05)
 
 
 def test_live_metrics_arrive_once_and_partial_lines_wait(mlflow, storage, tmp_path):
     parent = pipeline_run(mlflow, storage, "run-7")
     file = tmp_path / "metrics.jsonl"
     with runs.step_run(mlflow, parent, "train") as step:
-        with LiveMetrics(mlflow, step.run_id, file, interval_seconds=0.05), file.open("w") as lines:
+        with follow(mlflow, step.run_id, file), file.open("w") as lines:
             lines.write(metrics_line(1) + metrics_line(2) + metrics_line(3)[:5])
             lines.flush()
             wait_for(lambda: len(mlflow.get_metric_history(step.run_id, "train/loss")) == 2)
@@ -158,7 +166,7 @@ def test_real_server_takes_runs_versions_and_metrics_after_an_outage(server, tmp
     parent = pipeline_run(mlflow, tmp_path, "run-1")
     file = tmp_path / "metrics.jsonl"
     with runs.step_run(mlflow, parent, "train") as step:
-        with LiveMetrics(mlflow, step.run_id, file, interval_seconds=0.2):
+        with follow(mlflow, step.run_id, file):
             file.write_text(metrics_line(1))
             wait_for(lambda: len(mlflow.get_metric_history(step.run_id, "train/loss")) == 1)
             monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")

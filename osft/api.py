@@ -1,0 +1,286 @@
+"""The documented function `osft()`, its class form, and the registry behind both.
+
+Names, parameters, their order and defaults are those of training_hub, so that changing the import is the whole
+migration. None means "the default", which is `TrainConfig`'s; what training_hub calls backend-specific parameters
+(`**kwargs`) are the other fields of `TrainConfig`.
+"""
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from osft.config import TrainConfig
+from osft.parameters import Parameter, parameters, refuse_unknown
+
+if TYPE_CHECKING:
+    from osft.training.callbacks import TrainingCallback
+    from osft.training.plan import TrainingPlan
+    from osft.training.result import TrainResult
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def run(
+    config: TrainConfig, callbacks: "Sequence[TrainingCallback] | TrainingCallback" = ()
+) -> "TrainResult | TrainingPlan":
+    """Train as `config` says, with tracking; what `osft()`, `osft train` and the component share.
+
+    Returns a TrainingPlan with `dry_run`. Raises as `osft.training.train`.
+    """
+    if config.dry_run:
+        from osft.training.plan import plan
+
+        return plan(config)
+    from osft.tracking.training_run import tracked
+    from osft.training import train
+
+    followers = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+    with tracked(config) as trackers:
+        return train(config, [*followers, *trackers])
+
+
+class Backend(ABC):
+    """What carries out an algorithm."""
+
+    @abstractmethod
+    def execute_training(self, algorithm_params: dict[str, Any]) -> Any:
+        """Train with these parameters and return the result."""
+
+
+class Algorithm(ABC):
+    """A way to train, on one of its backends."""
+
+    def __init__(self, backend: Backend, **kwargs: Any) -> None:
+        self.backend, self.kwargs = backend, kwargs
+
+    @abstractmethod
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train and return the backend's result."""
+
+    @abstractmethod
+    def get_required_params(self) -> dict[str, Any]:
+        """Name and type of each parameter that must be given."""
+
+    @abstractmethod
+    def get_optional_params(self) -> dict[str, Any]:
+        """Name and type of each other parameter."""
+
+
+class AlgorithmRegistry:
+    """The algorithms and their backends, by name."""
+
+    _algorithms: dict[str, type[Algorithm]] = {}  # noqa: RUF012 (the registry is the class)
+    _backends: dict[str, dict[str, type[Backend]]] = {}  # noqa: RUF012
+
+    @classmethod
+    def register_algorithm(cls, name: str, algorithm_class: type[Algorithm]) -> None:
+        """Add an algorithm."""
+        cls._algorithms[name] = algorithm_class
+        cls._backends.setdefault(name, {})
+
+    @classmethod
+    def register_backend(cls, algorithm_name: str, backend_name: str, backend_class: type[Backend]) -> None:
+        """Add a backend to an algorithm. Raises ValueError if there is no such algorithm."""
+        cls.get_algorithm(algorithm_name)
+        cls._backends[algorithm_name][backend_name] = backend_class
+
+    @classmethod
+    def get_algorithm(cls, name: str) -> type[Algorithm]:
+        """The class of an algorithm. Raises ValueError that lists what there is."""
+        if name not in cls._algorithms:
+            raise ValueError(f"there is no algorithm {name!r}. Registered are: {', '.join(cls._algorithms)}")
+        return cls._algorithms[name]
+
+    @classmethod
+    def get_backend(cls, algorithm_name: str, backend_name: str) -> type[Backend]:
+        """The class of a backend. Raises ValueError that lists what there is."""
+        cls.get_algorithm(algorithm_name)
+        backends = cls._backends[algorithm_name]
+        if backend_name not in backends:
+            raise ValueError(
+                f"there is no backend {backend_name!r} for {algorithm_name!r}. Registered are: {', '.join(backends)}"
+            )
+        return backends[backend_name]
+
+    @classmethod
+    def list_algorithms(cls) -> list[str]:
+        """Names of all algorithms."""
+        return list(cls._algorithms)
+
+    @classmethod
+    def list_backends(cls, algorithm_name: str) -> list[str]:
+        """Names of an algorithm's backends; none if there is no such algorithm."""
+        return list(cls._backends.get(algorithm_name, {}))
+
+
+def create_algorithm(algorithm_name: str, backend_name: str | None = None, **kwargs: Any) -> Algorithm:
+    """An algorithm on a backend, the first registered one if none is named.
+
+    Raises ValueError if either does not exist.
+    """
+    algorithm_class = AlgorithmRegistry.get_algorithm(algorithm_name)
+    backends = AlgorithmRegistry.list_backends(algorithm_name)
+    if backend_name is None and not backends:
+        raise ValueError(f"the algorithm {algorithm_name!r} has no backend")
+    backend = AlgorithmRegistry.get_backend(algorithm_name, backend_name or backends[0])()
+    return algorithm_class(backend=backend, **kwargs)
+
+
+class MiniTrainerBackend(Backend):
+    """The built-in engine, under the documented name of the only backend. It does not need mini-trainer."""
+
+    def execute_training(self, algorithm_params: dict[str, Any]) -> "TrainResult | TrainingPlan":
+        """Train with the fields of `TrainConfig` (None for the default) and `callbacks`."""
+        given = dict(algorithm_params)
+        callbacks = given.pop("callbacks", None) or ()
+        return run(TrainConfig.from_parameters(given), callbacks)
+
+
+def _refuses_missing(function: F) -> F:
+    """Make a call without a required parameter a ValueError, which the contract wants; Python's own is a TypeError."""
+    signature = inspect.signature(function)
+    required = [
+        name for name, p in signature.parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+    ]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        missing = [name for name in required if given.get(name) is None]
+        if missing:
+            raise ValueError(f"required parameters are missing: {', '.join(missing)}")
+        return function(*args, **kwargs)
+
+    return checked  # type: ignore[return-value]
+
+
+def _documented(function: F) -> F:
+    """Complete a docstring with those of `TrainConfig`'s fields."""
+    known, own = parameters(TrainConfig), inspect.signature(function).parameters
+    described = [known[name] for name in own if name in known]
+    more = [parameter for name, parameter in known.items() if name not in own]
+    doc = inspect.cleandoc(function.__doc__ or "")
+    for place, listed in (("{parameters}", described), ("{more_parameters}", more)):
+        doc = doc.replace(f"    {place}", _listing(listed))
+    function.__doc__ = doc
+    return function
+
+
+def _listing(described: list[Parameter]) -> str:
+    lines = []
+    for parameter in described:
+        default = "" if parameter.required else f", default {parameter.default!r}"
+        lines.append(f"    {parameter.name} ({parameter.type_name}{default}):")
+        lines += [f"        {line}" for line in parameter.doc.splitlines()]
+    return "\n".join(lines)
+
+
+class OSFTAlgorithm(Algorithm):
+    """Orthogonal Subspace Fine-Tuning as a class: `OSFTAlgorithm(backend).train(...)`."""
+
+    def get_required_params(self) -> dict[str, Any]:
+        """Name and type of each parameter that must be given."""
+        return {name: parameter.type for name, parameter in parameters(TrainConfig).items() if parameter.required}
+
+    def get_optional_params(self) -> dict[str, Any]:
+        """Name and type of each other parameter."""
+        optional = {name: p.type for name, p in parameters(TrainConfig).items() if not p.required}
+        return optional | {"callbacks": list}
+
+    @_refuses_missing
+    def train(
+        self,
+        model_path: str,
+        data_path: str,
+        unfreeze_rank_ratio: float,
+        effective_batch_size: int,
+        max_tokens_per_gpu: int,
+        max_seq_len: int,
+        learning_rate: float,
+        ckpt_output_dir: str,
+        **kwargs: Any,
+    ) -> Any:
+        """Train with the parameters of `osft()`, by name, but for `backend`. Raises as `osft()`."""
+        required = {
+            "model_path": model_path,
+            "data_path": data_path,
+            "unfreeze_rank_ratio": unfreeze_rank_ratio,
+            "effective_batch_size": effective_batch_size,
+            "max_tokens_per_gpu": max_tokens_per_gpu,
+            "max_seq_len": max_seq_len,
+            "learning_rate": learning_rate,
+            "ckpt_output_dir": ckpt_output_dir,
+        }
+        refuse_unknown(kwargs, [*self.get_required_params(), *self.get_optional_params()])
+        return self.backend.execute_training(required | kwargs)
+
+
+AlgorithmRegistry.register_algorithm("osft", OSFTAlgorithm)
+AlgorithmRegistry.register_backend("osft", "mini-trainer", MiniTrainerBackend)
+
+
+@_refuses_missing
+@_documented
+def osft(
+    model_path: str,
+    data_path: str,
+    unfreeze_rank_ratio: float,
+    effective_batch_size: int,
+    max_tokens_per_gpu: int,
+    max_seq_len: int,
+    learning_rate: float,
+    ckpt_output_dir: str,
+    data_output_dir: str | None = None,
+    backend: str = "mini-trainer",
+    target_patterns: list[str] | None = None,
+    seed: int | None = None,
+    use_liger: bool | None = None,
+    use_processed_dataset: bool | None = None,
+    unmask_messages: bool | None = None,
+    is_pretraining: bool | None = None,
+    block_size: int | None = None,
+    document_column_name: str | None = None,
+    lr_scheduler: str | None = None,
+    warmup_steps: int | None = None,
+    lr_scheduler_kwargs: dict[str, str] | None = None,
+    checkpoint_at_epoch: bool | None = None,
+    save_final_checkpoint: bool | None = None,
+    num_epochs: int | None = None,
+    nproc_per_node: int | None = None,
+    nnodes: int | None = None,
+    node_rank: int | None = None,
+    rdzv_id: int | None = None,
+    rdzv_endpoint: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Teach a language model new data by Orthogonal Subspace Fine-Tuning (arXiv:2504.07097) without forgetting.
+
+    Prepares the data, splits the target weights by SVD, freezes the directions with large singular values, trains in
+    the rest, and writes a plain Hugging Face model. None stands for the default that is given here.
+
+    Args:
+        {parameters}
+        backend (str, default 'mini-trainer'):
+            The built-in engine, under the documented name. Other engines can be registered (AlgorithmRegistry).
+
+    Further parameters, by name:
+        {more_parameters}
+        callbacks (TrainingCallback or a list of them):
+            Called in this process while training runs (osft.TrainingCallback).
+
+    Returns:
+        TrainResult: checkpoint, metrics history, counts, timings, peak memory and rank layout; or with dry_run a
+        TrainingPlan.
+
+    Raises:
+        ValueError: A parameter is missing, unknown, of a wrong type or out of range; data or settings cannot work.
+            Nothing was started then, and nothing lost.
+        FileNotFoundError: model_path or data_path does not exist, or is incomplete.
+        RuntimeError: Training failed; the message holds the traceback of the process that failed first.
+    """
+    given = dict(locals())
+    more: Mapping[str, Any] = given.pop("kwargs")
+    algorithm = create_algorithm("osft", given.pop("backend"))
+    return algorithm.train(**{name: value for name, value in given.items() if value is not None}, **more)
