@@ -22,7 +22,7 @@ STORAGE ?= runs
 SET     ?=
 IMAGE   ?=
 
-.PHONY: help setup run test lint format compile check-compiled bench ui image clean
+.PHONY: help setup run test test-slow lint format compile check-compiled bench ui image clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -49,6 +49,9 @@ ui: setup ## Open MLflow on what `make run` left
 test: setup ## Run the tests
 	$(BIN)/python -m pytest
 
+test-slow: setup ## Run the tests that `make test` leaves out: several nodes, many processes
+	$(BIN)/python -m pytest -m slow
+
 lint: setup ## Check style, types and that the compiled YAML is current
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,13 +62,15 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-compile: setup ## Compile the pipeline to YAML: IMAGE=registry/osft@sha256:… sets the image of its steps
+compile: setup ## Compile the pipeline to YAML and write the generated documents: IMAGE=registry/osft@sha256:… sets the image of its steps
 	$(if $(IMAGE),OSFT_IMAGE='$(IMAGE)') $(BIN)/python -m pipelines.continual_learning.pipeline
 	$(BIN)/python -m components.readme
+	$(BIN)/python -m docs.generate
 
 check-compiled: setup
 	@$(BIN)/python -m pipelines.continual_learning.pipeline --check
 	@$(BIN)/python -m components.readme --check
+	@$(BIN)/python -m docs.generate --check
 
 bench: setup ## Measure one training step of ours, of full fine-tuning and of PEFT's OSF (under five minutes)
 	$(BIN)/python -m benchmarks.step

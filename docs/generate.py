@@ -1,0 +1,180 @@
+"""Write docs/reference.md from signatures, docstrings and the tests' markers: `python -m docs.generate [--check]`."""
+
+import ast
+import inspect
+import json
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from osft.api import osft
+from osft.cli import app
+from osft.config import TrainConfig
+from osft.parameter_help import default_text, grouped_parameters, one_paragraph
+from osft.parameters import parameters
+from osft.training.result import TrainResult
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "docs" / "reference.md"
+CONTRACT = ROOT / "tests" / "contract.json"
+
+_WHERE_PARAMETERS_GO = (
+    "The same for `osft()`, for `osft train` and in a YAML file. `osft()` takes those that its signature does not have "
+    "as further keywords; None stands for the default."
+)
+
+
+def render() -> str:
+    """The reference."""
+    return (
+        "\n\n".join(
+            [
+                "# Reference",
+                "Written by `make compile` from signatures, docstrings and the tests' markers.",
+                "## The function",
+                _function(),
+                "## Parameters",
+                _WHERE_PARAMETERS_GO,
+                *_parameters(),
+                "## The result",
+                _result(),
+                "## The command",
+                *_commands(),
+                "## The documented parameters, here and in training_hub",
+                _comparison(),
+            ]
+        ).rstrip("\n")
+        + "\n"
+    )
+
+
+def _function() -> str:
+    signature = inspect.signature(osft)
+    lines = [f"    {parameter}," for parameter in signature.parameters.values()]
+    code = "\n".join(["```python", "from osft import osft", "", "osft(", *lines, ")", "```"])
+    sections = _sections(inspect.getdoc(osft) or "")
+    returns = " ".join(sections["Returns"].split())
+    errors = re.findall(r"^(\w+): (.*(?:\n .*)*)", sections["Raises"], re.MULTILINE)
+    table = _table(("error", "when"), [(f"`{name}`", " ".join(text.split())) for name, text in errors])
+    return f"{code}\n\n{sections['']}\n\nReturns: {returns}\n\n{table}"
+
+
+def _sections(docstring: str) -> dict[str, str]:
+    """Title -> text of a docstring's sections; what is before the first has no title."""
+    titles = "Args|Further parameters, by name|Returns|Raises"
+    pieces = re.split(rf"^ *({titles}):\n", docstring, flags=re.MULTILINE)
+    texts = [inspect.cleandoc("\n" + piece) for piece in pieces[::2]]
+    return dict(zip(["", *pieces[1::2]], texts, strict=True))
+
+
+def _parameters() -> list[str]:
+    pieces = []
+    for title, members in grouped_parameters().items():
+        rows = [
+            (f"`{p.name}`", f"`{p.type_name}`", "required" if p.required else f"`{default_text(p)}`", one_paragraph(p))
+            for p in members
+        ]
+        pieces += [f"### {title}", _table(("parameter", "type", "default", "meaning"), rows)]
+    return pieces
+
+
+def _result() -> str:
+    rows = []
+    for name in [*TrainResult.__dataclass_fields__, *vars(TrainResult)]:
+        attribute = vars(TrainResult).get(name)
+        if isinstance(attribute, property):
+            kind = inspect.signature(attribute.fget).return_annotation  # type: ignore[arg-type]
+            rows.append((f"`{name}`", f"`{_type_text(kind)}`", " ".join((attribute.__doc__ or "").split())))
+    for parameter in reversed(parameters(TrainResult).values()):
+        meaning = " ".join(parameter.doc.split())
+        rows.insert(0, (f"`{parameter.name}`", f"`{parameter.type_name}`", meaning))
+    return f"`TrainResult`: {inspect.getdoc(TrainResult)}\n\n" + _table(("field", "type", "meaning"), rows)
+
+
+def _commands() -> list[str]:
+    group: Any = typer.main.get_command(app)
+    pieces = []
+    for name, command in group.commands.items():
+        context = command.make_context(name, [], resilient_parsing=True)
+        usage = " ".join([f"osft {name}", *command.collect_usage_pieces(context)])
+        rows = []
+        for parameter in command.params:
+            names = (
+                ", ".join(parameter.opts)
+                if parameter.param_type_name == "option"
+                else (parameter.metavar or parameter.name.upper())
+            )
+            default = "" if parameter.default in (None, False) else f" Default: {parameter.default}."
+            rows.append((f"`{names}`", f"{parameter.help or ''}{default}"))
+        pieces += [
+            f"### osft {name}",
+            f"```\n{usage}\n```",
+            inspect.cleandoc(command.help),
+            _table(("argument", "meaning"), rows),
+        ]
+    return pieces
+
+
+def _comparison() -> str:
+    contract = json.loads(CONTRACT.read_text(encoding="utf-8"))
+    known, tests = parameters(TrainConfig), covering_tests()
+    rows = []
+    for documented in contract["parameters"]:
+        name = documented["name"]
+        if documented["kind"] == "VAR_KEYWORD":
+            continue
+        required = documented.get("required", False)
+        here = default_text(known[name]) if name in known else repr(documented["default"])
+        there = "required" if required else documented["training_hub_default"]
+        covering = "<br>".join(f"`{node}`" for node in tests[name]) or "none"
+        rows.append((f"`{name}`", here, there, covering))
+    columns = (
+        "documented parameter",
+        "default here",
+        f"in training_hub {contract['training_hub']}",
+        "test that covers it",
+    )
+    return (
+        f"The defaults of training_hub are those of mini-trainer {contract['mini_trainer']} where it sets none.\n\n"
+        + (_table(columns, rows))
+    )
+
+
+def covering_tests() -> defaultdict[str, list[str]]:
+    """Parameter -> node ids of the tests that are marked `pytest.mark.covers(parameter, …)`."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.covers":
+                    for argument in decorator.args:
+                        found[ast.literal_eval(argument)].append(f"{file.relative_to(ROOT)}::{node.name}")
+    return found
+
+
+def _type_text(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Write the file, or with --check fail if it is not current."""
+    current = render()
+    if sys.argv[1:] != ["--check"]:
+        TARGET.write_text(current, encoding="utf-8")
+    elif not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != current:
+        sys.exit(f"{TARGET} is stale: run `make compile` and commit it")
+
+
+if __name__ == "__main__":
+    main()

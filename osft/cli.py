@@ -1,0 +1,240 @@
+"""The command `osft`: train, decompose, evaluate.
+
+Importing this module loads neither torch nor transformers, so that `--help` answers at once; each command imports
+what it needs.
+"""
+
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
+
+from osft.config import TrainConfig
+from osft.parameter_help import default_text, grouped_parameters, one_paragraph
+from osft.parameters import Parameter, parameters, refuse_unknown
+
+if TYPE_CHECKING:
+    from osft.training.plan import TrainingPlan
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Continual learning by Orthogonal Subspace Fine-Tuning."
+)
+output = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+class _TrainCommand(TyperCommand):
+    """`--help` goes on with the documentation of every parameter."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        output.print(parameter_help())
+
+
+@app.command(cls=_TrainCommand)
+def train(
+    config_file: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.YAML", help="Parameters, NAME: VALUE.", show_default=False)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="A parameter, over that of the file; VALUE as in YAML. Repeatable."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done, load no weights, start nothing.")
+    ] = False,
+    gpu_memory: Annotated[float, typer.Option(min=1.0, help="With --dry-run: GiB of a GPU.")] = 80.0,
+) -> None:
+    """Train a model, with parameters from a YAML file and from --set.
+
+    Exit code 2: a parameter, the data or the model cannot be used. Exit code 1: training failed.
+    """
+    try:
+        given = read_parameters(config_file, settings or [])
+        if dry_run or given.get("dry_run"):
+            gc.disable()  # over a second of the time that importing torch and transformers takes
+            from osft.training.plan import plan
+
+            output.print(plan_tables(plan(TrainConfig.from_parameters(given), gpu_memory_gib=gpu_memory)))
+            return
+        config = TrainConfig.from_parameters(given)
+        from osft.api import run
+
+        result = run(config)
+    except (ValueError, FileNotFoundError) as error:
+        raise _refused(error) from None
+    except RuntimeError as error:
+        errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        raise typer.Exit(1) from None
+    output.print(Text(repr(result)), soft_wrap=True)
+
+
+@app.command()
+def decompose(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hugging Face id of the model.", show_default=False)
+    ],
+    store: Annotated[Path, typer.Option(help="Folder of the factor store.", show_default=False)],
+    unfreeze_rank_ratio: Annotated[float, typer.Option(help="As in training.", show_default=False)],
+    target_patterns: Annotated[
+        list[str] | None, typer.Option("--target-pattern", help="As in training. Repeatable.")
+    ] = None,
+    free_subspace: Annotated[str, typer.Option(help="complement or core, as in training.")] = "complement",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in training.")] = False,
+) -> None:
+    """Split the weights of a model before it is trained, and print the path to give as `factors`."""
+    try:
+        from osft.config import SubspaceConfig
+        from osft.models import model_folder
+        from osft.subspace.factor_store import precompute
+
+        subspace = SubspaceConfig(
+            unfreeze_rank_ratio=unfreeze_rank_ratio,
+            target_patterns=target_patterns or None,
+            free_subspace=free_subspace,  # type: ignore[arg-type]  # checked there
+        )
+        factors = precompute(model_folder(model), store, subspace, trust_remote_code=trust_remote_code)
+    except (ValueError, FileNotFoundError) as error:
+        raise _refused(error) from None
+    output.print(Text(str(factors.path)), soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Folder or Hugging Face id of the model before.", show_default=False)
+    ],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The tuned model.", show_default=False)],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA", help="JSON lines: first of the new task, then of what should stay.", show_default=False
+        ),
+    ],
+    max_samples: Annotated[int, typer.Option(min=0, help="Records of each; 0: all.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in training.")] = False,
+) -> None:
+    """Compare a tuned model with the one that it came from: loss in nats per token, and accuracy of tasks."""
+    try:
+        from osft.evaluation.evaluate import evaluate as compare
+        from osft.evaluation.evaluate import load_set
+        from osft.models import model_folder
+
+        roles = ["new task"] + ["anchor"] * (len(data) - 1)
+        sets = [load_set(uri, role, max_samples=max_samples) for uri, role in zip(data, roles, strict=True)]
+        found = compare(
+            model_folder(base), model_folder(checkpoint), sets, num_examples=0, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise _refused(error) from None
+    table = Table("data", "role", "loss before", "after", "change", "accuracy before", "after")
+    for name, described in found["sets"].items():
+        before, after = (found["results"][model][name] for model in ("base", "candidate"))
+        losses = [f"{before['loss']:.4f}", f"{after['loss']:.4f}", f"{after['loss'] / before['loss'] - 1:+.2%}"]
+        accuracies = ["-" if s["accuracy"] is None else f"{s['accuracy']:.1%}" for s in (before, after)]
+        table.add_row(name, described["role"], *losses, *accuracies)
+    output.print(table)
+
+
+def read_parameters(config_file: Path | None, settings: list[str]) -> dict[str, Any]:
+    """The parameters of a YAML file, and over them those of `settings`, NAME=VALUE.
+
+    Raises FileNotFoundError if there is no such file, ValueError for text that is not YAML and for unknown names.
+    """
+    import yaml
+
+    known = parameters(TrainConfig)
+    given: dict[str, Any] = {}
+    if config_file:
+        try:
+            content = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no config file {config_file}") from None
+        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+            raise ValueError(f"{config_file} is not a YAML file: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{config_file} must hold parameters, NAME: VALUE, each on a line")
+        given |= content
+    refuse_unknown(map(str, given), known)
+    for setting in settings:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--set {setting}: expected NAME=VALUE")
+        refuse_unknown([name], known)
+        if _kinds(known[name]) <= {str, type(None)}:
+            given[name] = None if text in ("null", "~") else text  # a name may look like a number or a date
+        else:
+            try:
+                given[name] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"--set {setting}: {' '.join(str(error).split())}") from None
+    return {name: _number(known[name], value) for name, value in given.items()}
+
+
+def _kinds(parameter: Parameter) -> set[Any]:
+    """The types that a parameter may have."""
+    return set(get_args(parameter.type)) or {parameter.type}
+
+
+def _number(parameter: Parameter, value: Any) -> Any:
+    """A float that PyYAML reads as a string, as YAML 1.1 wants of 1e-5."""
+    if isinstance(value, str) and float in _kinds(parameter):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    return value
+
+
+def _refused(error: Exception) -> typer.Exit:
+    errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+    return typer.Exit(2)
+
+
+def parameter_help() -> Group:
+    """Name, type, default and documentation of every parameter of training."""
+    shown: list[Any] = []
+    for title, members in grouped_parameters().items():
+        shown.append(Text(f"\n{title}", style="bold"))
+        for parameter in members:
+            head = Text("  ").append(parameter.name, style="cyan").append(f"  {parameter.type_name}")
+            head.append("  required" if parameter.required else f"  = {default_text(parameter)}", style="dim")
+            shown += [head, Padding(Text(one_paragraph(parameter)), (0, 0, 0, 6))]
+    return Group(*shown)
+
+
+def plan_tables(plan: "TrainingPlan") -> Group:
+    """What `--dry-run` prints."""
+    from osft.training.plan import gib
+
+    facts = Table(show_header=False, box=None)
+    for name, text in plan.facts():
+        facts.add_row(Text(name, style="bold"), Text(text))
+    largest = plan.memory[-1].gpus
+    memory = Table(title="GiB on each GPU at the peak, estimated", title_justify="left", show_footer=True)
+    memory.add_column("part", footer="sum", no_wrap=True)
+    for estimate in plan.memory:
+        fits = estimate.bytes <= plan.gpu_memory_gib * 2**30
+        memory.add_column(
+            f"{estimate.gpus} GPU{'' if estimate.gpus == 1 else 's'}",
+            footer=Text(gib(estimate.bytes), style="green" if fits else "red"),
+            justify="right",
+            no_wrap=True,
+        )
+    memory.add_column(f"how it is counted ({largest} GPU{'' if largest == 1 else 's'})")
+    for row in zip(*(estimate.lines for estimate in plan.memory), strict=True):
+        memory.add_row(row[0].name, *(gib(line.bytes) for line in row), Text(row[-1].explanation), end_section=True)
+    notes = [Text(note) for note in plan.notes]
+    return Group(Text(plan.model_path, style="bold"), facts, memory, Text(plan.verdict(), style="bold"), *notes)
+
+
+if __name__ == "__main__":
+    app()
