@@ -123,30 +123,33 @@ def prepare_data(
     )
 
 
-def precompute_svd(round: Round, *, model_path: str, subspace: SubspaceConfig) -> str:
-    """Decompose the target weights that the store does not hold yet. Returns the path of the set's manifest."""
-    from osft.subspace.factor_store import precompute
+def precompute_svd(round: Round, *, model_path: str, data_path: str, subspace: SubspaceConfig) -> str:
+    """Decompose the target weights that the store does not hold yet. Returns the path of the set's manifest.
+
+    The prepared data is looked at with `rank_allocation="adaptive"` only.
+    """
+    from osft.training.inputs import compute_factors
 
     with round.step("precompute_svd") as step:
         step.log_params(asdict(subspace))
-        factors = precompute(model_path, Path(round.storage_root) / "factors", subspace)
+        factors = compute_factors(Path(model_path), Path(data_path), Path(round.storage_root) / "factors", subspace)
         step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
         step.log_params({"factors": factors.key})
     return str(factors.path)
 
 
 def train_osft(round: Round, **settings: Any) -> dict[str, Any]:
-    """Train; `settings` are those of `TrainConfig` but for `output_dir`. Returns the summary, `training.json`."""
+    """Train; `settings` are the fields of `TrainConfig` but for `ckpt_output_dir`. Returns the summary."""
     from osft.training import train
 
-    config = TrainConfig(output_dir=str(round.folder / "train"), **settings)
+    folder = round.folder / "train"
+    config = TrainConfig.from_parameters(settings | {"ckpt_output_dir": str(folder), "use_processed_dataset": True})
     with round.step("train_osft") as step:
-        step.log_params({k: v for k, v in config.to_dict().items() if k != "subspace"} | asdict(config.subspace))
-        with LiveMetrics(step.client, step.run_id, Path(config.output_dir) / "metrics.jsonl"):
-            result = train(config)
+        step.log_params(config.to_dict())
+        result = train(config, [LiveMetrics(step.client, step.run_id)])
         numbers = {k: v for k, v in result.summary.items() if isinstance(v, int | float)}
         step.log_metrics(numbers)
-        step.log_artifact(Path(config.output_dir) / "training.json")
+        step.log_artifact(folder / "training.json")
         print(f"train: {'reused' if result.reused else 'wrote'} {result.checkpoint}", flush=True)
     return result.summary | {"checkpoint": str(result.checkpoint)}
 
@@ -181,7 +184,7 @@ def evaluate_model(
             for name, score in scores.items():
                 numbers = {key: score[key] for key in ("loss", "perplexity", "accuracy")}
                 step.log_metrics({f"{model}/{name}/{key}": value for key, value in numbers.items()}, to_parent=True)
-        training = Path(checkpoint_path).parent
+        training = round.folder / "train"
         html = render_report(
             evaluation,
             training=_read_json(training / "training.json"),

@@ -102,19 +102,19 @@ def _parse(name: str, text: str, kind: str) -> Any:
 def check(arguments: dict[str, Any]) -> None:
     """Refuse what can be seen to be wrong before a step is started."""
     from osft.checkpoint import CheckpointReader
-    from osft.config import SubspaceConfig
+    from osft.config import TrainConfig
     from osft.data.records import check_names, read_records
     from osft.evaluation.gate import GateRules
     from osft.examples import SCHEME
     from osft.models import empty_model
+    from osft.parameters import parameters
     from osft.subspace import select_targets, unfrozen_rank
-    from osft.subspace.targets import linear_shape
 
-    subspace = SubspaceConfig(
-        unfreeze_rank_ratio=arguments["unfreeze_rank_ratio"],
-        free_subspace=arguments["free_subspace"],
-        target_patterns=arguments["target_patterns"] or None,
-    )
+    model = arguments["base_model"]
+    settings = {name: value for name, value in arguments.items() if name in parameters(TrainConfig)}
+    settings |= {name: arguments[name] or None for name in ("target_patterns", "nproc_per_node")}
+    settings |= {"model_path": model, "data_path": arguments["data_uri"], "ckpt_output_dir": arguments["storage_root"]}
+    training = TrainConfig.from_parameters(settings | arguments["more_training_settings"])
     GateRules(
         min_task_improvement=arguments["min_task_improvement"], max_anchor_increase=arguments["max_anchor_increase"]
     )
@@ -123,12 +123,11 @@ def check(arguments: dict[str, Any]) -> None:
         if not uri.startswith(SCHEME):
             for _ in read_records(uri, allow_text=uri != arguments["data_uri"]):
                 pass
-    model = arguments["base_model"]
     if Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         CheckpointReader(model)
         skeleton = empty_model(model)
-        for target in select_targets(skeleton, subspace.target_patterns):
-            unfrozen_rank(linear_shape(skeleton, target), subspace.unfreeze_rank_ratio)
+        for target in select_targets(skeleton, training.target_patterns):
+            unfrozen_rank(target.shape, training.unfreeze_rank_ratio)
 
 
 def run(arguments: dict[str, Any], storage: Path) -> Path:

@@ -8,9 +8,11 @@ from components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def precompute_svd(
     model_path: str,
+    data_path: str,
     unfreeze_rank_ratio: float,
     free_subspace: str,
     target_patterns: list,
+    rank_allocation: str,
     storage_root: str,
     mlflow_tracking_uri: str,
     mlflow_run_id: str,
@@ -20,9 +22,11 @@ def precompute_svd(
 
     Args:
         model_path: Folder of the model.
+        data_path: Folder of the prepared dataset, of which adaptive ranks take a calibration sample.
         unfreeze_rank_ratio: Share of each weight's singular directions that may be trained, in (0, 1].
         free_subspace: complement or core.
         target_patterns: Regular expressions searched in the names of the linear layers; empty for all.
+        rank_allocation: uniform, or adaptive to each layer's importance.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
@@ -41,9 +45,11 @@ def precompute_svd(
             mlflow_tracking_uri=mlflow_tracking_uri,
         ),
         model_path=model_path,
+        data_path=data_path,
         subspace=SubspaceConfig(
             unfreeze_rank_ratio=unfreeze_rank_ratio,
             free_subspace=free_subspace,
             target_patterns=target_patterns or None,
+            rank_allocation=rank_allocation,
         ),
     )

@@ -22,6 +22,9 @@ def train_osft(
     weight_decay: float,
     nproc_per_node: int,
     seed: int,
+    max_seq_len: int,
+    rank_allocation: str,
+    more_settings: dict,
     storage_root: str,
     mlflow_tracking_uri: str,
     mlflow_run_id: str,
@@ -46,6 +49,9 @@ def train_osft(
         weight_decay: AdamW's weight decay, which pulls back to the base model.
         nproc_per_node: Processes; 0 for one per GPU.
         seed: Seed of the sample order.
+        max_seq_len: As in prepare_data.
+        rank_allocation: As in precompute_svd.
+        more_settings: Further settings of `osft train` by name, which go before those above.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
@@ -55,8 +61,27 @@ def train_osft(
         Output: Folder of the checkpoint, a plain Hugging Face model.
         metrics: Loss, counts, time and memory.
     """
-    from osft import SubspaceConfig, steps
+    from osft import steps
 
+    settings = {
+        "model_path": model_path,
+        "data_path": data_path,
+        "factors": factors_path,
+        "unfreeze_rank_ratio": unfreeze_rank_ratio,
+        "free_subspace": free_subspace,
+        "rank_allocation": rank_allocation,
+        "target_patterns": target_patterns or None,
+        "effective_batch_size": effective_batch_size,
+        "max_tokens_per_gpu": max_tokens_per_gpu,
+        "max_seq_len": max_seq_len,
+        "learning_rate": learning_rate,
+        "num_epochs": num_epochs,
+        "lr_scheduler": lr_scheduler,
+        "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay,
+        "nproc_per_node": nproc_per_node or None,
+        "seed": seed,
+    }
     summary = steps.train_osft(
         steps.Round(
             storage_root=storage_root,
@@ -64,23 +89,7 @@ def train_osft(
             mlflow_run_id=mlflow_run_id,
             mlflow_tracking_uri=mlflow_tracking_uri,
         ),
-        model_path=model_path,
-        data_path=data_path,
-        factors_path=factors_path,
-        subspace=SubspaceConfig(
-            unfreeze_rank_ratio=unfreeze_rank_ratio,
-            free_subspace=free_subspace,
-            target_patterns=target_patterns or None,
-        ),
-        effective_batch_size=effective_batch_size,
-        max_tokens_per_gpu=max_tokens_per_gpu,
-        learning_rate=learning_rate,
-        num_epochs=num_epochs,
-        lr_scheduler=lr_scheduler,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        nproc_per_node=nproc_per_node or None,
-        seed=seed,
+        **(settings | more_settings),
     )
     for name, value in summary.items():
         if isinstance(value, int | float):

@@ -130,7 +130,8 @@ def _subspace(factors: "FactorSet", training: dict[str, Any] | None) -> dict[str
     energy = {target: float(np.sum(values**2)) for target, values in spectra.items()}
     frozen_energy = sum(float(np.sum(values[: frozen[target]] ** 2)) for target, values in spectra.items())
     norms = {target: math.sqrt(total) for target, total in energy.items()}
-    sizes = relative_update_sizes(training["update_norms"], norms) if training else {}
+    updates = {target: layout["update_norm"] for target, layout in training["rank_layout"].items()} if training else {}
+    sizes = relative_update_sizes(updates, norms)
     return {
         "key": factors.key,
         "unfreeze_rank_ratio": factors.unfreeze_rank_ratio,

@@ -9,18 +9,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osft.data.chat import Sample, tokenize
 from osft.data.packing import collate, plan_micro_batches
 from osft.data.records import Record
-from osft.likelihood import target_logits
+from osft.likelihood import cross_entropy, target_logits
 
 SHORT_ANSWER_TOKENS = 16
 """A set has an exact-match accuracy if no answer is longer than this."""
@@ -101,7 +100,7 @@ def _answered(record: Record, answer: str) -> Record:
     if not answer:
         return record
     messages = (*record.messages[:-1], {"role": "assistant", "content": answer})
-    return Record(source=record.source, messages=messages, choices=record.choices)
+    return replace(record, messages=messages)
 
 
 @torch.no_grad()
@@ -118,7 +117,7 @@ def _score_samples(
         for packed in plan:
             batch = collate([samples[position] for position in packed]).to(device)
             logits = target_logits(model, batch)
-            losses = F.cross_entropy(logits, batch.targets, reduction="none").double().cpu()
+            losses = cross_entropy(logits, batch.targets).double().cpu()
             misses = (logits.argmax(-1) != batch.targets).long().cpu()
             sample_of_target = torch.tensor(packed)[batch.sample_of_target.cpu()]
             nll.index_add_(0, sample_of_target, losses)
@@ -134,7 +133,11 @@ def generate(
     """The model's own answer to a record's prompt, by greedy decoding."""
     prompt = list(record.messages[:-1])
     encoded: Any = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        prompt,
+        tools=list(record.tools) or None,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     encoded = encoded.to(next(model.parameters()).device)
     generating: Any = model  # its type is an nn.Module's, whose attributes may be tensors

@@ -37,6 +37,7 @@ def continual_learning(
     unfreeze_rank_ratio: float = 0.25,
     free_subspace: str = "complement",
     target_patterns: list = [],  # noqa: B006
+    rank_allocation: str = "uniform",
     max_seq_len: int = 1024,
     validation_fraction: float = 0.1,
     max_train_samples: int = 384,
@@ -50,6 +51,7 @@ def continual_learning(
     weight_decay: float = 0.0,
     nproc_per_node: int = 0,
     seed: int = 42,
+    more_training_settings: dict = {},  # noqa: B006
     max_anchor_samples: int = 32,
     min_task_improvement: float = 0.15,
     max_anchor_increase: float = 0.02,
@@ -71,6 +73,7 @@ def continual_learning(
         free_subspace: "complement" (all updates orthogonal to the frozen directions) or "core" (least memory).
         target_patterns: Regular expressions searched in the names of the linear layers, such as "q_proj"; empty
             trains all of them.
+        rank_allocation: "uniform", or "adaptive": layers that matter more keep more frozen directions.
         max_seq_len: Longest sample in tokens; longer ones are dropped and counted.
         validation_fraction: Share of the prompts that is held out for evaluation.
         max_train_samples: Use at most this many training samples; 0 uses all. The default fits ten minutes on two
@@ -85,6 +88,7 @@ def continual_learning(
         weight_decay: Pulls the update towards zero, that is, back to the base model.
         nproc_per_node: Training processes; 0 starts one per GPU.
         seed: Seed of the sample order.
+        more_training_settings: Further settings of `osft train` by name, such as {"max_grad_norm": 0.5}.
         max_anchor_samples: Evaluate on at most this many records of each anchor; 0 uses all.
         min_task_improvement: Gate: the new task's loss must fall by at least this share of the base model's.
         max_anchor_increase: Gate: no anchor's loss may rise by more than this share of the base model's.
@@ -117,8 +121,11 @@ def continual_learning(
         "unfreeze_rank_ratio": unfreeze_rank_ratio,
         "free_subspace": free_subspace,
         "target_patterns": target_patterns,
+        "rank_allocation": rank_allocation,
     }
-    factors = precompute_svd(model_path=prepared.outputs["model_path"], **subspace, **common)
+    factors = precompute_svd(
+        model_path=prepared.outputs["model_path"], data_path=prepared.outputs["data_path"], **subspace, **common
+    )
     trained = train_osft(
         model_path=prepared.outputs["model_path"],
         data_path=prepared.outputs["data_path"],
@@ -132,6 +139,8 @@ def continual_learning(
         weight_decay=weight_decay,
         nproc_per_node=nproc_per_node,
         seed=seed,
+        max_seq_len=max_seq_len,
+        more_settings=more_training_settings,
         **subspace,
         **common,
     )

@@ -86,7 +86,11 @@ def factors(tmp_path_factory: pytest.TempPathFactory) -> FactorSet:
 
 def new_training(factors: FactorSet) -> dict[str, Any]:
     return {
-        "config": {"learning_rate": 0.0005, "max_grad_norm": 1.0, "subspace": {"target_patterns": None, "ratio": 0.5}},
+        "config": {
+            "learning_rate": 0.0005,
+            "max_grad_norm": 1.0,
+            "lr_scheduler_kwargs": {"min_lr": None, "ratio": 0.5},
+        },
         "steps": 2,
         "tokens": 3796,
         "loss_tokens": 226,
@@ -98,7 +102,7 @@ def new_training(factors: FactorSet) -> dict[str, Any]:
         "train_seconds": 94.9,
         "save_seconds": 0.5,
         "peak_memory_bytes": 3 * 2**30,
-        "update_norms": {name: 0.05 * (i + 1) for i, name in enumerate(factors.weights)},
+        "rank_layout": {name: {"update_norm": 0.05 * (i + 1)} for i, name in enumerate(factors.weights)},
     }
 
 
@@ -278,8 +282,8 @@ def test_cost_and_settings_equal_the_inputs(page):
         "3.00 GiB",
         "25.0 % of parameters trainable",
         "2 × NVIDIA H100",
-        "subspace.ratio0.5",
-        "subspace.target_patterns–",
+        "lr_scheduler_kwargs.ratio0.5",
+        "lr_scheduler_kwargs.min_lr–",
     ):
         assert expected in text
     assert Page(page).row("Trainable parameters") == ["Trainable parameters", "22,809,600 of 91,238,400"]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from osft.tracking import runs
+from osft.training import TrainResult
 from pipelines.run_local import app
 from tests.conftest import arithmetic, write_jsonl
 
@@ -66,7 +67,8 @@ def test_run_ends_with_table_version_and_report(promoted, storage):
     task = {model: scores["larger-number"]["loss"] for model, scores in evaluation["results"].items()}
     assert f"{task['base']:.3f} -> {task['candidate']:.3f}" in end
     assert task["candidate"] < 0.85 * task["base"]
-    assert AutoModelForCausalLM.from_pretrained(folder / "train" / "checkpoint").num_parameters() > 0
+    trained = TrainResult(folder / "train", json.loads((folder / "train" / "training.json").read_text()))
+    assert AutoModelForCausalLM.from_pretrained(trained.checkpoint).num_parameters() > 0
 
 
 def test_pipelines_artifacts_hold_metrics_and_report(promoted, storage):
