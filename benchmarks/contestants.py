@@ -87,8 +87,8 @@ def prepare(folder: Path, settings: Settings) -> None:
     model: Any = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
-        for name in select_targets(model):
-            give_spectrum_(model.get_submodule(name).weight, generator)
+        for target in select_targets(model):
+            give_spectrum_(model.get_submodule(target.name).weight, generator)
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     del model
     manifests = {}
@@ -114,10 +114,13 @@ def train_config(folder: Path, method: str, learning_rate: float = 1e-5) -> Trai
     return TrainConfig(
         model_path=str(folder / "model"),
         data_path="unused",
-        factors_path=json.loads((folder / "prepared.json").read_text())["factors"][method],
-        output_dir="unused",
-        subspace=subspaces()[method],
+        factors=json.loads((folder / "prepared.json").read_text())["factors"][method],
+        ckpt_output_dir="unused",
+        effective_batch_size=1,
+        max_tokens_per_gpu=2048,
+        max_seq_len=2048,
         learning_rate=learning_rate,
+        **asdict(subspaces()[method]),
     )
 
 
@@ -129,10 +132,12 @@ def build(method: str, folder: Path, settings: Settings) -> Any:
     logging.disable_progress_bar()
     device = torch.device(settings.device)
     if method in subspaces():
-        return load_sharded(train_config(folder, method), device=device)[0].train()
+        config = train_config(folder, method)
+        assert config.factors is not None
+        return load_sharded(config, config.model_path, config.factors, device=device)[0].train()
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=settings.dtype)
     model.to(device)
-    targets = select_targets(model)
+    targets = [target.name for target in select_targets(model)]
     if method == "full_targets":
         model.requires_grad_(False)
         for name in targets:

@@ -147,7 +147,7 @@ def measure_leak(settings: Settings, progress: Callable[[str], None]) -> dict[st
         folder = Path(temporary)
         prepare(folder, small)
         original = build("full", folder, small)
-        targets = select_targets(original)
+        targets = [target.name for target in select_targets(original)]
         frozen = {name: _frozen_directions(original.get_submodule(name).weight.detach()) for name in targets}
         for method in METHODS:
             progress(f"leak of {METHODS[method]}")
