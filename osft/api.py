@@ -35,8 +35,14 @@ def run(
         return plan(config)
     from osft.tracking.training_run import tracked
     from osft.training import train
+    from osft.training.callbacks import HOOKS
 
     followers = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+    for follower in followers:
+        if isinstance(follower, type) or not any(callable(getattr(follower, hook, None)) for hook in HOOKS):
+            raise ValueError(
+                f"callbacks must be TrainingCallback objects, got {follower!r} ({type(follower).__name__})"
+            )
     with tracked(config) as trackers:
         return train(config, [*followers, *trackers])
 
@@ -178,7 +184,15 @@ def _listing(described: list[Parameter]) -> str:
 
 
 class OSFTAlgorithm(Algorithm):
-    """Orthogonal Subspace Fine-Tuning as a class: `OSFTAlgorithm(backend).train(...)`."""
+    """Orthogonal Subspace Fine-Tuning as a class: `OSFTAlgorithm(backend).train(...)`.
+
+    `backend` is an object, or the name of a registered one. Raises ValueError for a name that is not registered.
+    """
+
+    def __init__(self, backend: Backend | str = "mini-trainer", **kwargs: Any) -> None:
+        if isinstance(backend, str):
+            backend = AlgorithmRegistry.get_backend("osft", backend)()
+        super().__init__(backend, **kwargs)
 
     def get_required_params(self) -> dict[str, Any]:
         """Name and type of each parameter that must be given."""

@@ -237,6 +237,9 @@ def test_class_form_trains(paths, monkeypatch):
     run_in_process(monkeypatch)
     result = OSFTAlgorithm(MiniTrainerBackend()).train(**paths, **REQUIRED, max_steps=1, save_final_checkpoint=False)
     assert result.num_steps == 1
+    assert isinstance(OSFTAlgorithm("mini-trainer").backend, MiniTrainerBackend), "a name will do"
+    with pytest.raises(ValueError, match="no backend 'deepspeed'"):
+        OSFTAlgorithm("deepspeed")
     required = create_algorithm("osft").get_required_params()
     assert set(required) == {*paths, *REQUIRED}
     assert create_algorithm("osft").get_optional_params()["seed"] is int

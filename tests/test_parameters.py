@@ -587,6 +587,14 @@ def test_callbacks_are_told_of_every_step_in_order(call):
 
 
 @pytest.mark.covers("callbacks")
+@pytest.mark.parametrize("wrong", [Recorder, print, ["on_step_end"]], ids=["class", "function", "name"])
+def test_what_would_never_be_called_is_refused(call, tmp_path, wrong):
+    with pytest.raises(ValueError, match="callbacks must be TrainingCallback objects, got"):
+        call(callbacks=wrong)
+    assert not (tmp_path / "run-1").exists()
+
+
+@pytest.mark.covers("callbacks")
 def test_callback_ends_training_early_with_a_model(call, monkeypatch):
     class Stop(TrainingCallback):
         def on_step_end(self, context) -> None:

@@ -65,6 +65,10 @@ class TrainingCallback:
         """After the last step of this call, also if training failed."""
 
 
+HOOKS = tuple(name for name in vars(TrainingCallback) if name.startswith("on_"))
+"""What a callback may be asked for; one that was written for training_hub may lack some and have others."""
+
+
 class StopTraining(Exception):
     """Raised by a callback to end training early."""
 
@@ -148,7 +152,7 @@ class Follower:
             if self._error is not None:
                 return
             try:
-                call = getattr(callback, hook, None)  # one written for training_hub may lack some
+                call = getattr(callback, hook, None)
                 if call is not None:
                     call(context)
             except StopTraining:
