@@ -354,6 +354,17 @@ def test_validation_loss_is_that_of_the_model_on_the_validation_data(call, chats
     assert score.loss == pytest.approx(measured[-1], rel=1e-4)
 
 
+@pytest.mark.covers("validation_data_path", "max_tokens_per_gpu", "max_seq_len")
+def test_validation_data_that_cannot_be_used_is_refused_before_training(call, tmp_path):
+    turns = [{"role": "user", "content": "x" * 100}, {"role": "assistant", "content": "y" * 20}]
+    long = write_jsonl(tmp_path / "long.jsonl", [{"messages": turns}])
+    with pytest.raises(ValueError, match=r"long.jsonl:1: the sample has \d+ tokens, more than max_tokens_per_gpu=120"):
+        call(validation_data_path=str(long), max_tokens_per_gpu=120, max_seq_len=300)
+    with pytest.raises(ValueError, match="every validation sample is longer than max_seq_len=128"):
+        call(validation_data_path=str(long))
+    assert not list(tmp_path.glob("run-*"))
+
+
 @pytest.mark.covers("save_best_val_loss")
 def test_best_model_is_kept_under_its_own_name(call):
     result = call(validation_split=0.2, validation_frequency=1, save_best_val_loss=True)

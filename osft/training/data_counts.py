@@ -159,8 +159,8 @@ def _from_statistics(config: TrainConfig) -> DataCounts:
     """What the preparation wrote down about a dataset."""
     from osft.training.inputs import check_lengths
 
-    check_lengths(Path(config.data_path), config.max_tokens_per_gpu)
     found = json.loads((Path(config.data_path) / "dataset.json").read_text(encoding="utf-8"))
+    check_lengths(found, config)
     return DataCounts(
         samples=found["num_train_samples"],
         tokens=found["num_tokens"],

@@ -4,7 +4,6 @@ Everything is found by content if it was there before, so that a call that was k
 nodes may do the same work side by side on one shared folder or each on its own.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,19 +76,29 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
             trust_remote_code=config.trust_remote_code,
             **common,
         )
-    check_lengths(prepared.folder, config.max_tokens_per_gpu)
+    check_lengths(prepared.statistics, config)
     return prepared
 
 
-def check_lengths(folder: Path, max_tokens_per_gpu: int) -> None:
-    """Raise ValueError that names the longest sample of a prepared dataset if it exceeds the bound."""
-    statistics = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    longest, source = statistics["longest_sample"], statistics.get("longest_sample_source", folder)
-    if longest > max_tokens_per_gpu:
-        raise ValueError(
-            f"{source}: the sample has {longest} tokens, more than max_tokens_per_gpu={max_tokens_per_gpu}. "
-            "Raise that, or lower max_seq_len, which drops longer samples"
-        )
+def check_lengths(statistics: dict[str, Any], config: TrainConfig) -> None:
+    """Raise ValueError that names the longest sample of a dataset if a micro-batch cannot hold it.
+
+    `statistics` are those of dataset.json; held-out samples count where a validation loss is asked for.
+    """
+    sides = [statistics, statistics.get("validation") or {}] if wants_validation(config) else [statistics]
+    for side in sides:
+        longest = side.get("longest_sample") or 0
+        if longest > config.max_tokens_per_gpu:
+            raise ValueError(
+                f"{side.get('longest_sample_source', config.data_path)}: the sample has {longest} tokens, more than "
+                f"max_tokens_per_gpu={config.max_tokens_per_gpu}. Raise that, or lower max_seq_len, which drops longer "
+                "samples"
+            )
+
+
+def wants_validation(config: TrainConfig) -> bool:
+    """Whether a validation loss is asked for."""
+    return bool(config.validation_split or config.validation_data_path)
 
 
 def vocabulary_size(model: Path, *, trust_remote_code: bool = False) -> int:

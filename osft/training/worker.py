@@ -20,6 +20,7 @@ from osft.config import TrainConfig
 from osft.data.dataset_folder import load_split
 from osft.subspace.factor_store import load_factor_set
 from osft.subspace.model import osft_layers
+from osft.training.inputs import wants_validation
 from osft.training.liger import apply_liger
 from osft.training.loop import Position, StepMetrics, num_steps, run
 from osft.training.outputs import Outputs
@@ -50,7 +51,7 @@ def train_process(work: dict[str, Any]) -> None:
     started = time.perf_counter()
 
     samples = load_split(dataset, "train")
-    validation = load_split(dataset, "validation") if config.validation_split or config.validation_data_path else None
+    validation = load_split(dataset, "validation") if wants_validation(config) else None
     model, stored = load_sharded(config, work["model"], work["factors"], device=device, mesh=mesh)
     if work["liger"]:
         apply_liger(model)
