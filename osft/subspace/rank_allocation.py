@@ -12,6 +12,10 @@ normalized to mean 1 over the L blocks, and the share of directions that block l
 
 Its mean over the blocks is target_retention. Here target_retention is 1 - unfreeze_rank_ratio, so that both
 allocations freeze the same share on average (where nothing is clipped); all weights of a block get its ratio.
+
+The paper's Y is the linear output W X of a layer. Input and output of a weight that is not square cannot be compared,
+so a layer is a whole transformer block here; and the calibration sample is of the data at hand, where the paper takes
+the previous task's.
 """
 
 from collections.abc import Mapping, Sequence
