@@ -13,7 +13,8 @@ import osft as package
 from osft import StopTraining, TrainingCallback, osft
 from osft.atomic import exclusive
 from osft.checkpoint import CheckpointReader
-from osft.data.records import DataError
+from osft.data.records import DataError, parse_record
+from osft.data.split import is_held_out
 from osft.training import loop, worker
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama, write_jsonl
 from tests.training.in_process import run_in_process
@@ -363,6 +364,20 @@ def test_validation_data_that_cannot_be_used_is_refused_before_training(call, tm
     with pytest.raises(ValueError, match="every validation sample is longer than max_seq_len=128"):
         call(validation_data_path=str(long))
     assert not list(tmp_path.glob("run-*"))
+
+
+@pytest.mark.covers("validation_split", "max_seq_len")
+def test_held_out_part_of_which_nothing_is_left_is_refused(call, tmp_path):
+    records = [{"messages": record["messages"]} for record in arithmetic(40)]
+    held_out = 0
+    for number, record in enumerate(records):
+        prompt = parse_record(json.dumps(record), f"line {number}").prompt_hash
+        if is_held_out(prompt, 0.2):
+            record["messages"][1]["content"] = "y" * 200
+            held_out += 1
+    assert 0 < held_out < 40
+    with pytest.raises(ValueError, match="every held-out sample is longer than max_seq_len=128 tokens"):
+        call(data_path=str(write_jsonl(tmp_path / "data.jsonl", records)), validation_split=0.2)
 
 
 @pytest.mark.covers("save_best_val_loss")

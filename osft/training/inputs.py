@@ -34,7 +34,7 @@ def data_folder(config: TrainConfig) -> Path:
 def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[str], None] = print) -> "PreparedData":
     """The prepared dataset, checked against `max_tokens_per_gpu`.
 
-    Raises ValueError that names the sample if one is longer.
+    Raises ValueError that names the sample if one is longer, and where no held-out sample is left to validate on.
     """
     from osft.data.documents import prepare_documents
     from osft.data.prepare import prepare
@@ -77,6 +77,11 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
             **common,
         )
     check_lengths(prepared.statistics, config)
+    if wants_validation(config) and not prepared.statistics["num_validation_samples"]:
+        raise ValueError(
+            f"every held-out sample is longer than max_seq_len={config.max_seq_len} tokens, so there is no validation "
+            "loss. Raise it, or hold out more with validation_split"
+        )
     return prepared
 
 
