@@ -642,6 +642,19 @@ def test_exception_of_a_callback_ends_training_and_is_raised(call, tmp_path):
     assert call(**settings).num_steps == 300, "the same call goes on"
 
 
+@pytest.mark.covers("callbacks")
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_step_end"])
+def test_callback_that_fails_takes_no_log_from_the_others(call, hook):
+    def fail(self, context) -> None:
+        raise KeyError("a bug in a callback")
+
+    broken, recorder = type("Broken", (TrainingCallback,), {hook: fail})(), Recorder()
+    with pytest.raises(KeyError, match="a bug in a callback"):
+        call(callbacks=[broken, recorder])
+    assert [name for name, *_ in recorder.calls] == ["begin", *["step"] * (len(recorder.calls) - 2), "end"]
+    assert len(recorder.calls) > 2
+
+
 @pytest.mark.covers("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name")
 def test_run_is_logged_to_mlflow(call, tmp_path):
     from mlflow import MlflowClient

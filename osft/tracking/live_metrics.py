@@ -22,7 +22,7 @@ class LiveMetrics(TrainingCallback):
 
     def __init__(self, mlflow: "MlflowClient", run_id: str, *, interval_seconds: float = 5.0) -> None:
         self._mlflow, self._run_id, self._interval = mlflow, run_id, interval_seconds
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[TrainingContext] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="live-metrics", daemon=True)
 
@@ -32,7 +32,7 @@ class LiveMetrics(TrainingCallback):
 
     def on_step_end(self, context: TrainingContext) -> None:
         """Take a step's numbers."""
-        self._pending.append(context.metrics)
+        self._pending.append(context)
 
     def on_train_end(self, context: TrainingContext) -> None:
         """Send what is left."""
@@ -50,20 +50,19 @@ class LiveMetrics(TrainingCallback):
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
-        lines = list(self._pending)
-        metrics = [metric for line in lines for metric in _metrics(line, Metric)]
+        steps = list(self._pending)
+        metrics = [metric for step in steps for metric in _metrics(step, Metric)]
         try:
             for start in range(0, len(metrics), 1000):  # MLflow's limit on one batch
                 self._mlflow.log_batch(self._run_id, metrics=metrics[start : start + 1000])
         except (MlflowException, OSError) as error:
             _log.warning("metrics could not be sent to MLflow, trying again later: %s", error)
             return False
-        del self._pending[: len(lines)]
+        del self._pending[: len(steps)]
         return True
 
 
-def _metrics(line: dict[str, Any], make: Any) -> list[Any]:
-    """The numbers of one line, with the step as their axis. Sent twice, they are equal and MLflow keeps one."""
-    numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "timestamp")}
-    milliseconds = int(line["timestamp"] * 1000)
-    return [make(f"train/{k}", float(v), milliseconds, line["step"]) for k, v in numbers.items()]
+def _metrics(context: TrainingContext, make: Any) -> list[Any]:
+    """The numbers of one step, with the step as their axis. Sent twice, they are equal and MLflow keeps one."""
+    milliseconds = int(context.metrics["timestamp"] * 1000)
+    return [make(f"train/{k}", float(v), milliseconds, context.step) for k, v in context.numbers.items()]

@@ -65,9 +65,8 @@ class TensorBoard(TrainingCallback):
 
     def on_step_end(self, context: TrainingContext) -> None:
         """Write a step's numbers."""
-        for name, value in context.metrics.items():
-            if isinstance(value, int | float) and name not in ("step", "timestamp"):
-                self._writer.add_scalar(f"train/{name}", value, context.step, walltime=context.metrics["timestamp"])
+        for name, value in context.numbers.items():
+            self._writer.add_scalar(f"train/{name}", value, context.step, walltime=context.metrics["timestamp"])
 
     def on_train_end(self, context: TrainingContext) -> None:
         """Close the file."""

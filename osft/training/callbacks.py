@@ -34,6 +34,12 @@ class TrainingContext:
     metrics: dict[str, Any]
     """The whole line of `metrics.jsonl`."""
 
+    @property
+    def numbers(self) -> dict[str, int | float]:
+        """What there is to plot of the step, over `step` and `metrics["timestamp"]`."""
+        axes = ("step", "timestamp")
+        return {k: v for k, v in self.metrics.items() if isinstance(v, int | float) and k not in axes}
+
 
 class TrainingCallback:
     """Override what you need. Called in the process and the order of the caller, a step at a time.
@@ -83,7 +89,7 @@ class Follower:
     def __init__(
         self, output: Path, callbacks: Sequence[TrainingCallback], *, after: int, interval_seconds: float = 0.5
     ) -> None:
-        self._output, self._callbacks, self._interval = output, callbacks, interval_seconds
+        self._output, self._callbacks, self._interval = output, list(callbacks), interval_seconds
         self._file, self._offset = output / "metrics.jsonl", 0
         self._last = TrainingContext(output_dir=output, step=after, metrics={})
         self._error: BaseException | None = None
@@ -99,7 +105,7 @@ class Follower:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._callbacks:
+        if self._thread.ident is None:  # there were no callbacks
             return
         self._done.set()
         self._thread.join()
@@ -147,10 +153,8 @@ class Follower:
         return [line for line in map(json.loads, complete.splitlines()) if line["step"] > self._last.step]
 
     def _call(self, hook: str, context: TrainingContext) -> None:
-        """Call a hook of each callback; after the first exception no hook is called any more."""
-        for callback in self._callbacks:
-            if self._error is not None:
-                return
+        """Call a hook of each callback. One that raises is not called any more, the others (who log) are."""
+        for callback in list(self._callbacks):
             try:
                 call = getattr(callback, hook, None)
                 if call is not None:
@@ -158,7 +162,8 @@ class Follower:
             except StopTraining:
                 self._ask(STOP)
             except Exception as error:
-                self._error = error
+                self._callbacks.remove(callback)
+                self._error = self._error or error
                 self._ask(INTERRUPT)
 
     def _ask(self, wish: int) -> None:
