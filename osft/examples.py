@@ -138,9 +138,8 @@ def _science(wheel: zipfile.ZipFile, file: Path) -> None:
 
 
 def _web_text(wheel: zipfile.ZipFile, file: Path) -> None:
-    passages: dict[
-        str, None
-    ] = {}  # each line holds several orders of the sentences of one passage; "0" is the written one
+    # Each line holds several orders of the sentences of one passage; "0" is the written one.
+    passages: dict[str, None] = {}
     for line in wheel.read("evals/registry/data/schelling_point/owt_5.jsonl").decode().splitlines():
         passage = json.loads(line)["0"].strip()
         passages[passage] = None
