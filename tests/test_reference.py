@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from docs.generate import CONTRACT, TARGET, covering_tests, render
-from osft import osft
+from osft import TrainConfig, osft
+from osft.parameters import parameters
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTED = json.loads(CONTRACT.read_text(encoding="utf-8"))
@@ -56,6 +57,11 @@ def test_reference_names_the_documented_errors():
 @pytest.mark.parametrize("name", [documented["name"] for documented in PARAMETERS[:-1]])
 def test_documented_parameter_has_a_covering_test(name):
     assert covering_tests()[name], f"mark a test that fails when {name} is ignored: @pytest.mark.covers({name!r})"
+
+
+def test_every_parameter_of_the_engine_is_covered():
+    """Also those beyond the documented table: a new setting needs a test that names it."""
+    assert set(parameters(TrainConfig)) - set(covering_tests()) == set()
 
 
 def test_reference_is_current():
