@@ -107,7 +107,7 @@ class PyTorchJobLauncher:
         while True:
             ended = self._ended
             pod = next((pod for pod in self._pods_or_none() if node_rank(pod) == 0), None)
-            if pod is not None and pod["status"].get("phase") not in (None, "Pending"):
+            if pod is not None and pod.get("status", {}).get("phase", "Pending") != "Pending":
                 if pod["metadata"]["uid"] != uid:
                     uid, position = pod["metadata"]["uid"], LogPosition()
                 try:
