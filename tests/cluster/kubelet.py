@@ -33,6 +33,8 @@ class Run:
     """What the kubelet knows of a pod that it has seen."""
 
     container: Container | None = None
+    ended: bool = False
+    """Whether the end of the container is in the pod's status."""
     restarts: int = 0
     restart_at: float = 0.0
     asked_to_stop: float | None = None
@@ -78,7 +80,7 @@ class Kubelet:
     def container(self, pod: Object) -> Container:
         """Raises LookupError if the pod's container is not running."""
         run = self._runs.get(pod["metadata"]["uid"])
-        if run is None or run.container is None or run.container.exit_code is not None:
+        if run is None or run.container is None or run.container.poll() is not None:
             raise LookupError(f"pod {pod['metadata']['name']} has no running container")
         return run.container
 
@@ -99,9 +101,7 @@ class Kubelet:
         elif spec is None:
             self._stand_for(pod)
         elif pod.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
-            if run.container is None:
-                self._start_pod(pod, spec, run)
-            elif run.container.exit_code is not None:
+            if run.container is None or run.ended:
                 if time.time() >= run.restart_at:
                     self._start_pod(pod, spec, run)
             elif run.container.poll() is not None:
@@ -135,6 +135,7 @@ class Kubelet:
         log = ContainerLog(self._folder / f"{pod['metadata']['name']}-{uid[:8]}-{run.restarts}.log")
         command = [expand(part, values) for part in (spec.get("command") or []) + (spec.get("args") or [])]
         run.container = Container(command, values, self._folder, log, f"{self.marker}{uid}/{run.restarts}")
+        run.ended = False
         self._logs.add(uid, log)
         pod_status.set_phase(pod, "Running")
         pod["status"].setdefault("startTime", seconds_text())
@@ -199,6 +200,7 @@ class Kubelet:
 
     def _end_container(self, pod: Object, spec: dict[str, Any], run: Run) -> None:
         assert run.container is not None
+        run.ended = True
         fall_back = spec.get("terminationMessagePolicy") == "FallbackToLogsOnError"
         state = {"terminated": pod_status.terminated(run.container, fall_back)}
         pod_status.set_container_state(pod, spec, state, run.restarts)
@@ -218,7 +220,7 @@ class Kubelet:
         """SIGTERM to the main process, SIGKILL to all of them after the grace period; the pod goes when they have."""
         metadata = pod["metadata"]
         container = run.container
-        if spec is None or container is None or container.exit_code is not None:
+        if spec is None or container is None or run.ended:
             self._store.remove(pod)
             return
         if run.asked_to_stop is None:
