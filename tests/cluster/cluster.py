@@ -125,7 +125,7 @@ class Cluster:
         """The living processes of all pods."""
         return marked_processes(self.kubelet.marker)
 
-    def wait_until(self, condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 20.0) -> Any:
         """What `condition` returns once it is true. Raises TimeoutError after `seconds`."""
         deadline = time.monotonic() + seconds
         while not (result := condition()):
@@ -136,7 +136,7 @@ class Cluster:
             time.sleep(TICK_SECONDS / 2)
         return result
 
-    def wait_for(self, name: str, condition: str, seconds: float = 10.0) -> Object:
+    def wait_for(self, name: str, condition: str, seconds: float = 20.0) -> Object:
         """The job of that name once the condition is true. Raises TimeoutError after `seconds`."""
         self.wait_until(lambda: self.conditions(name).get(condition) == "True", seconds)
         return self.job(name)

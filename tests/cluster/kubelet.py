@@ -70,6 +70,7 @@ class Kubelet:
             run = self._runs.pop(uid)  # taken out of the API at once: with a grace period of 0
             if run.container is not None:
                 run.container.kill()
+                run.container.poll()
 
     def stop(self) -> None:
         kill_marked(self.marker)
@@ -217,7 +218,11 @@ class Kubelet:
         self._store.changed(pod)
 
     def _stop_pod(self, pod: Object, spec: dict[str, Any] | None, run: Run) -> None:
-        """SIGTERM to the main process, SIGKILL to all of them after the grace period; the pod goes when they have."""
+        """SIGTERM to the main process, SIGKILL to all of them after the grace period; the pod goes when they have.
+
+        Its last phase stays to be seen for one round, as since Kubernetes 1.27: the operator judges a pod that was
+        told to stop by its exit code, so that a master that then exits with 0 makes the job Succeeded.
+        """
         metadata = pod["metadata"]
         container = run.container
         if spec is None or container is None or run.ended:
@@ -231,4 +236,3 @@ class Kubelet:
             container.kill()
         if container.poll() is not None:
             self._end_container(pod, spec, run)
-            self._store.remove(pod)

@@ -88,12 +88,23 @@ def test_after_the_grace_period_everything_is_killed(cluster: Cluster, client: T
     assert cluster.processes() == []
 
 
-def test_a_pod_without_grace_is_gone_at_once(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", SLOW_TO_STOP, restart_policy="Never"))
+def test_a_pod_without_grace_is_killed_at_once(cluster: Cluster, create: Create) -> None:
+    script = "trap '' TERM; echo ready; while true; do sleep 0.05; done"
+    create(pytorch_job("job", script, restart_policy="Never", pod={"terminationGracePeriodSeconds": 60}))
     cluster.wait_until(lambda: ready(cluster))
     processes = cluster.processes()
     cluster.delete_pod("job-master-0", grace_seconds=0)
-    cluster.wait_until(lambda: not set(cluster.processes()) & set(processes), seconds=0.5)
+    cluster.wait_until(lambda: not set(cluster.processes()) & set(processes))
+
+
+def test_a_second_deletion_can_shorten_the_grace(cluster: Cluster, create: Create) -> None:
+    script = "trap '' TERM; echo ready; while true; do sleep 0.05; done"
+    create(pytorch_job("job", script, restart_policy="Never", pod={"terminationGracePeriodSeconds": 60}))
+    cluster.wait_until(lambda: ready(cluster))
+    processes = cluster.processes()
+    cluster.delete_pod("job-master-0")
+    cluster.delete_pod("job-master-0", grace_seconds=1)
+    cluster.wait_until(lambda: not set(cluster.processes()) & set(processes))
 
 
 def test_deleting_the_workflow_takes_the_job_and_its_pods(cluster: Cluster, create: Create) -> None:
