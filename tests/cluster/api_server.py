@@ -27,8 +27,8 @@ KEPT_REQUESTS = 50  # kmock keeps every request and slows down with their number
 SERVICE_ACCOUNT = "system:serviceaccount:{namespace}:pipeline-runner"
 
 
-class Cut(Exception):  # noqa: N818  not an error of ours: the client sees its connection reset
-    pass
+class Cut(Exception):
+    """The connection is to be reset."""
 
 
 class ApiServer(kmock.KubernetesScaffold):
@@ -36,17 +36,14 @@ class ApiServer(kmock.KubernetesScaffold):
 
     def __init__(self, store: Store, logs: PodLogs, faults: Faults, namespace: str) -> None:
         super().__init__(strict=True)  # an error of the stand-in itself is raised by stop()
-        self.store, self.logs, self.faults, self.namespace = store, logs, faults, namespace
+        self.store, self.logs, self.faults, self.home = store, logs, faults, namespace
         self.calls: list[Call] = []
         self.role: dict[str, Any] | None = None
         self.token = secrets.token_urlsafe(16)
         self.streams = Streams()
         self.address = ""
         for kind in KINDS.values():
-            self.resources[f"{kind.group}/{kind.version}/{kind.plural}" if kind.group else f"v1/{kind.plural}"] = {
-                "kind": kind.name,
-                "namespaced": True,
-            }
+            self.resources[f"{kind.api_version}/{kind.plural}"] = kmock.ResourceInfo(kind=kind.name, namespaced=True)
         self._started, self._stopping = threading.Event(), asyncio.Event()
         self._failure: BaseException | None = None
         self._loop = asyncio.new_event_loop()
@@ -75,7 +72,7 @@ class ApiServer(kmock.KubernetesScaffold):
             "contexts": [
                 {
                     "name": "stand-in",
-                    "context": {"cluster": "stand-in", "user": "pipeline-runner", "namespace": self.namespace},
+                    "context": {"cluster": "stand-in", "user": "pipeline-runner", "namespace": self.home},
                 }
             ],
         }
@@ -116,7 +113,9 @@ class ApiServer(kmock.KubernetesScaffold):
             if request.resource is None or request.resource.plural is None:
                 self._authenticate(request)
                 return await super()._handle(request)
-            return await self._answer(request, raw)
+            return await self._answer(request, request.resource, raw)
+        except kmock.KubernetesError as error:
+            return await self._render_error(error)
         except ApiError as error:
             return aiohttp.web.json_response(error.body(), status=error.status, headers=error.headers)
         except Cut:
@@ -124,13 +123,15 @@ class ApiServer(kmock.KubernetesScaffold):
                 raw.transport.abort()
             return aiohttp.web.Response()
 
-    async def _answer(self, request: kmock.Request, raw: aiohttp.web.BaseRequest) -> aiohttp.web.StreamResponse:
-        plural = str(request.resource.plural)
+    async def _answer(
+        self, request: kmock.Request, resource: kmock.resource, raw: aiohttp.web.BaseRequest
+    ) -> aiohttp.web.StreamResponse:
+        plural = str(resource.plural)
         watch = request.params.get("watch", "").lower() in ("true", "1")
         verb = verb_of(request.method.value.upper(), request.name, watch)
         call = Call(
             verb,
-            str(request.resource.group),
+            str(resource.group),
             f"{plural}/{request.subresource}" if request.subresource else plural,
         )
         self.calls.append(call)
@@ -144,6 +145,9 @@ class ApiServer(kmock.KubernetesScaffold):
             if fault.cut == "before":
                 raise Cut
         self._authorize(call, request)
+        kind = KINDS.get(plural)
+        if kind is None or (kind.group, kind.version) != (resource.group, resource.version):
+            raise ApiError(404, "the server could not find the requested resource")
         response = await self._serve(call, plural, request, raw)
         if any(fault.cut == "after" for fault in faults):
             raise Cut
@@ -155,12 +159,12 @@ class ApiServer(kmock.KubernetesScaffold):
             raise ApiError(401, "Unauthorized")
 
     def _authorize(self, call: Call, request: kmock.Request) -> None:
-        inside = request.namespace == self.namespace  # a Role holds in its own namespace only
+        inside = request.namespace == self.home  # a Role holds in its own namespace only
         if self.role is not None and not (inside and allows(self.role, call, request.name)):
             what = call.resource.split("/")[0] + (f".{call.group}" if call.group else "")
             raise ApiError(
                 403,
-                f'{what} "{request.name or ""}" is forbidden: User "{SERVICE_ACCOUNT.format(namespace=self.namespace)}"'
+                f'{what} "{request.name or ""}" is forbidden: User "{SERVICE_ACCOUNT.format(namespace=self.home)}"'
                 f' cannot {call.verb} resource "{call.resource}" in API group "{call.group}" in the namespace '
                 f'"{request.namespace}"',
             )
@@ -168,9 +172,6 @@ class ApiServer(kmock.KubernetesScaffold):
     async def _serve(
         self, call: Call, plural: str, request: kmock.Request, raw: aiohttp.web.BaseRequest
     ) -> aiohttp.web.StreamResponse:
-        kind = KINDS.get(plural)
-        if kind is None or (kind.group, kind.version) != (call.group, request.resource.version):
-            raise ApiError(404, "the server could not find the requested resource")
         if request.subresource == "log" and plural == "pods" and call.verb == "get":
             return await self._serve_log(request, raw)
         if request.subresource not in (None, "status"):

@@ -99,11 +99,33 @@ class Cluster:
     def events(self) -> list[Object]:
         return self._copies("events")
 
+    def job(self, name: str) -> Object:
+        """Raises ApiError (404) if there is none."""
+        with self.store.lock:
+            return json.loads(json.dumps(self.store.get("pytorchjobs", self.namespace, name)))
+
+    def conditions(self, name: str) -> dict[str, str]:
+        """The status (`True`, `False`) of each condition of a job."""
+        return {found["type"]: found["status"] for found in self.job(name).get("status", {}).get("conditions", [])}
+
+    def phase(self, pod: str) -> str | None:
+        """None where there is no such pod, or nothing has looked at it yet."""
+        with self.store.lock:
+            found = self.store.find("pods", self.namespace, pod) or {}
+            return found.get("status", {}).get("phase")
+
+    def container_status(self, pod: str) -> dict[str, Any]:
+        """What the API says of the container `pytorch` of a pod, empty before it says anything."""
+        with self.store.lock:
+            found = self.store.find("pods", self.namespace, pod) or {}
+            (status,) = found.get("status", {}).get("containerStatuses") or [{}]
+            return json.loads(json.dumps(status))
+
     def processes(self) -> list[int]:
         """The living processes of all pods."""
         return marked_processes(self.kubelet.marker)
 
-    def wait_until(self, condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    def wait_until(self, condition: Callable[[], Any], seconds: float = 20.0) -> Any:
         """What `condition` returns once it is true. Raises TimeoutError after `seconds`."""
         deadline = time.monotonic() + seconds
         while not (result := condition()):
@@ -113,6 +135,11 @@ class Cluster:
                 raise TimeoutError(f"not so within {seconds} s; jobs and pods: {json.dumps(self._summary(), indent=1)}")
             time.sleep(TICK_SECONDS / 2)
         return result
+
+    def wait_for(self, name: str, condition: str, seconds: float = 20.0) -> Object:
+        """The job of that name once the condition is true. Raises TimeoutError after `seconds`."""
+        self.wait_until(lambda: self.conditions(name).get(condition) == "True", seconds)
+        return self.job(name)
 
     def _copies(self, plural: str) -> list[Object]:
         with self.store.lock:
@@ -125,7 +152,8 @@ class Cluster:
 
     def add(self, plural: str, found: Object) -> Object:
         """Create an object past the API. `plural`: one of store.KINDS."""
-        return self.store.create(plural, found, self.namespace)
+        with self.store.lock:
+            return json.loads(json.dumps(self.store.create(plural, found, self.namespace)))
 
     def add_secret(self, name: str, data: Mapping[str, str]) -> None:
         encoded = {key: base64.b64encode(text.encode()).decode() for key, text in data.items()}

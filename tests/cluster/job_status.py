@@ -1,4 +1,4 @@
-"""The status of a PyTorchJob: conditions that exclude one another, and counts of pods (as operator v1.9 writes them)."""
+"""The status of a PyTorchJob as operator v1.9 writes it: conditions that exclude one another, counts of pods."""
 
 from typing import Any
 

@@ -33,6 +33,8 @@ class Run:
     """What the kubelet knows of a pod that it has seen."""
 
     container: Container | None = None
+    ended: bool = False
+    """Whether the end of the container is in the pod's status."""
     restarts: int = 0
     restart_at: float = 0.0
     asked_to_stop: float | None = None
@@ -68,6 +70,7 @@ class Kubelet:
             run = self._runs.pop(uid)  # taken out of the API at once: with a grace period of 0
             if run.container is not None:
                 run.container.kill()
+                run.container.poll()
 
     def stop(self) -> None:
         kill_marked(self.marker)
@@ -78,7 +81,7 @@ class Kubelet:
     def container(self, pod: Object) -> Container:
         """Raises LookupError if the pod's container is not running."""
         run = self._runs.get(pod["metadata"]["uid"])
-        if run is None or run.container is None or run.container.exit_code is not None:
+        if run is None or run.container is None or run.container.poll() is not None:
             raise LookupError(f"pod {pod['metadata']['name']} has no running container")
         return run.container
 
@@ -99,9 +102,7 @@ class Kubelet:
         elif spec is None:
             self._stand_for(pod)
         elif pod.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
-            if run.container is None:
-                self._start_pod(pod, spec, run)
-            elif run.container.exit_code is not None:
+            if run.container is None or run.ended:
                 if time.time() >= run.restart_at:
                     self._start_pod(pod, spec, run)
             elif run.container.poll() is not None:
@@ -135,6 +136,7 @@ class Kubelet:
         log = ContainerLog(self._folder / f"{pod['metadata']['name']}-{uid[:8]}-{run.restarts}.log")
         command = [expand(part, values) for part in (spec.get("command") or []) + (spec.get("args") or [])]
         run.container = Container(command, values, self._folder, log, f"{self.marker}{uid}/{run.restarts}")
+        run.ended = False
         self._logs.add(uid, log)
         pod_status.set_phase(pod, "Running")
         pod["status"].setdefault("startTime", seconds_text())
@@ -199,6 +201,7 @@ class Kubelet:
 
     def _end_container(self, pod: Object, spec: dict[str, Any], run: Run) -> None:
         assert run.container is not None
+        run.ended = True
         fall_back = spec.get("terminationMessagePolicy") == "FallbackToLogsOnError"
         state = {"terminated": pod_status.terminated(run.container, fall_back)}
         pod_status.set_container_state(pod, spec, state, run.restarts)
@@ -215,10 +218,14 @@ class Kubelet:
         self._store.changed(pod)
 
     def _stop_pod(self, pod: Object, spec: dict[str, Any] | None, run: Run) -> None:
-        """SIGTERM to the main process, SIGKILL to all of them after the grace period; the pod goes when they have."""
+        """SIGTERM to the main process, SIGKILL to all of them after the grace period; the pod goes when they have.
+
+        Its last phase stays to be seen for one round, as since Kubernetes 1.27: the operator judges a pod that was
+        told to stop by its exit code, so that a master that then exits with 0 makes the job Succeeded.
+        """
         metadata = pod["metadata"]
         container = run.container
-        if spec is None or container is None or container.exit_code is not None:
+        if spec is None or container is None or run.ended:
             self._store.remove(pod)
             return
         if run.asked_to_stop is None:
@@ -229,4 +236,3 @@ class Kubelet:
             container.kill()
         if container.poll() is not None:
             self._end_container(pod, spec, run)
-            self._store.remove(pod)

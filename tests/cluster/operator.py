@@ -161,8 +161,7 @@ class Operator:
             if container["name"] == CONTAINER and "terminated" in container["state"]:
                 exit_code = container["state"]["terminated"]["exitCode"]
                 message = f"Pod: {metadata['namespace']}.{pod['metadata']['name']} exited with code {exit_code}"
-                if "deletionTimestamp" not in pod["metadata"]:
-                    self._events.record(job, "ExitedWithCode", message)
+                self._events.record(job, "ExitedWithCode", message)
         policy = restart_policy(job, replica)
         if policy in ("OnFailure", "Always") or (policy == "ExitCode" and exit_code >= RETRYABLE_FROM):
             self._delete(job, pod)
