@@ -24,7 +24,7 @@ def model_folder(model: str, *, weights: bool = True) -> Path:
     wanted. Raises FileNotFoundError if there is no such folder and the hub has no such model or cannot be reached.
     """
     if storage.is_remote(model) or Path(model).is_dir():
-        return storage.fetch(model)
+        return storage.fetch(model, wanted=lambda name: weights or not name.endswith(".safetensors"))
     return _from_hub(model, None, weights=weights)
 
 

@@ -55,8 +55,14 @@ _ENVIRONMENT = (
     *("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"),
 )
 _EXTRAS = {"s3": "osft[s3]", "s3a": "osft[s3]"}
+MARKERS = ("training.json", "position.json", "dataset.json", "config.json")
+"""What makes a folder complete is removed before the rest of it."""
 _PARALLEL = 8
 """Files that are transferred at once."""
+
+
+class StorageRefused(PermissionError, ValueError):
+    """The store takes no requests with these credentials: a setting that cannot work, as any other ValueError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +108,7 @@ def local(location: str | Path) -> Path:
 def files(location: str | Path) -> dict[str, Entry]:
     """The files below a URI by their relative paths; a file itself is "". Empty if there is nothing.
 
-    Raises FileNotFoundError if the bucket does not exist, PermissionError without valid credentials, ConnectionError
+    Raises FileNotFoundError if the bucket does not exist, StorageRefused without valid credentials, ConnectionError
     if the store does not answer, and ValueError if the package that knows the protocol is not installed.
     """
     with _explained(location) as store:
@@ -114,22 +120,37 @@ def files(location: str | Path) -> dict[str, Entry]:
         }
 
 
-def fetch(location: str | Path, *, marker: str | None = None, to: Path | None = None) -> Path:
+def fetch(
+    location: str | Path,
+    *,
+    marker: str | None = None,
+    to: Path | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Path:
     """The file or folder at `location` (or what a glob names), on this machine. What is there and equal is not copied.
+
+    `wanted` chooses files of a folder by their relative paths; `to` is the place that they go to, below the scratch
+    folder, instead of the mirror.
 
     Raises FileNotFoundError if a URI names nothing, or a folder without its `marker`, and as `files`. A path is
     returned as it is.
     """
     if not is_remote(location):
         return Path(location)
-    found = find(location, marker=marker, to=to)
+    found = find(location, marker=marker, to=to, wanted=wanted)
     if found is None:
         lacking = f" is not complete there (no {marker}), or" if marker else ""
         raise FileNotFoundError(f"{location}{lacking} does not exist. Correct the address, or upload it")
     return found
 
 
-def find(location: str | Path, *, marker: str | None = None, to: Path | None = None) -> Path | None:
+def find(
+    location: str | Path,
+    *,
+    marker: str | None = None,
+    to: Path | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Path | None:
     """As `fetch`, but None for what is not there, or not complete. A path is looked at, too."""
     if not is_remote(location):
         path = Path(location)
@@ -145,7 +166,7 @@ def find(location: str | Path, *, marker: str | None = None, to: Path | None = N
     for file in list(there):
         if file.is_file() and file.relative_to(base).as_posix() not in entries and _record(file).is_file():
             file.unlink()
-    missing = {name: entry for name, entry in entries.items() if not _in_sync(base / name, entry)}
+    missing = {name: entry for name, entry in entries.items() if wanted(name) and not _in_sync(base / name, entry)}
     _check_room(location, sum(entry.size for entry in missing.values()))
     last = {name: missing.pop(name) for name in [marker] if name in missing}
     for part in (missing, last):
@@ -194,8 +215,10 @@ def remove(location: str | Path) -> None:
         with _explained(location) as store:
             path = store._strip_protocol(str(location))
             found = store.find(path)
-            if found:
-                store.rm(found)
+            markers = [name for name in found if name.rsplit("/", 1)[-1] in MARKERS]
+            for part in (markers, [name for name in found if name not in markers]):
+                if part:
+                    store.rm(part)
 
 
 def read(location: str | Path) -> bytes | None:
@@ -278,7 +301,7 @@ def _explained(location: str | Path) -> Iterator[Any]:
             f"{location}: there is no bucket {bucket!r}{_at_endpoint()}. Create it, or correct the address"
         ) from None
     except PermissionError as error:
-        raise PermissionError(
+        raise StorageRefused(
             f"{location}: the object store{_at_endpoint()} refuses access ({error}). Check AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, and that they may read and write there"
         ) from None
@@ -290,7 +313,7 @@ def _explained(location: str | Path) -> Iterator[Any]:
         if not type(error).__module__.startswith(("botocore", "aiohttp")):
             raise
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-            raise PermissionError(
+            raise StorageRefused(
                 f"{location}: there are no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (on a cluster "
                 "from a secret)"
             ) from None

@@ -124,14 +124,14 @@ def factor_set(config: TrainConfig, model: Path, data: "PreparedData") -> Factor
 
 
 def compute_factors(
-    model: Path, data: Path, store: str | Path, subspace: SubspaceConfig, *, trust_remote_code: bool = False
+    model: Path, data: str | Path, store: str | Path, subspace: SubspaceConfig, *, trust_remote_code: bool = False
 ) -> FactorSet:
     """Decompose what `store` does not hold yet; with adaptive ranks, measure the layers' importance on `data` first."""
     importance = None
     if subspace.rank_allocation == "adaptive":
         from osft.data.dataset_folder import load_split
 
-        train = load_split(data, "train")
+        train = load_split(storage.fetch(data), "train")
         samples = [train[i] for i in range(min(subspace.calibration_samples, len(train)))]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         importance = measure_importance(
