@@ -57,6 +57,8 @@ _ENVIRONMENT = (
 _EXTRAS = {"s3": "osft[s3]", "s3a": "osft[s3]"}
 MARKERS = ("training.json", "position.json", "dataset.json", "config.json")
 """What makes a folder complete is removed before the rest of it."""
+_ATTEMPTS = 6
+"""At a request, with waits of about 1, 2, 4, … seconds in between."""
 _PARALLEL = 8
 """Files that are transferred at once."""
 
@@ -271,7 +273,7 @@ def _connected(protocol: str, process: int, environment: tuple[str | None, ...])
 
     options: dict[str, Any] = {}
     if protocol in _EXTRAS:
-        retries = {"mode": "standard", "max_attempts": 6}
+        retries = {"mode": "standard", "max_attempts": _ATTEMPTS}
         options = {
             "config_kwargs": {"retries": retries, "connect_timeout": 10, "read_timeout": 60},
             # Parts of a file in memory at once, each of 50 MiB, times _PARALLEL files.
