@@ -7,7 +7,6 @@ import sys
 import urllib.request
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from osft import TrainConfig, storage
@@ -212,7 +211,7 @@ def test_full_disk_is_named_before_anything_is_fetched(bucket, object_store, mon
 
 def test_missing_extra_is_named(bucket, monkeypatch):
     storage._connected.cache_clear()
-    monkeypatch.delitem(fsspec.registry._registry, "s3")
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ValueError, match=r"pip install 'osft\[s3\]'"):
         storage.fetch(f"{bucket}/model")
