@@ -160,12 +160,13 @@ def find(
     entries = files(location)
     if not entries or (marker is not None and marker not in entries):
         return None
-    path = to or local(location)
-    magic = glob.has_magic(str(path))
-    base = next(parent for parent in path.parents if not glob.has_magic(str(parent))) if magic else path
+    path = base = to or local(location)
+    pattern = "**/*"
+    if glob.has_magic(str(location)):
+        base = local(_glob_base(str(location)))
+        pattern = path.relative_to(base).as_posix()
     # What the store no longer has is not to be read; what was made here and not published yet stays.
-    there = map(Path, glob.glob(str(path), recursive=True)) if magic else path.rglob("*")
-    for file in list(there):
+    for file in list(base.glob(pattern)):
         if file.is_file() and file.relative_to(base).as_posix() not in entries and _record(file).is_file():
             file.unlink()
     missing = {name: entry for name, entry in entries.items() if wanted(name) and not _in_sync(base / name, entry)}
@@ -177,10 +178,13 @@ def find(
 
 
 def fetch_files(location: str | Path, names: Iterable[str]) -> None:
-    """Fetch only some of the files below a URI, where they are not there yet: content-addressed ones."""
+    """Fetch some of the files below a URI, those of them that are there and differ from what is here."""
     if is_remote(location):
-        missing = {name: 0 for name in names if not (local(location) / name).is_file()}
-        _transfer(location, local(location), missing, _download)
+        folder, entries = local(location), files(location)
+        differing = {name: entries[name] for name in names if name in entries}
+        sizes = {name: entry.size for name, entry in differing.items() if not _in_sync(folder / name, entry)}
+        _check_room(location, sum(sizes.values()))
+        _transfer(location, folder, sizes, _download)
 
 
 def publish(location: str | Path, *, marker: str | None = None, source: Path | None = None) -> None:
@@ -303,6 +307,8 @@ def _explained(location: str | Path) -> Iterator[Any]:
             f"{location}: there is no bucket {bucket!r}{_at_endpoint()}. Create it, or correct the address"
         ) from None
     except PermissionError as error:
+        if error.filename is not None:  # of this machine's disk
+            raise
         raise StorageRefused(
             f"{location}: the object store{_at_endpoint()} refuses access ({error}). Check AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, and that they may read and write there"

@@ -85,6 +85,7 @@ def kill_all(launcher: subprocess.Popen) -> str:
     return launcher.communicate(timeout=60)[0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_and_to_uris_as_one_does_with_paths(config, remote, bucket, object_store, monkeypatch):
     result = train(dataclasses.replace(remote, nproc_per_node=2, save_state_steps=3))
     assert result.summary["world_size"] == 2
@@ -109,6 +110,7 @@ def test_two_processes_train_from_and_to_uris_as_one_does_with_paths(config, rem
 def test_nothing_is_prepared_or_trained_twice_with_an_empty_scratch_folder(remote, object_store, monkeypatch, capsys):
     run_in_process(monkeypatch)
     first = train(remote)
+    expected, model = losses(first), {file.name for file in first.checkpoint.iterdir()}
     lose_scratch()
     capsys.readouterr()
     object_store.requests.clear()
@@ -116,14 +118,14 @@ def test_nothing_is_prepared_or_trained_twice_with_an_empty_scratch_folder(remot
     printed = capsys.readouterr().out
     assert "data: reused" in printed
     assert second.reused
-    assert losses(second) == losses(first)
-    assert {file.name for file in second.checkpoint.iterdir()} == {file.name for file in first.checkpoint.iterdir()}
+    assert losses(second) == expected
+    assert {file.name for file in second.checkpoint.iterdir()} == model
     assert not [path for method, path in object_store.requests if method == "PUT"]
     lose_scratch()
     capsys.readouterr()
     third = train(dataclasses.replace(remote, ckpt_output_dir=f"{remote.ckpt_output_dir}-2"))
     assert "factors: computed 0, reused 14 of 14" in capsys.readouterr().out
-    assert losses(third) == losses(first)
+    assert losses(third) == expected
     with pytest.raises(ValueError, match="holds a finished run with other settings"):
         train(dataclasses.replace(remote, seed=1))
 
@@ -131,7 +133,8 @@ def test_nothing_is_prepared_or_trained_twice_with_an_empty_scratch_folder(remot
 def test_killed_run_goes_on_from_the_store_with_an_empty_scratch_folder(
     config, remote, bucket, object_store, tmp_path, monkeypatch
 ):
-    run = dataclasses.replace(remote, save_state_steps=1, max_steps=60, num_epochs=6)
+    length = {"max_steps": 20, "num_epochs": 2}
+    run = dataclasses.replace(remote, save_state_steps=1, nproc_per_node=2, **length)
     launcher = start(run, tmp_path)
     while not any(name.endswith("position.json") for name in object_store.names(f"{bucket}/run")):
         assert launcher.poll() is None, launcher.stdout.read()
@@ -140,14 +143,14 @@ def test_killed_run_goes_on_from_the_store_with_an_empty_scratch_folder(
     assert "training.json" not in object_store.names(f"{bucket}/run")
     lose_scratch()
     run_in_process(monkeypatch)
-    expected = losses(train(dataclasses.replace(config, max_steps=60, num_epochs=6)))
+    expected = losses(train(dataclasses.replace(config, **length)))
     done = []
     original = loop.train_step
     monkeypatch.setattr(loop, "train_step", lambda *args, **options: done.append(1) or original(*args, **options))
-    resumed = train(run)
-    assert len(resumed.history) == 60
-    assert 0 < len(done) < 60, f"the steps before are not repeated\n{output}"
-    assert losses(resumed) == expected
+    resumed = train(dataclasses.replace(run, nproc_per_node=1, save_state_steps=None))
+    assert len(resumed.history) == 20
+    assert 0 < len(done) < 20, f"the steps before are not repeated\n{output}"
+    assert losses(resumed) == pytest.approx(expected, rel=1e-4)
     assert object_store.files.cat(f"{bucket}/run/metrics.jsonl") == resumed.metrics.read_bytes()
 
 
@@ -199,12 +202,12 @@ def test_run_begins_anew_in_the_store_too(remote, bucket, object_store, monkeypa
     assert not [name for name in names if name.startswith("state/")]
 
 
-def test_resume_takes_the_uri_of_a_state(config, remote, bucket, monkeypatch):
+def test_resume_takes_the_uri_of_a_state(remote, bucket, monkeypatch):
     run_in_process(monkeypatch)
-    train(dataclasses.replace(remote, save_state_steps=5))
+    expected = losses(train(dataclasses.replace(remote, save_state_steps=5)))
     lose_scratch()
     other = dataclasses.replace(remote, ckpt_output_dir=f"{bucket}/other", resume=f"{bucket}/run/state/step-5")
-    assert losses(train(other))[-3:] == losses(train(config))[-3:]
+    assert losses(train(other))[-3:] == expected[-3:]
     with pytest.raises(FileNotFoundError, match="run/state/step-4 is not a complete training state"):
         train(dataclasses.replace(other, resume=f"{bucket}/run/state/step-4"))
 
