@@ -18,31 +18,34 @@ from tests.training.in_process import run_in_process
 QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25)
 
 
-def run_pipeline(root: str, run_id: str, tracking: str, base_model: str, data: str, anchor: str) -> dict:
-    """All steps, each with an empty scratch folder, as pods have them. Returns what they handed to each other."""
+def new_pod(root: str, run_id: str, tracking: str, mlflow_run_id: str = "") -> steps.Round:
+    """What a step is given, with an empty scratch folder."""
+    shutil.rmtree(os.environ["OSFT_SCRATCH"], ignore_errors=True)
+    return steps.Round(
+        storage_root=root, pipeline_run_id=run_id, mlflow_tracking_uri=tracking, mlflow_run_id=mlflow_run_id
+    )
 
-    def new_pod(mlflow_run_id: str = "") -> steps.Round:
-        shutil.rmtree(os.environ["OSFT_SCRATCH"], ignore_errors=True)
-        return steps.Round(
-            storage_root=root, pipeline_run_id=run_id, mlflow_tracking_uri=tracking, mlflow_run_id=mlflow_run_id
-        )
 
+def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) -> dict:
+    """The steps up to training, `where` as in `new_pod`. Returns what they hand on."""
     prepared = steps.prepare_data(
-        new_pod(),
+        new_pod(*where),
         base_model=base_model,
         data_uri=data,
         anchor_uris=[anchor],
         experiment="tiny",
-        run_name=run_id,
+        run_name=where[1],
         max_seq_len=128,
         validation_fraction=0.2,
         max_train_samples=0,
         max_validation_samples=0,
     )
     parent, model = prepared.mlflow_run_id, prepared.model_path
-    factors = steps.precompute_svd(new_pod(parent), model_path=model, data_path=prepared.data_path, subspace=QUARTER)
+    factors = steps.precompute_svd(
+        new_pod(*where, parent), model_path=model, data_path=prepared.data_path, subspace=QUARTER
+    )
     summary = steps.train_osft(
-        new_pod(parent),
+        new_pod(*where, parent),
         model_path=model,
         data_path=prepared.data_path,
         factors=factors,
@@ -53,22 +56,31 @@ def run_pipeline(root: str, run_id: str, tracking: str, base_model: str, data: s
         learning_rate=0.02,
         nproc_per_node=1,
     )
+    return {
+        "model_path": model,
+        "data_path": prepared.data_path,
+        "factors_path": factors,
+        "checkpoint_path": summary["checkpoint"],
+        "task": prepared.task,
+        "anchor_paths": prepared.anchor_paths,
+        "mlflow_run_id": parent,
+    }
+
+
+def measure_and_promote(where: tuple[str, str, str], learned: dict) -> tuple[dict, int]:
+    """The other steps. Returns the evaluation and the version."""
+    handed = dict(learned)
+    pod = (*where, handed.pop("mlflow_run_id"))
     evaluation = steps.evaluate_model(
-        new_pod(parent),
-        model_path=model,
-        checkpoint_path=summary["checkpoint"],
-        data_path=prepared.data_path,
-        factors_path=factors,
-        task=prepared.task,
-        anchor_paths=prepared.anchor_paths,
+        new_pod(*pod),
+        **handed,
         max_anchor_samples=0,
         min_task_improvement=0.0,
         max_anchor_increase=10.0,
     )
-    version = steps.register_model(new_pod(parent), model_name="tiny", checkpoint_path=summary["checkpoint"])
-    steps.promote_model(new_pod(parent), model_name="tiny", version=version)
-    handed = {"model": model, "data": prepared.data_path, "factors": factors, "checkpoint": summary["checkpoint"]}
-    return handed | {"anchors": prepared.anchor_paths, "evaluation": evaluation, "version": version}
+    version = steps.register_model(new_pod(*pod), model_name="tiny", checkpoint_path=learned["checkpoint_path"])
+    steps.promote_model(new_pod(*pod), model_name="tiny", version=version)
+    return evaluation, version
 
 
 def test_pipeline_runs_on_an_object_store_and_reuses_what_is_there(
@@ -82,53 +94,42 @@ def test_pipeline_runs_on_an_object_store_and_reuses_what_is_there(
     root, tracking = f"{bucket}/osft", f"sqlite:///{tmp_path}/mlflow/mlflow.db"
     inputs = (f"{bucket}/base/tiny", f"{bucket}/raw/larger-number.jsonl", f"{bucket}/raw/prose.jsonl")
 
-    first = run_pipeline(root, "first", tracking, *inputs)
-    assert first["data"].startswith(f"{root}/data/")
-    assert first["factors"].startswith(f"{root}/factors/sets/")
-    assert first["checkpoint"].startswith(f"{root}/rounds/first/train/hf_format/samples_")
-    scores = first["evaluation"]["results"]
+    first = learn((root, "first", tracking), *inputs)
+    assert first["data_path"].startswith(f"{root}/data/")
+    assert first["factors_path"].startswith(f"{root}/factors/sets/")
+    assert first["checkpoint_path"].startswith(f"{root}/rounds/first/train/hf_format/samples_")
+    evaluation, version = measure_and_promote((root, "first", tracking), first)
+    scores = evaluation["results"]
     assert scores["candidate"]["larger-number"]["loss"] < scores["base"]["larger-number"]["loss"]
     files = object_store.names(f"{root}/rounds/first")
     assert {"evaluation.json", "report.html", "version.json", "train/training.json"} <= files
     assert b"<html" in object_store.files.cat(f"{root}/rounds/first/report.html")
-    assert json.loads(object_store.files.cat(f"{root}/rounds/first/evaluation.json")) == first["evaluation"]
+    assert json.loads(object_store.files.cat(f"{root}/rounds/first/evaluation.json")) == evaluation
     mlflow = runs.client(tracking, root)
-    assert mlflow.get_model_version_by_alias("tiny", "champion").version == first["version"]
+    assert mlflow.get_model_version_by_alias("tiny", "champion").version == version
     assert not any(SECRET.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
     # A set of another ratio lies in the same store; the second round has no use for it.
     steps.precompute_svd(
-        steps.Round(
-            storage_root=root, pipeline_run_id="x", mlflow_tracking_uri=tracking, mlflow_run_id=_parent(mlflow)
-        ),
-        model_path=first["model"],
-        data_path=first["data"],
+        new_pod(root, "first", tracking, first["mlflow_run_id"]),
+        model_path=first["model_path"],
+        data_path=first["data_path"],
         subspace=SubspaceConfig(unfreeze_rank_ratio=0.5),
     )
-    needed = {entry["file"] for entry in json.loads(object_store.files.cat(first["factors"]))["weights"].values()}
+    needed = {entry["file"] for entry in json.loads(object_store.files.cat(first["factors_path"]))["weights"].values()}
     before = object_store.names(root)
     capsys.readouterr()
     object_store.requests.clear()
-    second = run_pipeline(root, "second", tracking, *inputs)
+    second = learn((root, "second", tracking), *inputs)
     printed = capsys.readouterr().out
-    assert {name: second[name] for name in ("model", "data", "factors")} == {
-        name: first[name] for name in ("model", "data", "factors")
-    }
-    assert f"data: reused {first['data']}" in printed
+    for name in ("model_path", "data_path", "factors_path"):
+        assert second[name] == first[name]
+    assert f"data: reused {first['data_path']}" in printed
     assert "factors: computed 0, reused 14 of 14" in printed
     assert all(name.startswith("rounds/second/") for name in object_store.names(root) - before)
     path = f"/{root.removeprefix('s3://')}/factors/"
     read = {name.removeprefix(path) for method, name in object_store.requests if method == "GET" and path in name}
     assert {name for name in read if name.startswith("weights/")} == needed
-
-
-def _parent(mlflow) -> str:
-    experiment = mlflow.get_experiment_by_name("tiny")
-    return next(
-        run.info.run_id
-        for run in mlflow.search_runs([experiment.experiment_id])
-        if "mlflow.parentRunId" not in run.data.tags
-    )
 
 
 def test_model_and_data_that_are_fetched_by_name_are_kept_in_the_store(bucket, object_store, monkeypatch):

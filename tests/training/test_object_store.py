@@ -193,23 +193,37 @@ def test_model_is_read_only_when_it_is_complete(remote, bucket, object_store, mo
 
 def test_run_begins_anew_in_the_store_too(remote, bucket, object_store, monkeypatch):
     run_in_process(monkeypatch)
-    train(dataclasses.replace(remote, save_state_steps=4))
+    run = dataclasses.replace(remote, data_output_dir=None, factors=None)
+    train(dataclasses.replace(run, save_state_steps=4))
     lose_scratch()
-    replaced = train(dataclasses.replace(remote, max_steps=2, resume="off"))
+    replaced = train(dataclasses.replace(run, max_steps=2, resume="off"))
     assert not replaced.reused
     names = object_store.names(f"{bucket}/run")
+    assert any(name.startswith("_internal_data_processing/factors/sets/") for name in names)
     assert {name.split("/")[1] for name in names if name.startswith("hf_format")} == {"samples_24"}
     assert not [name for name in names if name.startswith("state/")]
 
 
-def test_resume_takes_the_uri_of_a_state(remote, bucket, monkeypatch):
+def test_resume_takes_the_uri_of_a_state(config, remote, bucket, monkeypatch):
     run_in_process(monkeypatch)
-    expected = losses(train(dataclasses.replace(remote, save_state_steps=5)))
+    expected = losses(train(config))
+    done = []
+    original = loop.train_step
+
+    def dies_in_step_seven(*args, **options):
+        done.append(1)
+        if len(done) == 7:
+            raise MemoryError("the pod is gone")
+        return original(*args, **options)
+
+    monkeypatch.setattr(loop, "train_step", dies_in_step_seven)
+    with pytest.raises(MemoryError):
+        train(dataclasses.replace(remote, save_state_steps=5))
     lose_scratch()
-    other = dataclasses.replace(remote, ckpt_output_dir=f"{bucket}/other", resume=f"{bucket}/run/state/step-5")
-    assert losses(train(other))[-3:] == expected[-3:]
     with pytest.raises(FileNotFoundError, match="run/state/step-4 is not a complete training state"):
-        train(dataclasses.replace(other, resume=f"{bucket}/run/state/step-4"))
+        train(dataclasses.replace(remote, resume=f"{bucket}/run/state/step-4"))
+    assert losses(train(dataclasses.replace(remote, resume=f"{bucket}/run/state/step-5"))) == expected
+    assert len(done) == 7 + 3
 
 
 class Recorder(TrainingCallback):
@@ -269,30 +283,30 @@ def test_no_credential_is_written_down(remote, bucket, object_store, tmp_path, m
 def test_two_nodes_with_scratch_folders_of_their_own_go_on_from_one_store(
     config, remote, bucket, object_store, tmp_path, monkeypatch
 ):
-    def nodes(attempt: str) -> list[subprocess.Popen]:
+    length = {"max_steps": 20, "num_epochs": 2}
+
+    def nodes(attempt: str, save_state_steps: int | None) -> list[subprocess.Popen]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-        run = dataclasses.replace(
-            remote, nnodes=2, rdzv_endpoint=endpoint, save_state_steps=1, max_steps=40, num_epochs=4
-        )
+        run = dataclasses.replace(remote, nnodes=2, rdzv_endpoint=endpoint, save_state_steps=save_state_steps, **length)
         return [
             start(dataclasses.replace(run, node_rank=rank), tmp_path, OSFT_SCRATCH=str(tmp_path / f"{attempt}-{rank}"))
             for rank in range(2)
         ]
 
-    launchers = nodes("first")
+    launchers = nodes("first", 1)
     while not any(name.endswith("position.json") for name in object_store.names(f"{bucket}/run")):
         assert [launcher.poll() for launcher in launchers] == [None, None], [p.stdout.read() for p in launchers]
         time.sleep(0.05)
     for launcher in launchers:
         kill_all(launcher)
     assert "training.json" not in object_store.names(f"{bucket}/run")
-    launchers = nodes("second")
+    launchers = nodes("second", None)
     outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
     assert all("train: goes on from" in output for output in outputs)
     run_in_process(monkeypatch)
-    expected = losses(train(dataclasses.replace(config, max_steps=40, num_epochs=4)))
+    expected = losses(train(dataclasses.replace(config, **length)))
     lines = object_store.files.cat(f"{bucket}/run/metrics.jsonl").decode().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)
