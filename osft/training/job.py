@@ -101,14 +101,14 @@ def run_job(
     launcher: Launcher,
     *,
     limits: Limits,
-    output: Path,
+    output: Path | str,
     callbacks: Sequence[TrainingCallback] = (),
     poll_seconds: float = 5.0,
 ) -> None:
     """Start or find the job, print its log, follow its metrics in the folder `output`, and wait for its end.
 
-    Raises JobFailed if it fails, RuntimeError if a limit ends it, ValueError if it cannot be started, JobUnreachable, and
-    SystemExit(143) on SIGTERM. But for JobUnreachable, the job does not run any more afterwards.
+    `output` is a path or URI. Raises JobFailed if it fails, RuntimeError if a limit ends it, ValueError if it cannot be
+    started, JobUnreachable, and SystemExit(143) on SIGTERM. But for JobUnreachable, it does not run any more then.
     """
     with _sigterm_raises():
         try:
