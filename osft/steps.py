@@ -200,10 +200,9 @@ def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Pa
         Path(manifest_file).write_text(job.describe(), encoding="utf-8")
         step.log_artifact(Path(manifest_file))
         run_job(job, limits=limits, output=folder, callbacks=[LiveMetrics(step.client, step.run_id)])
-        summary_file = storage.fetch(storage.join(folder, "training.json"))
-        summary = _read_json(summary_file)
+        summary = _read_json(storage.join(folder, "training.json"))
         step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
-        step.log_artifact(summary_file)
+        step.log_artifact(storage.local(storage.join(folder, "training.json")))
     return summary | {"checkpoint": storage.join(folder, summary["checkpoints"][-1])}
 
 

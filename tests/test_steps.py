@@ -46,6 +46,8 @@ def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) 
     )
     summary = steps.train_osft(
         new_pod(*where, parent),
+        steps.LauncherSettings(),
+        manifest_file=Path(os.environ["OSFT_SCRATCH"]).with_name("manifest"),
         model_path=model,
         data_path=prepared.data_path,
         factors=factors,

@@ -241,6 +241,6 @@ def test_command_restores_the_very_same_settings():
 
 
 def test_credentials_in_a_uri_do_not_get_into_the_command():
-    with pytest.raises(ValueError, match="data_path holds credentials") as error:
-        train_arguments(config(data_path="s3://key:hunter2@bucket/data"))
+    with pytest.raises(ValueError, match="mlflow_tracking_uri holds credentials") as error:
+        train_arguments(config(mlflow_tracking_uri="https://me:hunter2@mlflow.example"))
     assert "hunter2" not in str(error.value)
