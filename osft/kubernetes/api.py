@@ -212,7 +212,7 @@ def own_namespace() -> str:
         with open(_SERVICE_ACCOUNT_NAMESPACE, encoding="utf-8") as file:
             return file.read().strip()
     try:
-        _, context = list_kube_config_contexts()
+        _, context = list_kube_config_contexts(config_file=os.environ.get("KUBECONFIG"))
     except ConfigException:
         return "default"
     return str(context["context"].get("namespace", "default"))

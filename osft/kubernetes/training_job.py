@@ -36,7 +36,7 @@ def training_job(
         mount = PurePosixPath(settings.storage_mount)
         for name in ("model_path", "data_path", "factors", "ckpt_output_dir"):
             path = str(getattr(config, name))
-            if mount not in PurePosixPath(path).parents:
+            if mount not in PurePosixPath(os.path.normpath(path)).parents:
                 raise ValueError(
                     f"{name} {path} is not below {mount}, where the pods have the claim {storage.claim}. Set "
                     "pytorchjob.storage_mount to the folder where the steps have it"

@@ -15,6 +15,7 @@ from tests.cluster.cluster import Cluster
 from tests.pipelines.kfp_server import parse_spec
 
 ROOT = Path(__file__).parents[2]
+ROLE = YAML.parent / "manifests" / "common" / "role.yaml"
 STEP_POD = "osft-continual-learning-train-1"
 WORKFLOW = "osft-continual-learning-x7k2p"
 
