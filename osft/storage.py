@@ -107,6 +107,15 @@ def local(location: str | Path) -> Path:
     return _scratch() / f"{protocol}-{hashlib.sha256(_endpoint().encode()).hexdigest()[:8]}" / Path(*parts)
 
 
+def name_of(path: Path) -> str:
+    """What to call a file on this machine: the URI that it is the mirror of, or its path."""
+    if path.is_relative_to(_scratch_path()):
+        mirror, *parts = path.relative_to(_scratch_path()).parts or [""]
+        if found := re.fullmatch(r"(.+)-[0-9a-f]{8}", mirror):
+            return f"{found[1]}://{'/'.join(parts)}"
+    return str(path)
+
+
 def files(location: str | Path) -> dict[str, Entry]:
     """The files below a URI by their relative paths; a file itself is "". Empty if there is nothing.
 
@@ -255,11 +264,15 @@ def _split(location: str | Path) -> tuple[str, str]:
     return found[1].lower(), found[2]
 
 
-def _scratch() -> Path:
+def _scratch_path() -> Path:
     given = os.environ.get("OSFT_SCRATCH")
-    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"osft-{os.getuid()}"
+    return Path(given).absolute() if given else Path(tempfile.gettempdir()).absolute() / f"osft-{os.getuid()}"
+
+
+def _scratch() -> Path:
+    folder = _scratch_path()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder.absolute()
+    return folder
 
 
 def _endpoint() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from osft import TrainConfig, storage
-from osft.data.records import data_files
+from osft.data.records import data_files, read_records
 
 
 def write(folder: Path, **contents: str) -> Path:
@@ -215,6 +215,12 @@ def test_missing_extra_is_named(bucket, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ValueError, match=r"pip install 'osft\[s3\]'"):
         storage.fetch(f"{bucket}/model")
+
+
+def test_bad_record_is_named_by_its_uri(bucket, object_store):
+    object_store.files.pipe(f"{bucket}/data/chats.jsonl", b'{"text": "a"}\nno JSON\n')
+    with pytest.raises(ValueError, match=f"^{bucket}/data/chats.jsonl:2: not valid JSON"):
+        list(read_records(f"{bucket}/data", allow_text=True))
 
 
 def test_endpoints_do_not_share_a_mirror(bucket, monkeypatch):
