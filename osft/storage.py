@@ -28,43 +28,26 @@ that is complete is not written again. Requests are repeated when the store answ
 "slow down"), breaks off or does not answer; what still fails then is raised, and says what to do.
 """
 
-import errno
 import glob
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from osft.atomic import atomic_path
+from osft.store_client import PROTOCOL, endpoint, explained, no_room, scratch, scratch_path, split
 
-_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_ENVIRONMENT = (
-    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
-    *("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"),
-)
-_EXTRAS = {"s3": "osft[s3]", "s3a": "osft[s3]"}
 MARKERS = ("training.json", "position.json", "dataset.json", "config.json")
 """What makes a folder complete is removed before the rest of it."""
-_ATTEMPTS = 6
-"""At a request, with waits of about 1, 2, 4, … seconds in between."""
 _PARALLEL = 8
 """Files that are transferred at once."""
-
-
-class StorageRefused(PermissionError, ValueError):
-    """The store takes no requests with these credentials: a setting that cannot work, as any other ValueError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +61,7 @@ class Entry:
 
 def is_remote(location: str | Path) -> bool:
     """Whether `location` is a URI and not a path. Raises ValueError if it holds credentials."""
-    found = _PROTOCOL.match(str(location))
+    found = PROTOCOL.match(str(location))
     if found is None:
         return False
     if "@" in found[2].split("/", 1)[0]:
@@ -100,11 +83,20 @@ def local(location: str | Path) -> Path:
     """Where `location` is read and written on this machine: itself, or its mirror. Nothing is transferred."""
     if not is_remote(location):
         return Path(location)
-    protocol, rest = _split(location)
+    protocol, rest = split(location)
     parts = [part for part in rest.split("/") if part]
     if not parts or ".." in parts:
         raise ValueError(f"{location} names no place in an object store. Give {protocol}://bucket/prefix, without '..'")
-    return _scratch() / f"{protocol}-{hashlib.sha256(_endpoint().encode()).hexdigest()[:8]}" / Path(*parts)
+    return scratch() / f"{protocol}-{hashlib.sha256(endpoint().encode()).hexdigest()[:8]}" / Path(*parts)
+
+
+def name_of(path: Path) -> str:
+    """What to call a file on this machine: the URI that it is the mirror of, or its path."""
+    if path.is_relative_to(scratch_path()):
+        mirror, *parts = path.relative_to(scratch_path()).parts or [""]
+        if found := re.fullmatch(r"(.+)-[0-9a-f]{8}", mirror):
+            return f"{found[1]}://{'/'.join(parts)}"
+    return str(path)
 
 
 def files(location: str | Path) -> dict[str, Entry]:
@@ -113,7 +105,7 @@ def files(location: str | Path) -> dict[str, Entry]:
     Raises FileNotFoundError if the bucket does not exist, StorageRefused without valid credentials, ConnectionError
     if the store does not answer, and ValueError if the package that knows the protocol is not installed.
     """
-    with _explained(location) as store:
+    with explained(location) as store:
         path = store._strip_protocol(str(location))
         found = (store.glob if glob.has_magic(path) else store.find)(path, detail=True)
         base = _glob_base(path) if glob.has_magic(path) else path
@@ -218,7 +210,7 @@ def publish(location: str | Path, *, marker: str | None = None, source: Path | N
 def remove(location: str | Path) -> None:
     """Remove a file or folder of the store if it is there; the mirror stays. Nothing for a path."""
     if is_remote(location):
-        with _explained(location) as store:
+        with explained(location) as store:
             path = store._strip_protocol(str(location))
             found = store.find(path)
             markers = [name for name in found if name.rsplit("/", 1)[-1] in MARKERS]
@@ -232,7 +224,7 @@ def read(location: str | Path) -> bytes | None:
     try:
         if not is_remote(location):
             return Path(location).read_bytes()
-        with _explained(location) as store:
+        with explained(location) as store:
             content: bytes = store.cat_file(store._strip_protocol(str(location)))
             return content
     except FileNotFoundError:
@@ -242,110 +234,16 @@ def read(location: str | Path) -> bytes | None:
 def write(location: str | Path, content: bytes) -> None:
     """Make a small file, whole or not at all."""
     if is_remote(location):
-        with _explained(location) as store:
+        with explained(location) as store:
             store.pipe_file(store._strip_protocol(str(location)), content)
         return
     with atomic_path(Path(location)) as temporary:
         temporary.write_bytes(content)
 
 
-def _split(location: str | Path) -> tuple[str, str]:
-    found = _PROTOCOL.match(str(location))
-    assert found is not None, f"{location} is no URI"
-    return found[1].lower(), found[2]
-
-
-def _scratch() -> Path:
-    given = os.environ.get("OSFT_SCRATCH")
-    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"osft-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder.absolute()
-
-
-def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-
-
-def _filesystem(protocol: str) -> Any:
-    return _connected(protocol, os.getpid(), tuple(os.environ.get(name) for name in _ENVIRONMENT))
-
-
-@lru_cache(maxsize=8)
-def _connected(protocol: str, process: int, environment: tuple[str | None, ...]) -> Any:
-    """fsspec's client, which takes its settings from the environment when it is made."""
-    import fsspec
-
-    options: dict[str, Any] = {}
-    if protocol in _EXTRAS:
-        retries = {"mode": "standard", "max_attempts": _ATTEMPTS}
-        options = {
-            "config_kwargs": {"retries": retries, "connect_timeout": 10, "read_timeout": 60},
-            # Parts of a file in memory at once, each of 50 MiB, times _PARALLEL files.
-            "max_concurrency": 2,
-        }
-    try:
-        return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
-    except ImportError as error:
-        install = f"pip install '{_EXTRAS[protocol]}'" if protocol in _EXTRAS else str(error)
-        raise ValueError(f"addresses with {protocol}:// need another package. Install it: {install}") from None
-    except ValueError as error:
-        raise ValueError(f"{protocol}:// is no known kind of address ({error}). Give a path or s3://…") from None
-
-
-@contextmanager
-def _explained(location: str | Path) -> Iterator[Any]:
-    """The client for `location`; its errors name the location, the reason and the remedy."""
-    protocol, rest = _split(location)
-    store = _filesystem(protocol)
-    try:
-        yield store
-    except FileNotFoundError as error:
-        if "bucket does not exist" not in str(error):
-            raise
-        bucket = rest.split("/", 1)[0]
-        raise FileNotFoundError(
-            f"{location}: there is no bucket {bucket!r}{_at_endpoint()}. Create it, or correct the address"
-        ) from None
-    except PermissionError as error:
-        if error.filename is not None:  # of this machine's disk
-            raise
-        raise StorageRefused(
-            f"{location}: the object store{_at_endpoint()} refuses access ({error}). Check AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, and that they may read and write there"
-        ) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_room(location) from None
-        raise
-    except Exception as error:
-        if not type(error).__module__.startswith(("botocore", "aiohttp")):
-            raise
-        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-            raise StorageRefused(
-                f"{location}: there are no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (on a cluster "
-                "from a secret)"
-            ) from None
-        raise ConnectionError(
-            f"{location}: the object store{_at_endpoint()} does not answer ({type(error).__name__}). Check "
-            "AWS_ENDPOINT_URL and the network"
-        ) from None
-
-
-def _at_endpoint() -> str:
-    """Where requests go, without what may be secret in the address."""
-    parts = urlsplit(_endpoint())
-    return f" at {parts.hostname}{f':{parts.port}' if parts.port else ''}" if parts.hostname else ""
-
-
-def _no_room(location: str | Path) -> OSError:
-    return OSError(
-        errno.ENOSPC, f"no space left in {_scratch()} for {location}. Set OSFT_SCRATCH to a folder on a larger disk"
-    )
-
-
 def _check_room(location: str | Path, size: int) -> None:
-    if size > shutil.disk_usage(_scratch()).free:
-        raise _no_room(location)
+    if size > shutil.disk_usage(scratch()).free:
+        raise no_room(location)
 
 
 def _entry(info: Mapping[str, Any]) -> Entry:
@@ -355,19 +253,19 @@ def _entry(info: Mapping[str, Any]) -> Entry:
 
 def _record(file: Path) -> Path:
     """Where it is written down what a local file was when it was equal to the store's."""
-    return _scratch() / ".equal" / file.absolute().relative_to(_scratch())
+    return scratch() / ".equal" / file.absolute().relative_to(scratch())
 
 
 def _in_sync(file: Path, entry: Entry) -> bool:
     """Whether a file is what was fetched or published, and that is what the store has."""
-    if not (file.is_file() and file.is_relative_to(_scratch()) and _record(file).is_file()):
+    if not (file.is_file() and file.is_relative_to(scratch()) and _record(file).is_file()):
         return False
     recorded: Any = json.loads(_record(file).read_text(encoding="utf-8"))
     return bool(recorded == asdict(entry) | {"mtime_ns": file.stat().st_mtime_ns} and file.stat().st_size == entry.size)
 
 
 def _remember(file: Path, entry: Entry) -> None:
-    if file.is_relative_to(_scratch()):
+    if file.is_relative_to(scratch()):
         with atomic_path(_record(file)) as temporary:
             temporary.write_text(json.dumps(asdict(entry) | {"mtime_ns": file.stat().st_mtime_ns}), encoding="utf-8")
 
@@ -410,7 +308,7 @@ def _transfer(location: str | Path, folder: Path, sizes: Mapping[str, int], move
         def one(name: str) -> None:
             base = _glob_base(str(location)) if glob.has_magic(str(location)) else str(location)
             address = join(base, name) if name else base
-            with _explained(address) as store:
+            with explained(address) as store:
                 move(store, store._strip_protocol(address), folder / name if name else folder, Advance())
 
         with ThreadPoolExecutor(min(_PARALLEL, len(sizes)), thread_name_prefix="osft-transfer") as pool:

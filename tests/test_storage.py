@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from osft import TrainConfig, storage
-from osft.data.records import data_files
+from osft import TrainConfig, storage, store_client
+from osft.data.records import data_files, read_records
+from osft.store_client import StorageRefused
 
 
 def write(folder: Path, **contents: str) -> Path:
@@ -170,7 +171,7 @@ def test_wrong_and_missing_credentials_are_refused_without_showing_them(bucket, 
 
     check_from_the_first_request_on(b"0")
     try:
-        with pytest.raises(storage.StorageRefused, match="Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") as found:
+        with pytest.raises(StorageRefused, match="Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") as found:
             storage.fetch(f"{bucket}/model")
     finally:
         check_from_the_first_request_on(b"inf")
@@ -179,12 +180,12 @@ def test_wrong_and_missing_credentials_are_refused_without_showing_them(bucket, 
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
-    with pytest.raises(storage.StorageRefused, match="there are no credentials. Set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StorageRefused, match="there are no credentials. Set AWS_ACCESS_KEY_ID"):
         storage.fetch(f"{bucket}/model")
 
 
 def test_store_that_does_not_answer_is_named(bucket, monkeypatch):
-    monkeypatch.setattr(storage, "_ATTEMPTS", 1)
+    monkeypatch.setattr(store_client, "_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(ConnectionError, match="127.0.0.1:9 does not answer.*Check AWS_ENDPOINT_URL"):
         storage.fetch(f"{bucket}/model")
@@ -210,11 +211,17 @@ def test_full_disk_is_named_before_anything_is_fetched(bucket, object_store, mon
 
 
 def test_missing_extra_is_named(bucket, monkeypatch):
-    storage._connected.cache_clear()
+    store_client._connected.cache_clear()
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ValueError, match=r"pip install 'osft\[s3\]'"):
         storage.fetch(f"{bucket}/model")
+
+
+def test_bad_record_is_named_by_its_uri(bucket, object_store):
+    object_store.files.pipe(f"{bucket}/data/chats.jsonl", b'{"text": "a"}\nno JSON\n')
+    with pytest.raises(ValueError, match=f"^{bucket}/data/chats.jsonl:2: not valid JSON"):
+        list(read_records(f"{bucket}/data", allow_text=True))
 
 
 def test_endpoints_do_not_share_a_mirror(bucket, monkeypatch):

@@ -50,11 +50,11 @@ class PreparedData:
 
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each file's bytes, by its path."""
+    """SHA-256 of each file's bytes, by its path or URI."""
     digests = {}
     for path in files:
         with path.open("rb") as file:
-            digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[storage.name_of(path)] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 

@@ -155,9 +155,9 @@ def read_rows(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in _files(uri):
         if file.suffix == ".parquet":
             try:
-                yield from _table_rows(str(file), pq.ParquetFile(file).iter_batches(batch_size=1000))
+                yield from _table_rows(storage.name_of(file), pq.ParquetFile(file).iter_batches(batch_size=1000))
             except pa.ArrowInvalid as error:
-                raise DataError(f"{file} is not a Parquet file: {error}") from None
+                raise DataError(f"{storage.name_of(file)} is not a Parquet file: {error}") from None
         else:
             yield from read_json_lines(str(file))
 

@@ -107,17 +107,17 @@ def read_json_lines(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises FileNotFoundError for a missing path and DataError at the first bad line, or if a file holds no line.
     """
     for file in data_files(uri):
-        found = False
+        found, name = False, storage.name_of(file)
         with file.open(encoding="utf-8", errors="strict") as lines:
             try:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         found = True
-                        yield f"{file}:{number}", _parse_object(line, f"{file}:{number}")
+                        yield f"{name}:{number}", _parse_object(line, f"{name}:{number}")
             except UnicodeDecodeError as error:
-                raise DataError(f"{file} is not UTF-8 text: {error}") from None
+                raise DataError(f"{name} is not UTF-8 text: {error}") from None
         if not found:
-            raise DataError(f"{file} holds no record: it is empty. Give at least one JSON line")
+            raise DataError(f"{name} holds no record: it is empty. Give at least one JSON line")
 
 
 def read_records(uri: str, *, allow_text: bool = False) -> Iterator[Record]:
