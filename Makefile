@@ -22,7 +22,7 @@ STORAGE ?= runs
 SET     ?=
 IMAGE   ?=
 
-.PHONY: help setup run test test-slow lint format compile check-compiled bench ui image clean
+.PHONY: help setup run test test-slow test-cluster lint format compile check-compiled bench ui image clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -51,6 +51,9 @@ test: setup ## Run the tests
 
 test-slow: setup ## Run the tests that `make test` leaves out: several nodes, many processes
 	$(BIN)/python -m pytest -m slow
+
+test-cluster: setup ## Run the training step on a stand-in cluster whose pods are real processes, and break it
+	$(BIN)/python -m pytest -m cluster
 
 lint: setup ## Check style, types and that the compiled YAML is current
 	$(BIN)/ruff check .

@@ -73,9 +73,10 @@ def train(
         result = run(config)
     except (ValueError, FileNotFoundError) as error:
         raise _refused(error) from None
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError) as error:
         errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        raise typer.Exit(getattr(error, "exit_code", exit_codes.FAILED)) from None
+        otherwise = exit_codes.CONNECTION_LOST if isinstance(error, ConnectionError) else exit_codes.FAILED
+        raise typer.Exit(getattr(error, "exit_code", otherwise)) from None
     output.print(Text(repr(result)), soft_wrap=True)
 
 

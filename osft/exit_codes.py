@@ -14,8 +14,8 @@ FAILED = 1
 REFUSED = 2
 """A parameter, the data or the model cannot be used; nothing was started."""
 
-PEER_LOST = 128 + signal.SIGPIPE
-"""The connection to another process or node broke: it died, and its own end tells why."""
+CONNECTION_LOST = 128 + signal.SIGPIPE
+"""The connection to another process, node or object store broke; if a peer died, its own end tells why."""
 
 INTERRUPTED = 128 + signal.SIGTERM
 """The run was asked to end; its state is saved. A process that a signal killed ends with 128 + its number alike."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from kubeflow.training.constants import constants
 
-from osft.exit_codes import INTERRUPTED, PEER_LOST
+from osft.exit_codes import CONNECTION_LOST, INTERRUPTED
 
 _CONTAINER = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]["container"]
 _STARTING = {"ContainerCreating", "PodInitializing"}
@@ -85,7 +85,7 @@ def end_in_events(pod: dict[str, Any], events: list[dict[str, Any]]) -> PodEnd |
 
 def root_failure(ends: Iterable[PodEnd]) -> PodEnd | None:
     """The end that the others follow from: the first that is not the loss of a peer or an orderly interruption."""
-    consequences = (PEER_LOST, INTERRUPTED)
+    consequences = (CONNECTION_LOST, INTERRUPTED)
     ordered = sorted(ends, key=lambda end: (end.exit_code in consequences, end.finished, end.node_rank))
     return ordered[0] if ordered else None
 

@@ -24,7 +24,7 @@ import torch
 from osft import storage
 from osft.atomic import exclusive, write_json
 from osft.config import TrainConfig
-from osft.exit_codes import FAILED, INTERRUPTED, PEER_LOST
+from osft.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
 from osft.training.callbacks import Follower, TrainingCallback
 from osft.training.inputs import factor_set, local_model, prepare_training_data
 from osft.training.liger import liger_wanted
@@ -229,7 +229,7 @@ def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, An
     except ChildFailedError as error:
         raise _training_failed(error) from None
     except (RendezvousError, torch.distributed.DistError) as error:
-        raise TrainingFailed(f"the nodes did not meet, or lost each other: {error}", PEER_LOST) from None
+        raise TrainingFailed(f"the nodes did not meet, or lost each other: {error}", CONNECTION_LOST) from None
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -257,12 +257,14 @@ def _training_failed(error: "ChildFailedError") -> TrainingFailed:
         )
     return TrainingFailed(
         f"training failed: rank {rank} ended with exit code {failure.exitcode}\n{details}",
-        PEER_LOST if _PEER_LOST.search(str(details)) else FAILED,
+        CONNECTION_LOST if _CONNECTION_LOST.search(str(details)) else FAILED,
     )
 
 
-_PEER_LOST = re.compile(r"Dist(Backend|Network|Store)Error|gloo/transport|Connection (reset|closed) by peer")
-"""In the traceback of a process whose peer ended: by NCCL, by the rendezvous' store, by gloo."""
+_CONNECTION_LOST = re.compile(
+    r"Dist(Backend|Network|Store)Error|gloo/transport|Connection (reset|closed) by peer|ConnectionError:"
+)
+"""In the traceback of a process whose peer ended (NCCL, the rendezvous' store, gloo) or whose object store is away."""
 
 
 def _root_failure(error: "ChildFailedError") -> tuple[int, "ProcessFailure"]:

@@ -6,8 +6,10 @@ deletion that waits, PUT and merge patches, bearer tokens, RBAC, faults. kmock's
 
 import asyncio
 import json
+import os
 import secrets
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,15 @@ from tests.cluster.streams import Streams, write_log, write_watch
 
 KEPT_REQUESTS = 50  # kmock keeps every request and slows down with their number
 SERVICE_ACCOUNT = "system:serviceaccount:{namespace}:pipeline-runner"
+
+
+def _keep_manifest(plural: str, body: dict[str, Any]) -> None:
+    """Write a job as it was posted to the folder OSFT_KEPT_MANIFESTS, for whoever wants to check it otherwise, too."""
+    folder = os.environ.get("OSFT_KEPT_MANIFESTS")
+    if folder and plural == "pytorchjobs":
+        file = Path(folder) / f"{body['metadata']['name']}-{uuid.uuid4().hex[:8]}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(body), encoding="utf-8")
 
 
 class Cut(Exception):
@@ -195,7 +206,10 @@ class ApiServer(kmock.KubernetesScaffold):
             if request.namespace is None:
                 raise ApiError(405, "objects are created in a namespace")
             dry_run = request.params.get("dryRun") == "All"
-            return 201, self.store.create(plural, self._object(request), request.namespace, dry_run)
+            body = self._object(request)
+            created = self.store.create(plural, body, request.namespace, dry_run)
+            _keep_manifest(plural, body)
+            return 201, created
         if request.name is None or request.namespace is None:
             raise ApiError(405, f"the stand-in does not {call.verb} {plural} without a name and a namespace")
         found = self.store.get(plural, request.namespace, request.name)

@@ -58,7 +58,7 @@ def test_job_belongs_to_the_workflow_and_goes_with_it(cluster):
     assert (owner["kind"], owner["name"]) == ("Workflow", WORKFLOW)
     cluster.delete("workflows", WORKFLOW)
     cluster.wait_until(lambda: not cluster.jobs())
-    assert not [pod for pod in cluster.pods() if pod["metadata"]["name"] != STEP_POD]
+    cluster.wait_until(lambda: not cluster.pods())
 
 
 def test_job_outlives_the_pod_of_its_first_attempt(cluster):

@@ -7,16 +7,19 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from osft import osft, steps
+from osft.tracking import runs
 from osft.training import TrainResult
 from tests.cluster.cluster import Cluster
-from tests.cluster.training_step import STEP_POD, WORKFLOW, TrainingStep, step_environment
+from tests.cluster.training_step import ROLE, STEP_POD, WORKFLOW, TrainingStep, step_environment
 from tests.conftest import arithmetic, byte_tokenizer, write_jsonl
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -115,14 +118,22 @@ def reference(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     return [step["loss"] for step in result.history]
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    with Cluster(tmp_path / "cluster") as running:
+@contextmanager
+def cluster_of_a_step(folder: Path) -> Iterator[Cluster]:
+    """A cluster on which the service account may do what the Role allows, with the step's pod and a secret."""
+    with Cluster(folder / "cluster", role=yaml.safe_load(ROLE.read_text())) as running:
         environment = step_environment(running)
         for name in ("KUBECONFIG", "KFP_POD_NAME"):
             del environment[name]
         running.kubelet.image_environment = environment
         running.add_step_pod(STEP_POD, WORKFLOW)
+        running.add_secret("osft-huggingface", {"HF_TOKEN": SECRET})
+        yield running
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with cluster_of_a_step(tmp_path) as running:
         yield running
 
 
@@ -171,16 +182,68 @@ def training(cluster: Cluster, tmp_path: Path, prepared: dict[str, Any]) -> Iter
             attempt.signal(signal.SIGKILL)
 
 
-def test_two_pods_train_to_the_losses_of_two_local_processes(training, cluster, reference):
-    step = training.start()
-    assert step.wait() == 0, step.log
-    assert training.losses() == pytest.approx(reference, abs=1e-5)
-    assert training.conditions() == ["Created", "Succeeded"]
-    assert not cluster.processes()
+@pytest.fixture(scope="module")
+def undisturbed(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Round]:
+    """A run to which nothing happens, with a secret in its pods' environment."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with cluster_of_a_step(folder) as running:
+        finished = Round(running, folder, prepared)
+        reference = {"HF_TOKEN": {"secret": "osft-huggingface", "key": "HF_TOKEN"}}
+        step = finished.start({"env": reference, "env_from": [{"secret": "osft-huggingface"}]})
+        assert step.wait() == 0, step.log
+        yield finished
+
+
+def test_two_pods_train_to_the_losses_of_two_local_processes(undisturbed, reference):
+    assert undisturbed.losses() == pytest.approx(reference, abs=1e-5)
+    assert undisturbed.conditions() == ["Created", "Succeeded"]
+    assert not undisturbed.cluster.processes()
+
+
+def test_step_puts_out_the_checkpoint_the_manifest_and_its_progress(undisturbed):
+    (step,) = undisturbed.attempts
     outputs = json.loads(step.outputs.read_text())
-    assert outputs["parameterValues"]["Output"] == str(training.output / "hf_format" / f"samples_{8 * NUM_STEPS}")
-    for text in ("created PyTorchJob", "train: running", f"step {NUM_STEPS}/{NUM_STEPS}", "tokens/s"):
+    model = undisturbed.output / "hf_format" / f"samples_{8 * NUM_STEPS}"
+    assert outputs["parameterValues"]["Output"] == str(model)
+    (job,) = undisturbed.cluster.jobs()
+    assert yaml.safe_load(step.manifest.read_text())["metadata"]["name"] == job["metadata"]["name"]
+    for text in ("created PyTorchJob", "train: running", f"step {NUM_STEPS}/{NUM_STEPS}", "tokens/s", "s left"):
         assert text in step.log, step.log
+
+
+def test_metrics_of_the_pods_are_in_mlflow(undisturbed):
+    mlflow = runs.client("", undisturbed.parameters["storage_root"])
+    (job,) = undisturbed.cluster.jobs()
+    parent = mlflow.get_run(job["metadata"]["labels"]["osft/mlflow-run-id"])
+    children = mlflow.search_runs(
+        [parent.info.experiment_id], filter_string=f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    (training,) = [run for run in children if run.info.run_name == "train_osft" and _is_of(run, undisturbed)]
+    logged = mlflow.get_metric_history(training.info.run_id, "train/loss")
+    assert [round(metric.value, 6) for metric in logged] == [round(loss, 6) for loss in undisturbed.losses()]
+
+
+def _is_of(run: Any, training: Round) -> bool:
+    return run.data.params["ckpt_output_dir"] == str(training.output)
+
+
+def test_secret_is_in_the_pods_environment_and_in_nothing_that_was_written(undisturbed):
+    given = [
+        variable
+        for pod in undisturbed.cluster.pods()
+        for container in pod["spec"]["containers"]
+        for variable in container.get("env", [])
+        if variable["name"] == "HF_TOKEN"
+    ]
+    assert len(given) == 2
+    told = json.dumps([undisturbed.cluster.jobs(), undisturbed.cluster.pods(), undisturbed.cluster.events()])
+    assert SECRET not in told
+    assert SECRET not in undisturbed.attempts[0].log
+    written = [undisturbed.folder, Path(undisturbed.parameters["storage_root"])]
+    files = [file for folder in written for file in folder.rglob("*") if file.is_file()]
+    assert any(file.name == "manifest" for file in files)
+    assert any(file.name == "mlflow.db" for file in files)
+    assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
 
 
 def test_killed_master_is_made_anew_and_the_losses_are_the_same(training, cluster, reference):
