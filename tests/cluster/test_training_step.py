@@ -159,6 +159,7 @@ class Round:
         file, deadline = self.output / "metrics.jsonl", time.monotonic() + seconds
         while not (file.is_file() and len(file.read_text().splitlines()) >= number):
             assert time.monotonic() < deadline, self.attempts[-1].log
+            assert self.attempts[-1].runs(), self.attempts[-1].log
             time.sleep(0.02)
 
     def losses(self) -> list[float]:
@@ -178,7 +179,7 @@ def training(cluster: Cluster, tmp_path: Path, prepared: dict[str, Any]) -> Iter
     running = Round(cluster, tmp_path, prepared)
     yield running
     for attempt in running.attempts:
-        if attempt._process.poll() is None:
+        if attempt.runs():
             attempt.signal(signal.SIGKILL)
 
 

@@ -55,6 +55,9 @@ class TrainingStep:
         """To the whole container: Argo's emissary signals the process group, and a killed pod loses every process."""
         os.killpg(self._process.pid, signum)
 
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
     def wait(self, seconds: float = 240.0) -> int:
         """The exit code."""
         try:
@@ -69,7 +72,7 @@ class TrainingStep:
         """Until `text` was printed."""
         deadline = time.monotonic() + seconds
         while text not in self.log:
-            if time.monotonic() > deadline or self._process.poll() is not None:
+            if time.monotonic() > deadline or not self.runs():
                 raise AssertionError(f"the step did not print {text!r}:\n{self.log}")
             time.sleep(0.05)
 
