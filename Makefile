@@ -22,7 +22,7 @@ STORAGE ?= runs
 SET     ?=
 IMAGE   ?=
 
-.PHONY: help setup run test test-slow lint format compile check-compiled bench ui image clean
+.PHONY: help setup run test test-slow lint format compile check-compiled bench ui images sbom test-images check-manifests clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -75,8 +75,21 @@ check-compiled: setup
 bench: setup ## Measure one training step of ours, of full fine-tuning and of PEFT's OSF (under five minutes)
 	$(BIN)/python -m benchmarks.step
 
-image: ## Build the image of the steps with Docker, Podman or Buildah: TAG=… BASE=… BUILDER=… (images/README.md)
+images: ## Build the images with Docker, Podman or Buildah: TAG=… TRAINING_TAG=… BASE=… (images/README.md lists the settings)
 	@images/build
+
+sbom: ## Write what the images hold to dist/, as CycloneDX: TAG=… TRAINING_TAG=… as in `make images`
+	@mkdir -p dist
+	@images/run_inside steps images/sbom.py '$(or $(TAG),osft)' > dist/steps.cdx.json
+	@images/run_inside training images/sbom.py '$(or $(TRAINING_TAG),osft-training)' > dist/training.cdx.json
+	@ls -l dist/*.cdx.json
+
+test-images: setup ## Build both images for CPUs and test them (as root; tests/images/run)
+	@PYTHON=$(BIN)/python tests/images/run
+
+check-manifests: setup ## Render the manifests with kubectl and check them against their schemas
+	@command -v kubectl >/dev/null || { echo "check-manifests needs kubectl: the package kubernetes-client of Debian, or kubectl" >&2; exit 1; }
+	$(BIN)/python -m pytest -m manifests tests/manifests
 
 clean: ## Remove the environment and the caches, keep what runs made
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
