@@ -2,9 +2,9 @@
 
     images/run_inside steps images/sbom.py localhost/osft:0.1.0 > sbom.json
 
-It lists the interpreter, the installed Python distributions and the Debian packages, by their own metadata. What a wheel
-carries inside (shared libraries, vendored modules) is a part of that wheel and not listed. It needs nothing but the
-standard library, because it has to run in an image as it is.
+It lists the interpreter, the installed Python distributions and the Debian packages, by their own metadata. What a
+wheel carries inside (shared libraries, vendored modules) is a part of that wheel and not listed. It needs nothing but
+the standard library, because it has to run in an image as it is.
 """
 
 import json

@@ -30,6 +30,9 @@ USER = "1234567:0"
 IMAGES = {"steps": "OSFT_STEPS_IMAGE", "training": "OSFT_TRAINING_IMAGE"}
 
 
+OF_THE_BUILD = re.compile(r"(src|wheels|package)/|.*(/pip\.conf|/\.cache/pip)$")
+"""Paths of files that belong into no layer."""
+
 IMPORT_EVERYTHING = """
 import importlib, pkgutil, osft
 names = [module.name for module in pkgutil.walk_packages(osft.__path__, "osft.")]
@@ -90,18 +93,24 @@ def mounted(storage: Path) -> tuple[str, str]:
     return ("--volume", f"{storage}:{MOUNT}")
 
 
+def default_value(parameter: dict) -> object:
+    """As Kubeflow hands it over: YAML has every number as a float."""
+    value = parameter["defaultValue"]
+    return int(value) if parameter["parameterType"] == "NUMBER_INTEGER" else value
+
+
 def test_compiled_preparation_step_runs_in_the_steps_image(steps_image, storage):
     """As Kubeflow's launcher starts it: the command of the YAML, with the inputs and outputs in place of `{{$}}`."""
     pipeline = next(yaml.safe_load_all(PIPELINE.read_text(encoding="utf-8")))
     container = pipeline["deploymentSpec"]["executors"]["exec-prepare-data"]["container"]
     component = pipeline["components"]["comp-prepare-data"]
-    root = pipeline["root"]["dag"]["tasks"]["prepare-data"]["inputs"]["parameters"]
+    sources = pipeline["root"]["dag"]["tasks"]["prepare-data"]["inputs"]["parameters"]
     defaults = pipeline["root"]["inputDefinitions"]["parameters"]
-    values = {}
-    for name, source in root.items():
-        given = source.get("componentInputParameter")
-        values[name] = defaults[given]["defaultValue"] if given else source["runtimeValue"]["constant"]
-    values |= {
+    values = {
+        name: default_value(defaults[source["componentInputParameter"]])
+        for name, source in sources.items()
+        if "componentInputParameter" in source
+    } | {
         "base_model": f"{MOUNT}/model",
         "data_uri": f"{MOUNT}/chats.jsonl",
         "anchor_uris": [f"{MOUNT}/prose.jsonl"],
@@ -129,8 +138,9 @@ def test_compiled_preparation_step_runs_in_the_steps_image(steps_image, storage)
     assert found["task"] == "chats"
     dataset = storage / Path(found["data_path"]).relative_to(MOUNT)
     counts = json.loads((dataset / "dataset.json").read_text())
-    held_out = (dataset / "validation.jsonl").read_text().splitlines()
-    assert counts["train_samples"] + len(held_out) == len(set((storage / "chats.jsonl").read_text().splitlines()))
+    chats = set((storage / "chats.jsonl").read_text().splitlines())
+    assert counts["num_train_samples"] + counts["num_validation_samples"] == len(chats)
+    assert os.stat(dataset / "dataset.json").st_uid == int(USER.split(":")[0])
 
 
 def test_two_processes_train_in_the_training_image(training_image, storage):
@@ -195,6 +205,10 @@ def test_image_has_no_compiler(image):
     ] == []
 
 
+def test_image_has_no_folder_of_the_machine_that_built_it(image):
+    assert run_in(image, "ls", "/opt").split() == ["osft"]
+
+
 def test_bill_of_materials_lists_what_is_installed(image):
     script = (ROOT / "images" / "sbom.py").read_text()
     bill = json.loads(run_in(image, "python3", "-c", script, image))
@@ -235,10 +249,5 @@ def test_nothing_of_the_build_is_left_in_a_layer_or_in_the_history(archive):
     with tarfile.open(archive) as layers:
         for layer in [member for member in layers if member.name.endswith(".tar")]:
             with tarfile.open(fileobj=layers.extractfile(layer)) as files:
-                left += [
-                    f.name
-                    for f in files
-                    if f.name.endswith(("pip.conf", "/.cache/pip"))
-                    or f.name.split("/")[0] in ("src", "wheels", "package")
-                ]
+                left += [file.name for file in files if OF_THE_BUILD.match(file.name)]
     assert left == []
