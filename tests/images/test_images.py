@@ -24,8 +24,9 @@ pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 PIPELINE = ROOT / "pipelines" / "continual_learning" / "continual_learning.yaml"
 MOUNT = "/mnt/osft"
-USER = "1234567:0"
+USER = "1234567"
 """No name in /etc/passwd, as OpenShift's."""
+RESTRICTED = [f"--user={USER}:0", "--network=none", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
 
 IMAGES = {"steps": "OSFT_STEPS_IMAGE", "training": "OSFT_TRAINING_IMAGE"}
 
@@ -52,7 +53,7 @@ def podman(*arguments: str) -> str:
 
 
 def run_in(image: str, *command: str, options: tuple[str, ...] = ()) -> str:
-    return podman("run", "--rm", "--pull=never", "--network=none", f"--user={USER}", *options, image, *command)
+    return podman("run", "--rm", "--pull=never", *RESTRICTED, *options, image, *command)
 
 
 @pytest.fixture(scope="module", params=IMAGES)
@@ -140,7 +141,7 @@ def test_compiled_preparation_step_runs_in_the_steps_image(steps_image, storage)
     counts = json.loads((dataset / "dataset.json").read_text())
     chats = set((storage / "chats.jsonl").read_text().splitlines())
     assert counts["num_train_samples"] + counts["num_validation_samples"] == len(chats)
-    assert os.stat(dataset / "dataset.json").st_uid == int(USER.split(":")[0])
+    assert os.stat(dataset / "dataset.json").st_uid == int(USER)
 
 
 def test_two_processes_train_in_the_training_image(training_image, storage):
@@ -207,6 +208,21 @@ def test_image_has_no_compiler(image):
 
 def test_image_has_no_folder_of_the_machine_that_built_it(image):
     assert run_in(image, "ls", "/opt").split() == ["osft"]
+
+
+def test_stand_in_for_the_compiler_hands_over_one_module_and_refuses_the_rest(tmp_path):
+    """Called as Triton calls a compiler. The module itself is built with torch for CUDA only."""
+    stand_in = shutil.copy(ROOT / "images" / "triton-driver", tmp_path / "cc")
+    (tmp_path / "cuda_utils.so").write_text("the module")
+    (tmp_path / "out").mkdir()
+    wanted = tmp_path / "out" / "cuda_utils.cpython-311-x86_64-linux-gnu.so"
+    subprocess.run([stand_in, "driver.c", "-O3", "-shared", "-fPIC", "-o", wanted, "-lcuda"], check=True)
+    assert wanted.read_text() == "the module"
+    other = tmp_path / "out" / "other.so"
+    refused = subprocess.run([stand_in, "other.c", "-shared", "-o", other], capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "no compiler in this image" in refused.stderr
+    assert not other.exists()
 
 
 def test_bill_of_materials_lists_what_is_installed(image):
