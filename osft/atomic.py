@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,17 +42,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, *, patience_seconds: float = 0.0) -> Iterator[None]:
     """Keep other processes out of `folder` until the block ends, or this process does.
 
-    Raises RuntimeError at once if another one is in it.
+    Raises RuntimeError if another one is in it, and still is after `patience_seconds`: the lock of a process whose
+    machine died stays on a network file system for a while.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience_seconds
     with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is writing to {folder}. Wait for it, or give another folder") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise RuntimeError(
+                        f"another process is writing to {folder}. Wait for it, or give another folder"
+                    ) from None
+                time.sleep(0.5)
         yield
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+from osft import exit_codes
 from osft.config import TrainConfig
 from osft.parameter_help import default_text, grouped_parameters, one_paragraph
 from osft.parameters import Parameter, parameters, refuse_unknown
@@ -55,7 +56,8 @@ def train(
 ) -> None:
     """Train a model, with parameters from a YAML file and from --set.
 
-    Exit code 2: a parameter, the data or the model cannot be used. Exit code 1: training failed.
+    Exit code 2: a parameter, the data or the model cannot be used. Exit code 1: training failed. From 128 on: the run
+    was interrupted or lost a peer, and the same command goes on from its saved state.
     """
     try:
         given = read_parameters(config_file, settings or [])
@@ -73,7 +75,7 @@ def train(
         raise _refused(error) from None
     except RuntimeError as error:
         errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(getattr(error, "exit_code", exit_codes.FAILED)) from None
     output.print(Text(repr(result)), soft_wrap=True)
 
 
@@ -196,7 +198,7 @@ def _number(parameter: Parameter, value: Any) -> Any:
 
 def _refused(error: Exception) -> typer.Exit:
     errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
-    return typer.Exit(2)
+    return typer.Exit(exit_codes.REFUSED)
 
 
 def parameter_help() -> Group:

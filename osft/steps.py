@@ -13,15 +13,19 @@ Everything lies below one storage root that all steps share (on a cluster a Read
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from osft import examples
 from osft.atomic import atomic_path, write_json
 from osft.config import SubspaceConfig, TrainConfig
 from osft.tracking import registry, runs
 from osft.tracking.live_metrics import LiveMetrics
+
+if TYPE_CHECKING:
+    from osft.training.job import Launcher, Limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,20 @@ class Round:
     def mlflow(self) -> Any:
         """A client of the tracking server."""
         return runs.client(self.mlflow_tracking_uri, self.storage_root)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LauncherSettings:
+    """Where the training processes run."""
+
+    launcher: str = "local"
+    """"local": on this machine. "pytorchjob": in pods of a PyTorchJob, for which the rest is."""
+    pytorchjob: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `osft.kubernetes.settings.PyTorchJobSettings`."""
+    training_image: str = ""
+    storage_claim: str = ""
+    storage_secret: str = ""
+    """With the credentials of an s3:// storage root."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,20 +156,56 @@ def precompute_svd(round: Round, *, model_path: str, data_path: str, subspace: S
     return str(factors.path)
 
 
-def train_osft(round: Round, **settings: Any) -> dict[str, Any]:
-    """Train; `settings` are the fields of `TrainConfig` but for `ckpt_output_dir`. Returns the summary."""
-    from osft.training import train
+def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Path, **settings: Any) -> dict[str, Any]:
+    """Train; `settings` are the fields of `TrainConfig` but for `ckpt_output_dir`. Returns the summary.
+
+    What is started is written to `manifest_file` before.
+    """
+    from osft.training.job import run_job
 
     folder = round.folder / "train"
     config = TrainConfig.from_parameters(settings | {"ckpt_output_dir": str(folder), "use_processed_dataset": True})
     with round.step("train_osft") as step:
-        step.log_params(config.to_dict())
-        result = train(config, [LiveMetrics(step.client, step.run_id)])
-        numbers = {k: v for k, v in result.summary.items() if isinstance(v, int | float)}
-        step.log_metrics(numbers)
+        step.log_params(config.to_dict() | {"launcher": where.launcher})
+        job, limits = _training_job(round, config, where)
+        Path(manifest_file).write_text(job.describe(), encoding="utf-8")
+        step.log_artifact(Path(manifest_file))
+        run_job(job, limits=limits, output=folder, callbacks=[LiveMetrics(step.client, step.run_id)])
+        summary = _read_json(folder / "training.json")
+        step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
         step.log_artifact(folder / "training.json")
-        print(f"train: {'reused' if result.reused else 'wrote'} {result.checkpoint}", flush=True)
-    return result.summary | {"checkpoint": str(result.checkpoint)}
+    return summary | {"checkpoint": str(folder / summary["checkpoints"][-1])}
+
+
+def _training_job(round: Round, config: TrainConfig, where: LauncherSettings) -> "tuple[Launcher, Limits]":
+    """What trains, and its limits. Raises ValueError for settings that cannot work."""
+    from osft.training.job import Limits
+
+    if where.launcher == "local":
+        from osft.training.command import train_arguments
+        from osft.training.local_job import LocalJob
+
+        return LocalJob(train_arguments(config)), Limits()
+    if where.launcher != "pytorchjob":
+        raise ValueError(f"launcher must be 'local' or 'pytorchjob', got {where.launcher!r}")
+    from osft.kubernetes.manifest import Storage
+    from osft.kubernetes.settings import PyTorchJobSettings
+    from osft.kubernetes.training_job import training_job
+
+    settings = PyTorchJobSettings.from_parameters(where.pytorchjob)
+    if "://" in round.storage_root:
+        storage = Storage(secret=where.storage_secret or None)
+    else:
+        storage = Storage(claim=where.storage_claim)
+    job = training_job(
+        config,
+        settings,
+        image=where.training_image,
+        storage=storage,
+        pipeline_run_id=round.pipeline_run_id,
+        mlflow_run_id=round.mlflow_run_id,
+    )
+    return job, settings.limits
 
 
 def evaluate_model(

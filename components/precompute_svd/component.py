@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from components import IMAGE
+from components import TRAINING_IMAGE
 
 
-@dsl.component(base_image=IMAGE, install_kfp_package=False)
+@dsl.component(base_image=TRAINING_IMAGE, install_kfp_package=False)
 def precompute_svd(
     model_path: str,
     data_path: str,

@@ -25,13 +25,22 @@ def train_osft(
     max_seq_len: int,
     rank_allocation: str,
     more_settings: dict,
+    launcher: str,
+    pytorchjob: dict,
+    training_image: str,
+    storage_claim: str,
+    storage_secret: str,
     storage_root: str,
     mlflow_tracking_uri: str,
     mlflow_run_id: str,
     pipeline_run_id: str,
+    manifest: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
 ) -> str:
-    """Tune the model in the free directions of its weights, with torchrun processes in this step's container.
+    """Tune the model in the free directions of its weights, in processes of this step or in a PyTorchJob.
+
+    The step can be retried: it finds the job that it has started, or goes on from the saved training state. Cancelled,
+    it deletes the job and waits until it is gone. It fails with the reason of the rank that failed first.
 
     Args:
         model_path: Folder of the model.
@@ -47,11 +56,16 @@ def train_osft(
         lr_scheduler: Name of a transformers scheduler.
         warmup_steps: Steps of linear warm-up.
         weight_decay: AdamW's weight decay, which pulls back to the base model.
-        nproc_per_node: Processes; 0 for one per GPU.
+        nproc_per_node: Processes; 0 for one per GPU. Not with a PyTorchJob, which has num_procs_per_worker.
         seed: Seed of the sample order.
         max_seq_len: As in prepare_data.
         rank_allocation: As in precompute_svd.
         more_settings: Further settings of `osft train` by name, which go before those above.
+        launcher: "local": processes of this step. "pytorchjob": a PyTorchJob of Kubeflow's training operator.
+        pytorchjob: Settings of the PyTorchJob by name (osft.kubernetes.settings.PyTorchJobSettings).
+        training_image: Image of the PyTorchJob's pods, unless pytorchjob has one.
+        storage_claim: ReadWriteMany claim that the pods mount where the steps have it.
+        storage_secret: Secret with the credentials of an s3:// storage_root, as the pods' environment.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
@@ -59,6 +73,7 @@ def train_osft(
 
     Returns:
         Output: Folder of the checkpoint, a plain Hugging Face model.
+        manifest: The PyTorchJob, or the local command, written before it is started.
         metrics: Loss, counts, time and memory.
     """
     from osft import steps
@@ -89,6 +104,14 @@ def train_osft(
             mlflow_run_id=mlflow_run_id,
             mlflow_tracking_uri=mlflow_tracking_uri,
         ),
+        steps.LauncherSettings(
+            launcher=launcher,
+            pytorchjob=pytorchjob,
+            training_image=training_image,
+            storage_claim=storage_claim,
+            storage_secret=storage_secret,
+        ),
+        manifest_file=manifest.path,
         **(settings | more_settings),
     )
     for name, value in summary.items():

@@ -8,6 +8,7 @@ settings and `resume="auto"` goes on from it. Two calls at once for one folder: 
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,10 +23,10 @@ import torch
 
 from osft.atomic import exclusive, write_json
 from osft.config import TrainConfig
+from osft.exit_codes import FAILED, INTERRUPTED, PEER_LOST
 from osft.training.callbacks import Follower, TrainingCallback
 from osft.training.inputs import factor_set, local_model, prepare_training_data
 from osft.training.liger import liger_wanted
-from osft.training.loop import INTERRUPTED
 from osft.training.outputs import STOP_FILE
 from osft.training.result import TrainResult
 from osft.training.state import complete, newest_state, read_position
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 
+class TrainingFailed(RuntimeError):
+    """Training failed or was interrupted, and what a process should end with that tells of it (osft.exit_codes)."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> TrainResult:
     """Prepare what is missing, train in `config.nproc_per_node` processes and wait for them.
 
@@ -42,8 +51,8 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     (see `resume`). With several nodes, each of them calls this.
 
     Raises FileNotFoundError for missing inputs and ValueError for settings that cannot work, before a process is
-    started, ValueError if `ckpt_output_dir` holds another run, and RuntimeError if another process is training there
-    or, with the traceback of the first failing rank, if training fails.
+    started, ValueError if `ckpt_output_dir` holds another run, RuntimeError if another process is training there (it is
+    waited for OSFT_LOCK_SECONDS, if that is set) and TrainingFailed, with the traceback of the first failing rank.
     """
     config = with_environment(config)
     output = Path(config.ckpt_output_dir)
@@ -66,7 +75,8 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
         "liger": liger,
         "summary_file": str(output / f"summary-{config.node_rank}.json"),
     }
-    with exclusive(output) if config.node_rank == 0 else nullcontext():
+    patience = float(os.environ.get("OSFT_LOCK_SECONDS", "0"))
+    with exclusive(output, patience_seconds=patience) if config.node_rank == 0 else nullcontext():
         if config.node_rank == 0:
             _clear(output, keep_state=state is not None)
             write_json(output / "config.json", config.to_dict() | {"dataset": data.key})
@@ -190,6 +200,7 @@ def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, An
     """Start `osft.training.worker` in each process, wait, and return the summary. Raises RuntimeError if one fails."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import elastic_launch
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -202,17 +213,9 @@ def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, An
         summary: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
         return summary
     except ChildFailedError as error:
-        rank, failure = _root_failure(error)
-        if failure.exitcode == INTERRUPTED:
-            raise RuntimeError(
-                f"training was interrupted: rank {rank} was asked to end (SIGTERM). Its state is saved; the same call "
-                "goes on from there"
-            ) from None
-        details = failure.error_file_data.get("message", failure.message)
-        if isinstance(details, dict):
-            details = details.get("extraInfo", {}).get("py_callstack") or details.get("message")
-        reason = f"exit code {failure.exitcode}" if failure.exitcode >= 0 else f"signal {-failure.exitcode}"
-        raise RuntimeError(f"training failed: rank {rank} ended with {reason}\n{details}") from None
+        raise _training_failed(error) from None
+    except (RendezvousError, torch.distributed.DistError) as error:
+        raise TrainingFailed(f"the nodes did not meet, or lost each other: {error}", PEER_LOST) from None
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -220,6 +223,32 @@ def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, An
     finally:
         for file in (work_file, summary_file):
             file.unlink(missing_ok=True)
+
+
+def _training_failed(error: "ChildFailedError") -> TrainingFailed:
+    """The failure of a run, by the process that the others followed."""
+    rank, failure = _root_failure(error)
+    if failure.exitcode == INTERRUPTED:
+        return TrainingFailed(
+            f"training was interrupted: rank {rank} was asked to end (SIGTERM). Its state is saved; the same call "
+            "goes on from there",
+            INTERRUPTED,
+        )
+    details = failure.error_file_data.get("message", failure.message)
+    if isinstance(details, dict):
+        details = details.get("extraInfo", {}).get("py_callstack") or details.get("message")
+    if failure.exitcode < 0:
+        return TrainingFailed(
+            f"training failed: rank {rank} ended with signal {-failure.exitcode}\n{details}", 128 - failure.exitcode
+        )
+    return TrainingFailed(
+        f"training failed: rank {rank} ended with exit code {failure.exitcode}\n{details}",
+        PEER_LOST if _PEER_LOST.search(str(details)) else FAILED,
+    )
+
+
+_PEER_LOST = re.compile(r"Dist(Backend|Network|Store)Error|gloo/transport|Connection (reset|closed) by peer")
+"""In the traceback of a process whose peer ended: by NCCL, by the rendezvous' store, by gloo."""
 
 
 def _root_failure(error: "ChildFailedError") -> tuple[int, "ProcessFailure"]:

@@ -6,7 +6,6 @@ packing nor the number of processes or micro-batches changes it or its gradient.
 
 import inspect
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from osft.config import TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import MicroBatch, collate, plan_micro_batches
+from osft.exit_codes import INTERRUPTED
 from osft.likelihood import token_nll
 from osft.subspace.model import refresh
 
@@ -109,10 +109,6 @@ class Saving(Protocol):
 
     def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
         """Write the training state."""
-
-
-INTERRUPTED = 128 + signal.SIGTERM
-"""Exit code of a process that was asked to end and has saved its training state."""
 
 
 class InterruptedTraining(SystemExit):

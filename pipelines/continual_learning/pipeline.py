@@ -2,15 +2,21 @@
 
     prepare_data -> precompute_svd -> train_osft -> evaluate_model -> register_model -> promote_model, if it passed
 
-Compile it to the YAML beside this file: `python -m pipelines.continual_learning.pipeline` (or `make compile`).
+It is compiled to two files beside this one (`python -m pipelines.continual_learning.pipeline`, or `make compile`):
+`continual_learning.yaml` for a cluster with a ReadWriteMany claim, which every step mounts, and
+`continual_learning_s3.yaml`, which mounts none and wants an s3:// storage_root.
 """
 
+import functools
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from kfp import compiler, dsl, kubernetes
+from kfp.dsl.base_component import BaseComponent
 
+from components import TRAINING_IMAGE
 from components.evaluate_model.component import evaluate_model
 from components.precompute_svd.component import precompute_svd
 from components.prepare_data.component import prepare_data
@@ -22,14 +28,47 @@ STORAGE_MOUNT = "/mnt/osft"
 """Where the shared volume is mounted in every step."""
 
 YAML = Path(__file__).parent / "continual_learning.yaml"
+YAML_S3 = YAML.with_name("continual_learning_s3.yaml")
 
 
-@dsl.pipeline(
-    name="osft-continual-learning",
-    description="Teaches a language model a new task by Orthogonal Subspace Fine-Tuning, measures what it learned "
-    "and what it forgot, and promotes the result only if it passes the gate.",
-)
-def continual_learning(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPolicy:
+    """How long the pod of a step may run, and how often it is tried again, after a minute, then two, …
+
+    KFP's cache is off for all of them. It is keyed by a step's inputs, which name a file and not its content, and each
+    step's inputs have the run's id. What never changes for a content is found by content below storage_root instead:
+    the converted model, the prepared data, the factors, a finished training.
+    """
+
+    timeout_hours: float
+    """Of the running pod; time in a queue does not count. 0: no limit."""
+    retries: int
+
+
+_POLICIES = {
+    # Resolves what is new and fetches it: the network may fail.
+    "prepare-data": StepPolicy(timeout_hours=12, retries=2),
+    # Goes on with the weights that are not in the store yet.
+    "precompute-svd": StepPolicy(timeout_hours=24, retries=2),
+    # Its limits are the PyTorchJob's. A retry finds the running job, and does not repeat a program error.
+    "train-osft": StepPolicy(timeout_hours=0, retries=2),
+    "evaluate-model": StepPolicy(timeout_hours=24, retries=2),
+    # A retry finds the version that was registered.
+    "register-model": StepPolicy(timeout_hours=6, retries=3),
+    "promote-model": StepPolicy(timeout_hours=1, retries=3),
+}
+
+_CREDENTIALS = {
+    "osft-huggingface": ("HF_TOKEN",),
+    "osft-mlflow": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+}
+"""Secrets whose keys each step has as environment variables, where they exist."""
+
+_STORAGE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_REGION")
+"""Keys of the secret that the parameter storage_secret names."""
+
+
+def one_round(
     base_model: str = "example:smollm2-135m-instruct",
     data_uri: str = "example:sarcasm-headlines",
     anchor_uris: list = ["example:web-text", "example:science-questions"],  # noqa: B006 (kfp reads it once)
@@ -49,6 +88,8 @@ def continual_learning(
     lr_scheduler: str = "cosine",
     warmup_steps: int = 2,
     weight_decay: float = 0.0,
+    launcher: str = "local",
+    pytorchjob: dict = {},  # noqa: B006
     nproc_per_node: int = 0,
     seed: int = 42,
     more_training_settings: dict = {},  # noqa: B006
@@ -59,6 +100,10 @@ def continual_learning(
     mlflow_experiment: str = "osft-continual-learning",
     storage_root: str = STORAGE_MOUNT,
     storage_claim: str = "osft-storage",
+    storage_secret: str = "osft-s3",
+    svd_gpus: str = "0",
+    evaluation_gpus: str = "0",
+    gpu_resource: str = "nvidia.com/gpu",
 ):
     """Teach a model a new task without forgetting.
 
@@ -86,7 +131,11 @@ def continual_learning(
         lr_scheduler: Learning-rate schedule: cosine, linear, constant or another name that transformers knows.
         warmup_steps: Optimizer steps of linear warm-up.
         weight_decay: Pulls the update towards zero, that is, back to the base model.
-        nproc_per_node: Training processes; 0 starts one per GPU.
+        launcher: "local" trains in the pod of the step; "pytorchjob" in pods of a PyTorchJob (Kubeflow's training
+            operator), with GPUs, on as many nodes as you like.
+        pytorchjob: Settings of the PyTorchJob, such as {"num_workers": 2, "gpus": 8, "memory": "256Gi",
+            "kueue_queue": "research"}; all of them are in docs/pytorchjob.md.
+        nproc_per_node: With launcher "local": training processes; 0 starts one per GPU.
         seed: Seed of the sample order.
         more_training_settings: Further settings of `osft train` by name, such as {"max_grad_norm": 0.5}.
         max_anchor_samples: Evaluate on at most this many records of each anchor; 0 uses all.
@@ -94,8 +143,12 @@ def continual_learning(
         max_anchor_increase: Gate: no anchor's loss may rise by more than this share of the base model's.
         mlflow_tracking_uri: MLflow server; empty uses MLFLOW_TRACKING_URI, or else a database below storage_root.
         mlflow_experiment: MLflow experiment of the run.
-        storage_root: Folder that all steps share.
-        storage_claim: ReadWriteMany volume claim that is mounted at /mnt/osft in every step.
+        storage_root: Folder that all steps share, or an s3:// prefix (then mlflow_tracking_uri is needed).
+        storage_claim: ReadWriteMany volume claim that is mounted at /mnt/osft in every step and training pod.
+        storage_secret: Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL for s3:// URIs.
+        svd_gpus: GPUs of the step that decomposes the weights.
+        evaluation_gpus: GPUs of the step that evaluates.
+        gpu_resource: Resource that the cluster counts the GPUs of these two steps by.
     """
     prepared = prepare_data(
         base_model=base_model,
@@ -141,6 +194,11 @@ def continual_learning(
         seed=seed,
         max_seq_len=max_seq_len,
         more_settings=more_training_settings,
+        launcher=launcher,
+        pytorchjob=pytorchjob,
+        training_image=TRAINING_IMAGE,
+        storage_claim=storage_claim,
+        storage_secret=storage_secret,
         **subspace,
         **common,
     )
@@ -162,24 +220,56 @@ def continual_learning(
     with dsl.If(evaluated.outputs["Output"] == True, name="gate"):  # noqa: E712 (kfp overloads ==)
         promoted = promote_model(model_name=model_name, version=registered.output, **common)
         steps.append(promoted)
+    for step, gpus in ((factors, svd_gpus), (evaluated, evaluation_gpus)):
+        step.set_accelerator_type(gpu_resource).set_accelerator_limit(gpus)
     for step in steps:
-        # What can be reused is addressed by content below storage_root; KFP's cache does not know if a file changed.
-        step.set_caching_options(enable_caching=False)
-        kubernetes.mount_pvc(step, pvc_name=storage_claim, mount_path=STORAGE_MOUNT)
+        _apply_policy(step, _POLICIES[step.name])
+        for secret, keys in (*_CREDENTIALS.items(), (storage_secret, _STORAGE_KEYS)):
+            kubernetes.use_secret_as_env(step, secret, {key: key for key in keys}, optional=True)
+    return steps, storage_claim
+
+
+def _apply_policy(step: dsl.PipelineTask, policy: StepPolicy) -> None:
+    step.set_caching_options(enable_caching=False)
+    step.set_retry(policy.retries, backoff_duration="60s", backoff_factor=2.0, backoff_max_duration="900s")
+    if policy.timeout_hours:
+        kubernetes.set_timeout(step, int(policy.timeout_hours * 3600))
+
+
+def _pipeline(*, mount_claim: bool) -> BaseComponent:
+    """The pipeline, with or without the claim in every step: whether a pod mounts one, no parameter can say."""
+
+    @functools.wraps(one_round)
+    def mounted(*parameters):
+        steps, storage_claim = one_round(*parameters)
+        for step in steps if mount_claim else ():
+            kubernetes.mount_pvc(step, pvc_name=storage_claim, mount_path=STORAGE_MOUNT)
+
+    return dsl.pipeline(
+        mounted,
+        name="osft-continual-learning",
+        description="Teaches a language model a new task by Orthogonal Subspace Fine-Tuning, measures what it learned "
+        "and what it forgot, and promotes the result only if it passes the gate.",
+    )
+
+
+continual_learning = _pipeline(mount_claim=True)
+continual_learning_s3 = _pipeline(mount_claim=False)
 
 
 def main() -> None:
-    """Write the YAML, or with `--check [FILE]` fail if it is not what this file compiles to."""
-    if sys.argv[1:2] == ["--check"]:
-        committed = Path(sys.argv[2]) if sys.argv[2:] else YAML
+    """Write the YAML files, or with `--check [FOLDER]` fail if they are not what this file compiles to."""
+    committed = Path(sys.argv[2]) if sys.argv[2:] else YAML.parent
+    for file, pipeline in ((YAML, continual_learning), (YAML_S3, continual_learning_s3)):
+        if sys.argv[1:2] != ["--check"]:
+            compiler.Compiler().compile(pipeline, str(file))
+            print(f"wrote {file}")
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            compiled = Path(folder) / YAML.name
-            compiler.Compiler().compile(continual_learning, str(compiled))
-            if compiled.read_text(encoding="utf-8") != committed.read_text(encoding="utf-8"):
-                sys.exit(f"{committed} is stale: run `make compile` and commit it")
-    else:
-        compiler.Compiler().compile(continual_learning, str(YAML))
-        print(f"wrote {YAML}")
+            compiled = Path(folder) / file.name
+            compiler.Compiler().compile(pipeline, str(compiled))
+            if compiled.read_text(encoding="utf-8") != (committed / file.name).read_text(encoding="utf-8"):
+                sys.exit(f"{committed / file.name} is stale: run `make compile` and commit it")
 
 
 if __name__ == "__main__":

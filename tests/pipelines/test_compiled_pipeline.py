@@ -1,5 +1,6 @@
 """The committed YAML: current, loadable, complete for the UI, and accepted by a Pipelines server."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from kfp.components import load_component_from_file
 from kfp_server_api import ApiException
 
 from components import readme
-from pipelines.continual_learning.pipeline import YAML
+from pipelines.continual_learning.pipeline import YAML, YAML_S3
 from tests.pipelines.kfp_server import KfpServer, parse_spec
 
 
@@ -21,21 +22,22 @@ def spec() -> dict:
     return parse_spec(YAML.read_text())["pipeline_spec"]
 
 
-def check(file: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipelines.continual_learning.pipeline", "--check", str(file)]
+def check(folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pipelines.continual_learning.pipeline", "--check", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, cwd=YAML.parents[2])
 
 
 def test_yaml_is_what_the_pipeline_compiles_to():
-    found = check(YAML)
+    found = check(YAML.parent)
     assert found.returncode == 0, found.stderr
 
 
 def test_stale_yaml_is_noticed(tmp_path):
-    (tmp_path / "stale.yaml").write_text(YAML.read_text().replace("defaultValue: 0.25", "defaultValue: 0.3"))
-    stale = check(tmp_path / "stale.yaml")
+    shutil.copy(YAML, tmp_path)
+    (tmp_path / YAML_S3.name).write_text(YAML_S3.read_text().replace("defaultValue: 0.25", "defaultValue: 0.3"))
+    stale = check(tmp_path)
     assert stale.returncode == 1
-    assert "is stale: run `make compile`" in stale.stderr
+    assert f"{YAML_S3.name} is stale: run `make compile`" in stale.stderr
 
 
 def test_yaml_loads_and_compiles_to_itself(tmp_path):
@@ -63,6 +65,46 @@ def test_every_step_mounts_the_claim_that_the_parameter_names():
         assert mount["pvcNameParameter"]["componentInputParameter"].endswith("storage_claim")
 
 
+def test_without_a_claim_nothing_is_mounted_and_parameters_are_the_same(spec):
+    with_claim, without = parse_spec(YAML.read_text()), parse_spec(YAML_S3.read_text())
+    assert (
+        without["pipeline_spec"]["root"]["inputDefinitions"] == with_claim["pipeline_spec"]["root"]["inputDefinitions"]
+    )
+    assert without["pipeline_spec"]["deploymentSpec"] == with_claim["pipeline_spec"]["deploymentSpec"]
+    for executor in without["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        assert "pvcMount" not in executor
+
+
+def test_credentials_come_from_secrets_that_need_not_exist():
+    platform = parse_spec(YAML.read_text())["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for executor in platform.values():
+        variables = {entry["envVar"] for secret in executor["secretAsEnv"] for entry in secret["keyToEnv"]}
+        assert {"HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY"} <= variables
+        assert all(secret["optional"] for secret in executor["secretAsEnv"])
+
+
+def test_steps_that_decompose_and_evaluate_take_gpus(spec):
+    executors = spec["deploymentSpec"]["executors"]
+    asked = {
+        name: executor["container"]["resources"]["accelerator"]["resourceCount"]
+        for name, executor in executors.items()
+        if "resources" in executor["container"]
+    }
+    assert set(asked) == {"exec-precompute-svd", "exec-evaluate-model"}
+    assert "svd_gpus" in asked["exec-precompute-svd"]
+    assert "evaluation_gpus" in asked["exec-evaluate-model"]
+
+
+def test_every_step_is_retried_and_none_is_cached(spec):
+    tasks = [*spec["root"]["dag"]["tasks"].values()]
+    tasks += [task for part in spec["components"].values() for task in part.get("dag", {}).get("tasks", {}).values()]
+    steps = [task for task in tasks if "dag" not in spec["components"][task["componentRef"]["name"]]]
+    assert len(steps) == 6
+    for step in steps:
+        assert step["retryPolicy"]["maxRetryCount"] >= 2
+        assert not step.get("cachingOptions")
+
+
 def test_promotion_is_behind_the_gate(spec):
     tasks = spec["root"]["dag"]["tasks"]
     assert not any("promote" in name for name in tasks), "promotion is not at the top level"
@@ -72,17 +114,22 @@ def test_promotion_is_behind_the_gate(spec):
     assert "== true" in condition
 
 
-def test_image_of_all_steps_is_set_in_one_place(tmp_path):
+def test_images_of_all_steps_are_set_in_one_place(tmp_path):
     code = (
         "import sys; from kfp import compiler; from pipelines.continual_learning.pipeline import continual_learning; "
     )
     code += "compiler.Compiler().compile(continual_learning, sys.argv[1])"
-    environment = {"OSFT_IMAGE": "registry.example/osft:1", "PATH": "/usr/bin:/bin"}
+    images = {"OSFT_IMAGE": "registry.example/steps:1", "OSFT_TRAINING_IMAGE": "registry.example/training:1"}
+    environment = {**images, "PATH": "/usr/bin:/bin"}
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "p.yaml")], check=True, env=environment, cwd=YAML.parents[2]
     )
-    executors = parse_spec((tmp_path / "p.yaml").read_text())["pipeline_spec"]["deploymentSpec"]["executors"]
-    assert {executor["container"]["image"] for executor in executors.values()} == {"registry.example/osft:1"}
+    compiled = parse_spec((tmp_path / "p.yaml").read_text())["pipeline_spec"]
+    executors = compiled["deploymentSpec"]["executors"]
+    assert {executor["container"]["image"] for executor in executors.values()} == set(images.values())
+    assert executors["exec-precompute-svd"]["container"]["image"] == images["OSFT_TRAINING_IMAGE"]
+    pods = compiled["root"]["dag"]["tasks"]["train-osft"]["inputs"]["parameters"]["training_image"]
+    assert pods["runtimeValue"]["constant"] == images["OSFT_TRAINING_IMAGE"]
 
 
 def test_client_uploads_and_runs_the_yaml():

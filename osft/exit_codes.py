@@ -1,0 +1,19 @@
+"""What `osft train` ends with: a scheduler decides by it whether to start the process anew.
+
+Kubeflow's training operator (restartPolicy ExitCode) takes 1 to 127 for a program error, which fails the job, and 128
+and more for something that another attempt may not meet: that one goes on from the saved state.
+"""
+
+import signal
+
+FAILED = 1
+"""A training process raised an exception."""
+
+REFUSED = 2
+"""A parameter, the data or the model cannot be used; nothing was started."""
+
+PEER_LOST = 128 + signal.SIGPIPE
+"""The connection to another process or node broke: it died, and its own end tells why."""
+
+INTERRUPTED = 128 + signal.SIGTERM
+"""The run was asked to end; its state is saved. A process that a signal killed ends with 128 + its number alike."""

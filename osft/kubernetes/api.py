@@ -1,0 +1,247 @@
+"""The few calls of the Kubernetes API that a launcher makes, each repeated while the server cannot answer.
+
+`TrainingClient` finds the cluster and brings the clients. Its own methods for jobs turn every error into one
+RuntimeError, so that "exists already" looks like "server overloaded"; so the calls are made on its clients.
+
+The rights that this needs are in pipelines/continual_learning/manifests/base/role.yaml; a test compares the two.
+"""
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import urllib3
+from kubeflow.training import TrainingClient
+from kubeflow.training.constants import constants
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config import ConfigException, list_kube_config_contexts
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay
+
+from osft.training.job import JobUnreachable
+
+_TIMEOUT = (10, 30)  # seconds to connect and to answer in
+_TRANSIENT = {429, 500, 502, 503, 504}
+_KIND = {"group": constants.GROUP, "version": constants.VERSION, "plural": constants.PYTORCHJOB_PLURAL}
+_SERVICE_ACCOUNT_NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
+
+
+class AlreadyExists(Exception):
+    """There is a job of that name."""
+
+
+class ClusterApi:
+    """Jobs, pods, logs and events of one namespace, as the API's JSON."""
+
+    def __init__(self, namespace: str | None = None, *, patience_seconds: float = 600.0) -> None:
+        """Connect as kubectl would, or with the pod's service account.
+
+        `patience_seconds` is how long an API that does not answer is tried again. Raises ValueError if there is no
+        cluster to talk to.
+        """
+        self.namespace = namespace or own_namespace()
+        self._patience = patience_seconds
+        try:
+            client = TrainingClient(namespace=self.namespace)
+        except ConfigException as error:
+            raise ValueError(
+                f"launcher=pytorchjob needs a cluster, and there is none: {error}. Run this step in a pod, or set "
+                "KUBECONFIG; or use launcher=local"
+            ) from None
+        self._jobs, self._core = client.custom_api, client.core_api
+
+    def create_job(self, manifest: dict[str, Any]) -> None:
+        """Raises AlreadyExists, ValueError if the server refuses the manifest, PermissionError."""
+        try:
+            self._call(
+                "create PyTorchJobs",
+                lambda: self._jobs.create_namespaced_custom_object(
+                    **_KIND, namespace=self.namespace, body=manifest, _request_timeout=_TIMEOUT
+                ),
+            )
+        except ApiException as error:
+            if error.status == 409:
+                raise AlreadyExists from None
+            if error.status == 404:
+                raise ValueError(
+                    f"the cluster knows no PyTorchJobs, or there is no namespace {self.namespace}. Is Kubeflow's "
+                    "training operator installed?"
+                ) from None
+            raise ValueError(f"the API server refused the PyTorchJob ({error.status}): {_message(error)}") from None
+
+    def get_job(self, name: str) -> dict[str, Any] | None:
+        """The job, or None."""
+        job: dict[str, Any] | None = self._found(
+            "get PyTorchJobs",
+            lambda: self._jobs.get_namespaced_custom_object(
+                **_KIND, namespace=self.namespace, name=name, _request_timeout=_TIMEOUT
+            ),
+        )
+        return job
+
+    def delete_job(self, name: str, uid: str) -> None:
+        """Have the job `uid` deleted, after its pods. Nothing happens if it is gone or another one has its name."""
+        body = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
+        try:
+            self._found(
+                "delete PyTorchJobs",
+                lambda: self._jobs.delete_namespaced_custom_object(
+                    **_KIND, namespace=self.namespace, name=name, body=body, _request_timeout=_TIMEOUT
+                ),
+            )
+        except ApiException as error:
+            if error.status != 409:
+                raise
+
+    def pods(self, job: str) -> list[dict[str, Any]]:
+        """The pods of a job."""
+        return self._items(
+            "list pods",
+            lambda: self._core.list_namespaced_pod(
+                self.namespace,
+                label_selector=f"{constants.JOB_NAME_LABEL}={job}",
+                _preload_content=False,
+                _request_timeout=_TIMEOUT,
+            ),
+        )
+
+    def pod(self, name: str) -> dict[str, Any] | None:
+        """One pod, or None."""
+        response = self._found(
+            "get pods",
+            lambda: self._core.read_namespaced_pod(
+                name, self.namespace, _preload_content=False, _request_timeout=_TIMEOUT
+            ),
+        )
+        pod: dict[str, Any] | None = json.loads(response.data) if response is not None else None
+        return pod
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The events of the object `name`, oldest first."""
+        events = self._items(
+            "list events",
+            lambda: self._core.list_namespaced_event(
+                self.namespace,
+                field_selector=f"involvedObject.name={name}",
+                _preload_content=False,
+                _request_timeout=_TIMEOUT,
+            ),
+        )
+        return sorted(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
+
+    def log(self, pod: str, *, tail_lines: int) -> list[str]:
+        """The last lines of a pod's log; none if it cannot be read."""
+        try:
+            response = self._found(
+                "get pods/log",
+                lambda: self._core.read_namespaced_pod_log(
+                    pod, self.namespace, tail_lines=tail_lines, _preload_content=False, _request_timeout=_TIMEOUT
+                ),
+            )
+        except ApiException:
+            return []  # 400: the container has not started
+        return response.data.decode("utf-8", "replace").splitlines() if response is not None else []
+
+    def follow_log(self, pod: str, *, since_seconds: int | None) -> Iterator[str]:
+        """The lines of a pod's log with their timestamps, as they come, until the container or the connection ends.
+
+        It is not repeated here: the caller knows which line it has seen last.
+        """
+        response = self._core.read_namespaced_pod_log(
+            pod,
+            self.namespace,
+            follow=True,
+            timestamps=True,
+            since_seconds=since_seconds,
+            _preload_content=False,
+            _request_timeout=(10, 120),  # without a line for so long the connection may be dead
+        )
+        try:
+            rest = b""
+            for chunk in response.stream(amt=None, decode_content=False):
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    yield line.decode("utf-8", "replace")
+        finally:
+            response.close()
+            response.release_conn()
+
+    def _items(self, right: str, call: Callable[[], Any]) -> list[dict[str, Any]]:
+        items: list[dict[str, Any]] = json.loads(self._call(right, call).data)["items"]
+        return items
+
+    def _found(self, right: str, call: Callable[[], Any]) -> Any:
+        """The answer, or None if there is no such object."""
+        try:
+            return self._call(right, call)
+        except ApiException as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def _call(self, right: str, call: Callable[[], Any]) -> Any:
+        """The answer to a call. Raises PermissionError for lack of the `right`, JobUnreachable without an answer."""
+        retrying = Retrying(
+            retry=retry_if_exception(_transient),
+            wait=_wait,
+            stop=stop_after_delay(self._patience),
+            before_sleep=_tell,
+            reraise=True,
+        )
+        try:
+            return retrying(call)
+        except ApiException as error:
+            if error.status in (401, 403):
+                raise PermissionError(
+                    f"the service account may not {right} in namespace {self.namespace} ({error.status}): "
+                    f"{_message(error)}. Apply pipelines/continual_learning/manifests, and bind its role to the "
+                    "account of the pipeline's steps"
+                ) from None
+            if _transient(error):
+                raise JobUnreachable(f"the Kubernetes API did not answer for {self._patience:.0f} s: {error}") from None
+            raise
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise JobUnreachable(f"the Kubernetes API did not answer for {self._patience:.0f} s: {error}") from None
+
+
+def own_namespace() -> str:
+    """That of this pod, or of kubectl's current context, or "default"."""
+    if os.path.isfile(_SERVICE_ACCOUNT_NAMESPACE):
+        with open(_SERVICE_ACCOUNT_NAMESPACE, encoding="utf-8") as file:
+            return file.read().strip()
+    try:
+        _, context = list_kube_config_contexts()
+    except ConfigException:
+        return "default"
+    return str(context["context"].get("namespace", "default"))
+
+
+def _transient(error: BaseException) -> bool:
+    if isinstance(error, ApiException):
+        return error.status in _TRANSIENT
+    return isinstance(error, urllib3.exceptions.HTTPError | ConnectionError | TimeoutError)
+
+
+def _wait(state: RetryCallState) -> float:
+    """Seconds: as long as the server asks for, else doubling from half a second to half a minute, with jitter."""
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, ApiException) and error.headers:
+        asked = str(error.headers.get("Retry-After", ""))
+        if asked.isdigit():
+            return min(float(asked), 120.0) + random.random()
+    return min(30.0, 0.5 * 2 ** min(state.attempt_number - 1, 6)) * random.uniform(0.5, 1.0)
+
+
+def _tell(state: RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome else None
+    shown = f"{error.status} {error.reason}" if isinstance(error, ApiException) else f"{type(error).__name__}: {error}"
+    print(f"kubernetes: {shown}; trying again in {state.upcoming_sleep:.0f} s", flush=True)
+
+
+def _message(error: ApiException) -> str:
+    """What the server says."""
+    try:
+        return str(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return str(error.reason)

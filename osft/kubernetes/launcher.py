@@ -1,0 +1,195 @@
+"""The life of a PyTorchJob: found or made, watched, read, ended.
+
+What happens when things fail:
+
+the API is slow, overloaded, away     Each call is repeated with growing pauses for ten minutes, then JobUnreachable:
+                                      the job is left as it is, and a retried step finds it again.
+the answer to a creation got lost     The repeated creation says 409; the job is found by its name, and is ours if its
+                                      spec has our hash.
+this process dies                     The job goes on. The retried step has the same job name, finds the job and watches
+                                      it further. If it has failed meanwhile, it is deleted and made anew, and training
+                                      goes on from its saved state; if it has succeeded, nothing is trained again.
+the step is cancelled                 SIGTERM: the job is deleted, with its pods, and the step ends when they are gone.
+the pipeline run is deleted           Kubernetes deletes what the run's workflow owns, the job too.
+a pod dies                            The operator makes it anew (manifest.py), at most max_restarts times.
+the log stream breaks                 It is opened again where it broke; a line is printed once.
+"""
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import urllib3
+import yaml
+from kubernetes.client.exceptions import ApiException
+
+from osft.kubernetes.api import AlreadyExists, ClusterApi
+from osft.kubernetes.log_position import LogPosition
+from osft.kubernetes.manifest import SPEC_HASH, differences
+from osft.kubernetes.pods import PodEnd, is_active, moment, node_rank, pod_end, root_failure, waiting_reason
+from osft.training.job import JobStatus, Phase
+
+_LAST_LINES = 40
+
+
+class PyTorchJobLauncher:
+    """One PyTorchJob, given as its manifest."""
+
+    def __init__(self, api: ClusterApi, manifest: dict[str, Any], *, poll_seconds: float = 2.0) -> None:
+        self._api, self._manifest, self._poll = api, manifest, poll_seconds
+        self._name: str = manifest["metadata"]["name"]
+        self._expected = sum(spec["replicas"] for spec in manifest["spec"]["pytorchReplicaSpecs"].values())
+        self._pods_seen: dict[str, set[str]] = {}  # name -> uids, of which there is one more after each restart
+        self._ends: dict[str, PodEnd] = {}  # uid -> how it ended; the operator deletes pods that it makes anew
+        self._ended = False
+
+    def describe(self) -> str:
+        """The manifest as YAML."""
+        return yaml.safe_dump(self._manifest, sort_keys=False)
+
+    def submit(self) -> None:
+        """Create the job, or find the one that an earlier attempt has created.
+
+        Raises ValueError if that one has another spec or the API server refuses it, PermissionError without the
+        rights, and JobUnreachable.
+        """
+        while True:
+            found = self._api.get_job(self._name)
+            if found is None:
+                try:
+                    self._api.create_job(self._manifest)
+                except AlreadyExists:
+                    continue  # by another attempt, or by this one, whose answer got lost
+                print(f"train: created PyTorchJob {self._api.namespace}/{self._name}", flush=True)
+                return
+            if "deletionTimestamp" in found["metadata"]:
+                time.sleep(self._poll)
+                continue
+            self._check_same(found)
+            if _condition(found, "Failed") is None:
+                print(f"train: found PyTorchJob {self._api.namespace}/{self._name}, watching it", flush=True)
+                return
+            print("train: the job of an earlier attempt has failed; it is made anew and goes on from there", flush=True)
+            self._delete(found["metadata"]["uid"])
+
+    def status(self) -> JobStatus:
+        """How the job is, from its conditions and its pods."""
+        job = self._api.get_job(self._name)
+        if job is None or "deletionTimestamp" in job["metadata"]:
+            self._ended = True
+            return JobStatus(
+                phase=Phase.FAILED,
+                since=datetime.now(UTC),
+                reason=f"the PyTorchJob {self._name} is gone: somebody has deleted it",
+            )
+        pods = self._api.pods(self._name)
+        self._remember(pods)
+        restarts = max((len(uids) - 1 for uids in self._pods_seen.values()), default=0)
+        for kind, phase in (("Succeeded", Phase.SUCCEEDED), ("Failed", Phase.FAILED)):
+            condition = _condition(job, kind)
+            if condition:
+                self._ended = True
+                reason = self._failure(condition) if phase is Phase.FAILED else ""
+                since = moment(condition.get("lastTransitionTime"))
+                return JobStatus(phase=phase, since=since, reason=reason, restarts=restarts)
+        running = _condition(job, "Running")
+        if running and len(pods) >= self._expected and all(is_active(pod) for pod in pods):
+            since = moment(running.get("lastTransitionTime"))
+            return JobStatus(phase=Phase.RUNNING, since=since, restarts=restarts)
+        return JobStatus(
+            phase=Phase.QUEUED, since=self._queued_since(job), reason=self._waits_for(job, pods), restarts=restarts
+        )
+
+    def logs(self) -> Iterator[str]:
+        """Rank 0's log: over restarts of its pod, and over broken streams without a line twice."""
+        uid, position = "", LogPosition()
+        while True:
+            ended = self._ended
+            pod = next((pod for pod in self._pods_or_none() if node_rank(pod) == 0), None)
+            if pod is not None and pod.get("status", {}).get("phase", "Pending") != "Pending":
+                if pod["metadata"]["uid"] != uid:
+                    uid, position = pod["metadata"]["uid"], LogPosition()
+                try:
+                    for line in self._api.follow_log(pod["metadata"]["name"], since_seconds=position.reopen()):
+                        text = position.take(line)
+                        if text is not None:
+                            yield text
+                except (urllib3.exceptions.HTTPError, ApiException, OSError):
+                    pass  # opened again below
+            if ended:
+                return
+            time.sleep(self._poll)
+
+    def cancel(self) -> None:
+        """Delete the job and wait until it and its pods are gone. Does nothing if there is none, or another's."""
+        job = self._api.get_job(self._name)
+        if job is not None and self._is_ours(job):
+            self._delete(job["metadata"]["uid"])
+            print(f"train: PyTorchJob {self._api.namespace}/{self._name} is deleted", flush=True)
+        self._ended = True
+
+    def _delete(self, uid: str) -> None:
+        """Returns when neither the job nor a pod of it is there."""
+        self._api.delete_job(self._name, uid)
+        while True:
+            job = self._api.get_job(self._name)
+            if (job is None or job["metadata"]["uid"] != uid) and not self._api.pods(self._name):
+                return
+            time.sleep(self._poll)
+
+    def _is_ours(self, found: dict[str, Any]) -> bool:
+        ours: str = self._manifest["metadata"]["annotations"][SPEC_HASH]
+        return bool(found["metadata"].get("annotations", {}).get(SPEC_HASH) == ours)
+
+    def _check_same(self, found: dict[str, Any]) -> None:
+        if not self._is_ours(found):
+            differing = differences(self._manifest["spec"], found["spec"]) or ["its annotation"]
+            raise ValueError(
+                f"there is a PyTorchJob {self._api.namespace}/{self._name} of this step already, with another spec: "
+                f"{'; '.join(dict.fromkeys(differing))}. Delete it (kubectl delete pytorchjob {self._name}), or start "
+                "a new run"
+            )
+
+    def _remember(self, pods: list[dict[str, Any]]) -> None:
+        """Note the pods, and how those ended that did, before the operator deletes them."""
+        for pod in pods:
+            name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
+            self._pods_seen.setdefault(name, set()).add(uid)
+            end = pod_end(pod)
+            if end and uid not in self._ends:
+                self._ends[uid] = end
+                print(f"train: {end}", flush=True)
+
+    def _failure(self, condition: dict[str, Any]) -> str:
+        """The reason of the rank that failed first, with its last lines."""
+        end = root_failure(self._ends.values())
+        if end is None:
+            return str(condition.get("message", "the PyTorchJob failed"))
+        lines = self._api.log(end.pod, tail_lines=_LAST_LINES) or end.message.splitlines()[-_LAST_LINES:]
+        return f"{end}. The last lines of its log:\n" + "\n".join(lines)
+
+    def _waits_for(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> str:
+        reason = waiting_reason(job, pods, self._api.events, expected=self._expected)
+        return reason or (f"{list(self._ends.values())[-1]}" if self._ends else "")
+
+    def _queued_since(self, job: dict[str, Any]) -> datetime:
+        """Since the creation, or since the restart that it is in."""
+        restarting = _condition(job, "Restarting")
+        return moment((restarting or {}).get("lastTransitionTime") or job["metadata"].get("creationTimestamp"))
+
+    def _pods_or_none(self) -> list[dict[str, Any]]:
+        """The pods, or none while the API cannot tell: whoever asks for the status hears of that."""
+        try:
+            return self._api.pods(self._name)
+        except (RuntimeError, PermissionError, ApiException):
+            return []
+
+
+def _condition(job: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    """The condition of that type, if it is true."""
+    for condition in job.get("status", {}).get("conditions", []):
+        if condition["type"] == kind and condition["status"] == "True":
+            found: dict[str, Any] = condition
+            return found
+    return None

@@ -1,0 +1,111 @@
+"""What the pods of a job tell: what they wait for, how they ended."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from kubeflow.training.constants import constants
+
+from osft.exit_codes import INTERRUPTED, PEER_LOST
+
+_CONTAINER = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]["container"]
+_STARTING = {"ContainerCreating", "PodInitializing"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PodEnd:
+    """How a pod's container ended."""
+
+    pod: str
+    node_rank: int
+    exit_code: int | None
+    """None: the pod was evicted, or its node is gone."""
+    reason: str
+    """Error, OOMKilled, Evicted, …"""
+    message: str
+    """The container's last lines, if the kubelet kept them."""
+    finished: str
+
+    def __str__(self) -> str:
+        code = "without an exit code" if self.exit_code is None else f"with exit code {self.exit_code}"
+        return f"node {self.node_rank} (pod {self.pod}) ended {code} ({self.reason})"
+
+
+def node_rank(pod: dict[str, Any]) -> int:
+    """The pod's place in the job: the Master is 0, the Workers follow."""
+    labels = pod["metadata"].get("labels", {})
+    return int(labels.get(constants.REPLICA_INDEX_LABEL, 0)) + (labels.get(constants.REPLICA_TYPE_LABEL) == "worker")
+
+
+def is_active(pod: dict[str, Any]) -> bool:
+    """True if the training container runs, or has done its work."""
+    return pod.get("status", {}).get("phase") in ("Running", "Succeeded") and "deletionTimestamp" not in pod["metadata"]
+
+
+def pod_end(pod: dict[str, Any]) -> PodEnd | None:
+    """How the pod failed; None if it has not."""
+    status = pod.get("status", {})
+    found = {"pod": pod["metadata"]["name"], "node_rank": node_rank(pod)}
+    for container in status.get("containerStatuses", []):
+        ended = container.get("state", {}).get("terminated")
+        if container["name"] == _CONTAINER and ended:
+            if ended["exitCode"] == 0:
+                return None
+            return PodEnd(
+                **found,
+                exit_code=ended["exitCode"],
+                reason=ended.get("reason", "Error"),
+                message=ended.get("message", ""),
+                finished=ended.get("finishedAt") or "",
+            )
+    if status.get("phase") == "Failed":
+        reason, message = status.get("reason", "Failed"), status.get("message", "")
+        return PodEnd(**found, exit_code=None, reason=reason, message=message, finished="")
+    return None
+
+
+def root_failure(ends: Iterable[PodEnd]) -> PodEnd | None:
+    """The end that the others follow from: the first that is not the loss of a peer or an orderly interruption."""
+    consequences = (PEER_LOST, INTERRUPTED)
+    ordered = sorted(ends, key=lambda end: (end.exit_code in consequences, end.finished, end.node_rank))
+    return ordered[0] if ordered else None
+
+
+def waiting_reason(
+    job: dict[str, Any], pods: list[dict[str, Any]], events: Callable[[str], list[dict[str, Any]]], *, expected: int
+) -> str:
+    """What a job that does not run yet waits for; "" if it is only starting. `events` gives those of an object."""
+    if job["spec"].get("runPolicy", {}).get("suspend"):
+        queue = job["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
+        return f"suspended: waits for Kueue to admit it to the queue {queue}" if queue else "suspended"
+    reasons = [reason for pod in pods if (reason := _pod_waits_for(pod, events))]
+    if len(pods) < expected:
+        warnings = [e for e in events(job["metadata"]["name"]) if e.get("type") == "Warning"]
+        failed = [e for e in warnings if e.get("reason", "").startswith("Failed")]
+        if failed:
+            reasons.append(f"{failed[-1]['reason']}: {failed[-1]['message']}")
+        elif not job.get("status", {}).get("conditions"):
+            reasons.append("the training operator has not taken the job up. Is it running?")
+    return "; ".join(dict.fromkeys(reasons))
+
+
+def _pod_waits_for(pod: dict[str, Any], events: Callable[[str], list[dict[str, Any]]]) -> str:
+    status, name = pod.get("status", {}), pod["metadata"]["name"]
+    if status.get("phase", "Pending") != "Pending":
+        return ""
+    for condition in status.get("conditions", []):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return f"{name} is {condition.get('reason', 'unscheduled')}: {condition.get('message', '')}"
+    containers = [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]
+    for container in containers:
+        waiting = container.get("state", {}).get("waiting") or {}
+        if waiting.get("reason") and waiting["reason"] not in _STARTING:
+            return f"{name} is in {waiting['reason']}: {waiting.get('message', '')}"
+    warnings = [e for e in events(name) if e.get("type") == "Warning"]  # FailedMount, FailedAttachVolume, …
+    return f"{name}: {warnings[-1]['reason']}: {warnings[-1]['message']}" if warnings else ""
+
+
+def moment(text: str | None) -> datetime:
+    """A time of the API, or now."""
+    return datetime.fromisoformat(text) if text else datetime.now(UTC)

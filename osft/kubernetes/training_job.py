@@ -1,0 +1,77 @@
+"""From a training run's settings to its PyTorchJob."""
+
+import os
+from pathlib import PurePosixPath
+
+from osft.config import TrainConfig
+from osft.kubernetes.api import ClusterApi, own_namespace
+from osft.kubernetes.launcher import PyTorchJobLauncher
+from osft.kubernetes.manifest import JobIdentity, JobOwner, Storage, build_manifest, job_name, label_value
+from osft.kubernetes.settings import PyTorchJobSettings
+from osft.training.command import train_arguments
+
+
+def training_job(
+    config: TrainConfig,
+    settings: PyTorchJobSettings,
+    *,
+    image: str,
+    storage: Storage,
+    pipeline_run_id: str,
+    mlflow_run_id: str,
+    task: str = "train-osft",
+) -> PyTorchJobLauncher:
+    """The launcher of the job that trains with `config` in each of its pods. Nothing is created yet.
+
+    Raises ValueError for settings that cannot work and without a cluster.
+    """
+    if config.nnodes != 1 or config.nproc_per_node != "auto":
+        raise ValueError(
+            "nnodes and nproc_per_node are set by the PyTorchJob: give num_workers and num_procs_per_worker there"
+        )
+    image = settings.image or image
+    if not image:
+        raise ValueError("pytorchjob has no image, and the pipeline was compiled without one. Set pytorchjob.image")
+    if storage.claim:
+        mount = PurePosixPath(settings.storage_mount)
+        for name in ("model_path", "data_path", "factors", "ckpt_output_dir"):
+            path = str(getattr(config, name))
+            if mount not in PurePosixPath(path).parents:
+                raise ValueError(
+                    f"{name} {path} is not below {mount}, where the pods have the claim {storage.claim}. Set "
+                    "pytorchjob.storage_mount to the folder where the steps have it"
+                )
+    api = ClusterApi(settings.namespace)
+    identity = JobIdentity(
+        name=job_name(pipeline_run_id, task),
+        namespace=api.namespace,
+        labels={
+            "osft/pipeline-run-id": label_value(pipeline_run_id),
+            "osft/task": label_value(task),
+            "osft/mlflow-run-id": label_value(mlflow_run_id),
+        },
+        owner=_owner(api),
+    )
+    command = ["osft", *train_arguments(config)]
+    return PyTorchJobLauncher(api, build_manifest(identity, settings, image=image, command=command, storage=storage))
+
+
+def _owner(api: ClusterApi) -> JobOwner | None:
+    """The workflow that this step's pod belongs to, or the pod, or None outside of a cluster.
+
+    The workflow goes before the pod: a retried step has another pod, and the job must outlive the first one.
+    """
+    if api.namespace != own_namespace():
+        return None  # an owner has to be in the namespace of what it owns
+    name = os.environ.get("KFP_POD_NAME") or os.environ.get("HOSTNAME", "")
+    try:
+        pod = api.pod(name) if name else None
+    except PermissionError as error:
+        print(f"train: the job will not be deleted with the pipeline run: {error}", flush=True)
+        return None
+    if pod is None:
+        return None
+    for owner in pod["metadata"].get("ownerReferences", []):
+        if owner["kind"] == "Workflow":
+            return JobOwner(api_version=owner["apiVersion"], kind="Workflow", name=owner["name"], uid=owner["uid"])
+    return JobOwner(api_version="v1", kind="Pod", name=name, uid=pod["metadata"]["uid"])

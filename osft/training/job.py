@@ -1,0 +1,240 @@
+"""A training job, wherever it runs: start it, watch it, end it.
+
+`Launcher` is what a job looks like from outside. `osft.training.local_job` has the one for processes on this machine,
+`osft.kubernetes.launcher` the one for a PyTorchJob. `run_job` is the life of either:
+
+    the job cannot be started       nothing runs; raised
+    it succeeds                     returns
+    it fails                        RuntimeError with the launcher's reason; what is left of it can be looked at
+    a limit is reached              cancelled, then RuntimeError
+    this process gets SIGTERM       cancelled, and gone before the process ends with 143 (a cancelled pipeline run)
+    this process is killed          the job goes on; the next call with the same job finds it (or, for local
+                                    processes, they end with this one and the next call resumes their state)
+    nobody can tell how it is       JobUnreachable; the job is left alone, for the next call to find
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from osft.exit_codes import INTERRUPTED
+from osft.training.callbacks import Follower, TrainingCallback, TrainingContext
+
+_REPEAT_SECONDS = 300.0  # how often an unchanged waiting is reported
+
+
+class Phase(StrEnum):
+    """Where a job is in its life."""
+
+    QUEUED = "queued"
+    """Not all of it runs (yet, or again after a restart)."""
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobStatus:
+    """A job at one moment."""
+
+    phase: Phase
+    since: datetime
+    """When it came into this phase, with a time zone."""
+    reason: str = ""
+    """What a queued job waits for, or why it failed."""
+    restarts: int = 0
+    """How often a part of it was started anew, as far as this process has seen."""
+
+
+class Launcher(Protocol):
+    """One training job."""
+
+    def describe(self) -> str:
+        """What is started, to be kept: a manifest, a command."""
+
+    def submit(self) -> None:
+        """Start the job, or find it if an earlier call has started it.
+
+        Raises ValueError if it cannot be started so, or if the job that is there is another one.
+        """
+
+    def status(self) -> JobStatus:
+        """How the job is. Raises JobUnreachable if that cannot be found out."""
+
+    def logs(self) -> Iterator[str]:
+        """The lines of rank 0's log as they come, each once, over restarts, until the job has ended."""
+
+    def cancel(self) -> None:
+        """End the job and wait until nothing of it runs any more. Does nothing if it has ended."""
+
+
+class JobUnreachable(RuntimeError):
+    """The job's state is unknown for too long. It may be running, and was left alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How long and how often, in minutes of the clock on the wall; None: without end."""
+
+    queued_minutes: float | None = None
+    running_minutes: float | None = None
+    heartbeat_minutes: float | None = None
+    """Without a new training step, while the job runs."""
+    max_restarts: int = 0
+
+
+def run_job(
+    launcher: Launcher,
+    *,
+    limits: Limits,
+    output: Path,
+    callbacks: Sequence[TrainingCallback] = (),
+    poll_seconds: float = 5.0,
+) -> None:
+    """Start or find the job, print its log, follow its metrics in the folder `output`, and wait for its end.
+
+    Raises RuntimeError if it fails or a limit ends it, ValueError if it cannot be started, JobUnreachable, and
+    SystemExit(143) on SIGTERM. But for JobUnreachable, the job does not run any more afterwards.
+    """
+    with _sigterm_raises():
+        try:
+            launcher.submit()
+            heartbeat = _Heartbeat()
+            with _printed(launcher), Follower(output, [*callbacks, heartbeat], after=0):
+                _wait(launcher, limits, heartbeat, poll_seconds)
+        except JobUnreachable:
+            raise
+        except BaseException as error:
+            if not isinstance(error, _Failed):
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told once is enough: what follows must not be cut off
+                print(f"train: {type(error).__name__}, the job is cancelled", flush=True)
+                _cancel(launcher)
+            raise
+
+
+def _cancel(launcher: Launcher) -> None:
+    """Cancel; what goes wrong then is told, and does not hide why it was wanted."""
+    try:
+        launcher.cancel()
+    except Exception as error:
+        print(f"train: the job could not be cancelled, look after it: {type(error).__name__}: {error}", flush=True)
+
+
+def _wait(launcher: Launcher, limits: Limits, heartbeat: "_Heartbeat", poll_seconds: float) -> None:
+    """Return when the job has succeeded."""
+    reported = _Report()
+    while True:
+        status = launcher.status()
+        reported.show(status)
+        if status.phase is Phase.SUCCEEDED:
+            return
+        if status.phase is Phase.FAILED:
+            raise _Failed(status.reason)
+        _check_limits(status, limits, heartbeat)
+        time.sleep(poll_seconds)
+
+
+def _check_limits(status: JobStatus, limits: Limits, heartbeat: "_Heartbeat") -> None:
+    """Raise RuntimeError if the job has had its time."""
+    now = datetime.now(UTC)
+    minutes = (now - status.since).total_seconds() / 60
+    if status.restarts > limits.max_restarts:
+        raise RuntimeError(
+            f"the job was started anew {status.restarts} times, more than max_restarts={limits.max_restarts}. "
+            f"Last: {status.reason or 'no reason known'}"
+        )
+    if status.phase is Phase.QUEUED:
+        if limits.queued_minutes is not None and minutes > limits.queued_minutes:
+            raise RuntimeError(
+                f"the job did not start within max_queued_minutes={limits.queued_minutes:g}. It waits for: "
+                f"{status.reason or 'no reason known'}"
+            )
+        return
+    if limits.running_minutes is not None and minutes > limits.running_minutes:
+        raise RuntimeError(f"the job ran longer than max_running_minutes={limits.running_minutes:g}")
+    silent = (now - max(status.since, heartbeat.last)).total_seconds() / 60
+    if limits.heartbeat_minutes is not None and silent > limits.heartbeat_minutes:
+        raise RuntimeError(
+            f"the job runs, but made no training step for heartbeat_minutes={limits.heartbeat_minutes:g}. "
+            f"The last one was step {heartbeat.step}"
+        )
+
+
+class _Failed(RuntimeError):
+    """The job has ended by itself: there is nothing to cancel."""
+
+
+class _Heartbeat(TrainingCallback):
+    """When the last training step was seen."""
+
+    def __init__(self) -> None:
+        self.last = datetime.fromtimestamp(0, UTC)
+        self.step = 0
+
+    def on_step_end(self, context: TrainingContext) -> None:
+        self.last, self.step = datetime.now(UTC), context.step
+
+
+class _Report:
+    """Says in the log what a job is doing, when that changes and now and then while it waits."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Phase, str] | None = None
+        self._at = float("-inf")
+
+    def show(self, status: JobStatus) -> None:
+        current = (status.phase, status.reason)
+        waiting = status.phase is Phase.QUEUED
+        if current == self._last and not (waiting and time.monotonic() - self._at > _REPEAT_SECONDS):
+            return
+        self._last, self._at = current, time.monotonic()
+        minutes = (datetime.now(UTC) - status.since).total_seconds() / 60
+        text = f"train: {status.phase}"
+        if waiting and minutes >= 1:
+            text += f" for {minutes:.0f} min"
+        if status.reason and status.phase is not Phase.FAILED:  # a failure's reason is in the error
+            text += f": {status.reason}"
+        print(text, flush=True)
+
+
+@contextmanager
+def _printed(launcher: Launcher) -> Iterator[None]:
+    """Print the job's log in a thread of its own; on leaving after a success, up to its end."""
+
+    def show() -> None:
+        for line in launcher.logs():
+            print(line, flush=True)
+
+    thread = threading.Thread(target=show, name="job-log", daemon=True)
+    thread.start()
+    try:
+        yield
+    except _Failed:
+        thread.join(timeout=10)
+        raise
+    thread.join(timeout=30)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit(143) in the main thread. Elsewhere than there, signals stay as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,276 @@
+"""The training step of the compiled pipeline on the stand-in cluster: two pods that really train, and what goes wrong.
+
+Each test ends with what is left on the cluster: which jobs, and which processes.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from osft import osft, steps
+from osft.training import TrainResult
+from tests.cluster.cluster import Cluster
+from tests.cluster.training_step import STEP_POD, WORKFLOW, TrainingStep, step_environment
+from tests.conftest import arithmetic, byte_tokenizer, write_jsonl
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+NUM_STEPS = 24
+SECRET = "hf_planted-secret-value-0123456789"
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def small_smollm2(storage: Path) -> Path:
+    """SmolLM2's architecture (grouped-query attention 9:3, tied embeddings, its ratios) at a tenth of its width."""
+    folder = storage / "models" / "smollm2"
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=72,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=512,
+        rope_theta=100_000.0,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=256,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(storage: Path, small_smollm2: Path) -> dict[str, Any]:
+    """A storage root on which the steps before the training have run, and the parameters that they hand on."""
+    root = storage
+    data = write_jsonl(root / "larger-number.jsonl", arithmetic(8 * NUM_STEPS + 40))
+    found = steps.prepare_data(
+        steps.Round(storage_root=str(root), pipeline_run_id="prepared"),
+        base_model=str(small_smollm2),
+        data_uri=str(data),
+        anchor_uris=[],
+        experiment="cluster",
+        run_name="prepared",
+        max_seq_len=128,
+        validation_fraction=0.1,
+        max_train_samples=8 * NUM_STEPS,
+        max_validation_samples=8,
+    )
+    return {
+        "model_path": found.model_path,
+        "data_path": found.data_path,
+        "factors_path": str(root / "factors"),
+        "unfreeze_rank_ratio": 0.5,
+        "free_subspace": "complement",
+        "target_patterns": [],
+        "effective_batch_size": 8,
+        "max_tokens_per_gpu": 256,
+        "learning_rate": 5e-3,
+        "num_epochs": 1,
+        "lr_scheduler": "cosine",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "nproc_per_node": 0,
+        "seed": 42,
+        "max_seq_len": 128,
+        "rank_allocation": "uniform",
+        "more_settings": {"save_state_steps": 1},
+        "launcher": "pytorchjob",
+        "pytorchjob": {"num_workers": 2, "gpus": 0, "cpu": "1", "memory": "2Gi", "storage_mount": str(root)},
+        "training_image": "registry.example/osft-training:0.1.0",
+        "storage_claim": "osft-storage",
+        "storage_secret": "osft-s3",
+        "storage_root": str(root),
+        "mlflow_tracking_uri": "",
+        "mlflow_run_id": found.mlflow_run_id,
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of `osft()` with two processes of this machine."""
+    names = ("model_path", "data_path", "unfreeze_rank_ratio", "effective_batch_size", "max_tokens_per_gpu")
+    more = ("max_seq_len", "learning_rate", "lr_scheduler", "seed")
+    result = osft(
+        **{name: prepared[name] for name in names + more},
+        ckpt_output_dir=str(tmp_path_factory.mktemp("reference")),
+        factors=prepared["factors_path"],
+        use_processed_dataset=True,
+        nproc_per_node=2,
+    )
+    return [step["loss"] for step in result.history]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with Cluster(tmp_path / "cluster") as running:
+        environment = step_environment(running)
+        for name in ("KUBECONFIG", "KFP_POD_NAME"):
+            del environment[name]
+        running.kubelet.image_environment = environment
+        running.add_step_pod(STEP_POD, WORKFLOW)
+        yield running
+
+
+class Round:
+    """One pipeline run's training: its parameters, its attempts, what it leaves."""
+
+    def __init__(self, cluster: Cluster, folder: Path, prepared: dict[str, Any]) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.id = f"{folder.name.strip('_').replace('_', '-')}-{time.time_ns()}"
+        self.parameters = prepared | {"pipeline_run_id": self.id}
+        self.output = Path(prepared["storage_root"]) / "rounds" / self.id / "train"
+        self.attempts: list[TrainingStep] = []
+
+    def start(self, job: dict[str, Any] | None = None, **changes: Any) -> TrainingStep:
+        parameters = self.parameters | changes
+        parameters["pytorchjob"] = parameters["pytorchjob"] | (job or {})
+        folder = self.folder / f"attempt-{len(self.attempts)}"
+        self.attempts.append(TrainingStep(self.cluster, folder, parameters))
+        return self.attempts[-1]
+
+    def wait_for_steps(self, number: int, seconds: float = 120.0) -> None:
+        """Until so many training steps are done."""
+        file, deadline = self.output / "metrics.jsonl", time.monotonic() + seconds
+        while not (file.is_file() and len(file.read_text().splitlines()) >= number):
+            assert time.monotonic() < deadline, self.attempts[-1].log
+            time.sleep(0.02)
+
+    def losses(self) -> list[float]:
+        result = TrainResult(self.output, json.loads((self.output / "training.json").read_text()))
+        assert result.summary["world_size"] == 2
+        assert LlamaForCausalLM.from_pretrained(result.checkpoint).num_parameters() > 0
+        return [step["loss"] for step in result.history]
+
+    def conditions(self) -> list[str]:
+        """The true conditions of the only job there is."""
+        (job,) = self.cluster.jobs()
+        return [c["type"] for c in job["status"]["conditions"] if c["status"] == "True"]
+
+
+@pytest.fixture
+def training(cluster: Cluster, tmp_path: Path, prepared: dict[str, Any]) -> Iterator[Round]:
+    running = Round(cluster, tmp_path, prepared)
+    yield running
+    for attempt in running.attempts:
+        if attempt._process.poll() is None:
+            attempt.signal(signal.SIGKILL)
+
+
+def test_two_pods_train_to_the_losses_of_two_local_processes(training, cluster, reference):
+    step = training.start()
+    assert step.wait() == 0, step.log
+    assert training.losses() == pytest.approx(reference, abs=1e-5)
+    assert training.conditions() == ["Created", "Succeeded"]
+    assert not cluster.processes()
+    outputs = json.loads(step.outputs.read_text())
+    assert outputs["parameterValues"]["Output"] == str(training.output / "hf_format" / f"samples_{8 * NUM_STEPS}")
+    for text in ("created PyTorchJob", "train: running", f"step {NUM_STEPS}/{NUM_STEPS}", "tokens/s"):
+        assert text in step.log, step.log
+
+
+def test_killed_master_is_made_anew_and_the_losses_are_the_same(training, cluster, reference):
+    step = training.start()
+    training.wait_for_steps(4)
+    (master,) = [pod["metadata"]["name"] for pod in cluster.pods() if pod["metadata"]["name"].endswith("master-0")]
+    cluster.kill_pod(master, signal.SIGKILL)
+    assert step.wait() == 0, step.log
+    assert training.losses() == pytest.approx(reference, abs=1e-5)
+    assert "goes on from" in step.log
+    assert f"(pod {master}) ended with exit code 137" in step.log
+    assert training.conditions() == ["Created", "Succeeded"]
+    assert not cluster.processes()
+
+
+def test_killed_worker_is_made_anew_and_the_losses_are_the_same(training, cluster, reference):
+    step = training.start()
+    training.wait_for_steps(4)
+    (worker,) = [pod["metadata"]["name"] for pod in cluster.pods() if pod["metadata"]["name"].endswith("worker-0")]
+    cluster.kill_pod(worker, signal.SIGKILL)
+    assert step.wait() == 0, step.log
+    assert training.losses() == pytest.approx(reference, abs=1e-5)
+    assert training.conditions() == ["Created", "Succeeded"]
+    assert not cluster.processes()
+
+
+def test_terminated_step_ends_when_job_and_processes_are_gone(training, cluster):
+    step = training.start()
+    training.wait_for_steps(2)
+    step.signal(signal.SIGTERM)
+    assert step.wait(60) != 0
+    assert "is deleted" in step.log
+    assert cluster.jobs() == []
+    assert cluster.pods() == [] or [pod["metadata"]["name"] for pod in cluster.pods()] == [STEP_POD]
+    assert not cluster.processes()
+    assert list((training.output / "state").glob("step-*")), "the pods did not save their state"
+
+
+def test_killed_step_finds_its_job_again(training, cluster, reference):
+    first = training.start()
+    training.wait_for_steps(2)
+    first.signal(signal.SIGKILL)
+    assert first.wait() != 0
+    (job,) = cluster.jobs()
+    second = training.start()
+    assert second.wait() == 0, second.log
+    assert "found PyTorchJob" in second.log
+    assert training.losses() == pytest.approx(reference, abs=1e-5)
+    (same,) = cluster.jobs()
+    assert same["metadata"]["uid"] == job["metadata"]["uid"]
+    assert training.conditions() == ["Created", "Succeeded"]
+
+
+def test_errors_of_the_api_and_broken_streams_are_survived(training, cluster, reference):
+    cluster.refuse(500, verb="create", resource="pytorchjobs", times=2)
+    cluster.refuse(429, verb="get", resource="pytorchjobs", times=2, headers={"Retry-After": "1"})
+    step = training.start()
+    training.wait_for_steps(2)
+    cluster.refuse(503, verb="list", resource="pods", times=3)
+    cluster.drop_streams()
+    cluster.restart_operator(2.0)
+    assert step.wait() == 0, step.log
+    assert training.losses() == pytest.approx(reference, abs=1e-5)
+    assert training.conditions() == ["Created", "Succeeded"]
+    assert step.log.count("trying again in") >= 5
+    shown = [line for line in step.log.splitlines() if line.startswith("step ")]
+    assert len(shown) == len(set(shown)), "a line was printed twice"
+
+
+def test_job_that_is_not_scheduled_is_reported_and_ends_at_its_limit(training, cluster):
+    cluster.never_schedule()
+    step = training.start({"max_queued_minutes": 0.1, "gpus": 1})
+    assert step.wait() != 0
+    assert "queued: " in step.log
+    assert "3 Insufficient nvidia.com/gpu" in step.log
+    assert "did not start within max_queued_minutes=0.1" in step.log
+    assert cluster.jobs() == []
+
+
+def test_failed_job_fails_the_step_with_the_reason_of_the_rank(training, cluster):
+    step = training.start(more_settings={"attn_implementation": "no_such_attention"})
+    assert step.wait() != 0
+    assert training.conditions() == ["Created", "Failed"]
+    assert "ended with exit code" in step.log
+    error = step.log[step.log.rindex("RuntimeError") :]
+    assert "no_such_attention" in error
+    assert not cluster.processes()
+    created = cluster.jobs()[0]["metadata"]["uid"]
+
+    again = training.start(more_settings={"attn_implementation": "no_such_attention"})
+    assert again.wait() != 0
+    assert "no_such_attention" in again.log[again.log.rindex("RuntimeError") :]
+    assert [job["metadata"]["uid"] for job in cluster.jobs()] == [created], "a program error was repeated"
