@@ -14,8 +14,9 @@ import typer.main
 from osft.api import osft
 from osft.cli import app
 from osft.config import TrainConfig
+from osft.kubernetes.settings import PyTorchJobSettings
 from osft.parameter_help import default_text, grouped_parameters, one_paragraph
-from osft.parameters import parameters
+from osft.parameters import Parameter, parameters
 from osft.training.result import TrainResult
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,12 @@ CONTRACT = ROOT / "tests" / "contract.json"
 _WHERE_PARAMETERS_GO = (
     "The same for `osft()`, for `osft train` and in a YAML file. `osft()` takes those that its signature does not have "
     "as further keywords; None stands for the default."
+)
+
+
+_WHERE_JOB_SETTINGS_GO = (
+    'With the pipeline\'s parameter `launcher="pytorchjob"`, these go into its parameter `pytorchjob`, such as '
+    '`{"num_workers": 2, "gpus": 8, "kueue_queue": "research"}`.'
 )
 
 
@@ -40,6 +47,9 @@ def render() -> str:
                 "## Parameters",
                 _WHERE_PARAMETERS_GO,
                 *_parameters(),
+                "## The PyTorchJob",
+                _WHERE_JOB_SETTINGS_GO,
+                _settings(list(parameters(PyTorchJobSettings).values())),
                 "## The result",
                 _result(),
                 "## The command",
@@ -74,12 +84,16 @@ def _sections(docstring: str) -> dict[str, str]:
 def _parameters() -> list[str]:
     pieces = []
     for title, members in grouped_parameters().items():
-        rows = [
-            (f"`{p.name}`", f"`{p.type_name}`", "required" if p.required else f"`{default_text(p)}`", one_paragraph(p))
-            for p in members
-        ]
-        pieces += [f"### {title}", _table(("parameter", "type", "default", "meaning"), rows)]
+        pieces += [f"### {title}", _settings(members)]
     return pieces
+
+
+def _settings(members: list[Parameter]) -> str:
+    rows = [
+        (f"`{p.name}`", f"`{p.type_name}`", "required" if p.required else f"`{default_text(p)}`", one_paragraph(p))
+        for p in members
+    ]
+    return _table(("parameter", "type", "default", "meaning"), rows)
 
 
 def _result() -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from osft import storage
 from osft.parameters import Bounds, check_fields, parameters, refuse_unknown
 
 if TYPE_CHECKING:
@@ -67,12 +68,13 @@ class TrainConfig(SubspaceConfig):
     """Everything that a training run depends on: the parameters of `osft()`, of `osft train` and of the component."""
 
     model_path: str
-    """Folder of the model to tune (config.json and safetensors) or its Hugging Face id, `org/name` or
-    `org/name@revision`."""
+    """Folder of the model to tune (config.json and safetensors), a path or a URI such as `s3://bucket/model`; or its
+    Hugging Face id, `org/name` or `org/name@revision`."""
 
     data_path: str
-    """Training data as JSON lines: a file, a folder of .jsonl files, or a glob. See `use_processed_dataset` and
-    `is_pretraining` for what a line holds; otherwise {"messages": [{"role": …, "content": …}, …]}."""
+    """Training data as JSON lines: a file, a folder of .jsonl files, or a glob, as a path or an `s3://` URI. See
+    `use_processed_dataset` and `is_pretraining` for what a line holds; otherwise
+    {"messages": [{"role": …, "content": …}, …]}."""
 
     effective_batch_size: Annotated[int, Bounds(low=1)]
     """Samples per optimizer step, over all processes and accumulation steps."""
@@ -88,11 +90,13 @@ class TrainConfig(SubspaceConfig):
     """Peak learning rate of AdamW."""
 
     ckpt_output_dir: str
-    """Folder for checkpoints (`hf_format/samples_<n>`, plain Hugging Face models), metrics and training state."""
+    """Folder for checkpoints (`hf_format/samples_<n>`, plain Hugging Face models), metrics and training state. With an
+    `s3://` URI the run writes to a scratch folder (OSFT_SCRATCH), and all of it is published to the URI as it comes;
+    a node that is started anew, with an empty scratch folder, goes on from there. See osft/storage.py."""
 
     data_output_dir: str | None = None
-    """Folder for prepared data and factors. None: `_internal_data_processing` in ckpt_output_dir. Shared between
-    runs, it spares them the work: what is in it is found by content."""
+    """Folder for prepared data and factors, a path or an `s3://` URI. None: `_internal_data_processing` in
+    ckpt_output_dir. Shared between runs, it spares them the work: what is in it is found by content."""
 
     use_processed_dataset: bool = False
     """data_path is already tokenized for this model: records with `input_ids` and `labels` (JSON lines, Parquet, or a
@@ -176,8 +180,8 @@ class TrainConfig(SubspaceConfig):
 
     resume: str = "auto"
     """"auto": go on from the newest training state of the same run in ckpt_output_dir, and return a finished run as it
-    is. "off": begin anew; what the folder holds of an earlier run is replaced. Else the path of a training state,
-    `…/state/step-<n>`."""
+    is. "off": begin anew; what the folder holds of an earlier run is replaced. Else the path or URI of a training
+    state, `…/state/step-<n>`."""
 
     nproc_per_node: Annotated[int | Literal["auto", "gpu"], Bounds(low=1)] = "auto"
     """Processes on this node. "gpu": one per GPU. "auto": the same, or one on a machine without a GPU."""
@@ -218,7 +222,7 @@ class TrainConfig(SubspaceConfig):
 
     factors: str | None = None
     """Precomputed decompositions: the manifest of a factor set, or a factor store's folder, in which what is missing
-    is computed. None: the store `factors` in data_output_dir."""
+    is computed; a path or an `s3://` URI. None: the store `factors` in data_output_dir."""
 
     mlflow_tracking_uri: str | None = None
     """Log the run to this MLflow server (or `sqlite:///…`). None: MLFLOW_TRACKING_URI, or no logging where that is not
@@ -244,6 +248,11 @@ class TrainConfig(SubspaceConfig):
         for name in ("model_path", "data_path", "ckpt_output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
+        for name in _LOCATIONS:
+            try:
+                storage.is_remote(getattr(self, name) or "")
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         self._check_data_mode()
         self._check_schedule()
         self._check_processes()
@@ -345,6 +354,12 @@ class TrainConfig(SubspaceConfig):
         """The settings that determine the result. Two runs that differ only in others are one run."""
         return {name: value for name, value in self.to_dict().items() if name not in _NOT_IDENTITY}
 
+
+_LOCATIONS = (
+    *("model_path", "data_path", "validation_data_path", "factors", "data_output_dir", "ckpt_output_dir", "resume"),
+    "tensorboard_log_dir",
+)
+"""What may be a URI, which must not hold credentials: all of this is logged and written down."""
 
 _NOT_IDENTITY = frozenset(
     {

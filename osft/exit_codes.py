@@ -6,6 +6,8 @@ and more for something that another attempt may not meet: that one goes on from 
 
 import signal
 
+FIRST_RETRYABLE = 128
+
 FAILED = 1
 """A training process raised an exception."""
 

@@ -10,21 +10,41 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
+from osft import storage
 from osft.atomic import atomic_path
 
 _DROPOUT = re.compile(r"dropout|_pdrop$|^layerdrop$")
 """The settings of a model's config that are probabilities of dropping activations or layers."""
 
 
-def model_folder(model: str, cache: Path | None = None, *, weights: bool = True) -> Path:
-    """The local folder of `model`, a folder or a Hugging Face id (`org/name` or `org/name@revision`).
+def model_folder(model: str, *, weights: bool = True) -> Path:
+    """The local folder of `model`: a folder, a URI, or a Hugging Face id (`org/name` or `org/name@revision`).
 
-    An id is downloaded once: to `cache`, or to the Hugging Face cache if that is None; without its weights if those
-    are not wanted. Raises FileNotFoundError if there is no such folder and the hub has no such model or cannot be
-    reached.
+    What is elsewhere is downloaded once; an id to the Hugging Face cache, without its weights if those are not
+    wanted. Raises FileNotFoundError if there is no such folder and the hub has no such model or cannot be reached.
     """
-    if Path(model).is_dir():
-        return Path(model)
+    if storage.is_remote(model) or Path(model).is_dir():
+        return storage.fetch(model, wanted=lambda name: weights or not name.endswith(".safetensors"))
+    return _from_hub(model, None, weights=weights)
+
+
+def stored_model(model: str, cache: str | Path) -> str:
+    """The path or URI of `model`: itself, or for a Hugging Face id the folder below `cache` that it is kept in.
+
+    Raises FileNotFoundError as `model_folder`.
+    """
+    if storage.is_remote(model) or Path(model).is_dir():
+        return model
+    address = storage.join(cache, model.replace("/", "--"))
+    if storage.find(address, marker="config.json") is None:
+        with atomic_path(storage.local(address)) as temporary:
+            _from_hub(model, temporary)
+        storage.publish(address, marker="config.json")
+    return address
+
+
+def _from_hub(model: str, folder: Path | None, *, weights: bool = True) -> Path:
+    """Download a model to `folder`, or to the Hugging Face cache."""
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise FileNotFoundError(
             f"model folder {model} does not exist. Give a local folder or a Hugging Face id (org/name)"
@@ -35,13 +55,7 @@ def model_folder(model: str, cache: Path | None = None, *, weights: bool = True)
     name, _, revision = model.partition("@")
     files = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
-        if cache is None:
-            return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
-        folder = cache / model.replace("/", "--")
-        if not folder.is_dir():
-            with atomic_path(folder) as temporary:
-                snapshot_download(name, revision=revision or None, allow_patterns=files, local_dir=temporary)
-        return folder
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files, local_dir=folder))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise FileNotFoundError(

@@ -3,23 +3,28 @@
 A pipeline component is a call of one of these. Each validates before it works, records itself as a nested MLflow
 run, and can be called again after it was killed: what it had finished is found by content or by the run's id.
 
-Everything lies below one storage root that all steps share (on a cluster a ReadWriteMany volume):
+Everything lies below one storage root that all steps share: on a cluster a ReadWriteMany volume, or an `s3://` URI,
+with which each step fetches what it needs to a scratch folder and publishes what it made (`osft.storage` says who
+writes what and what completes it). What steps hand to each other are paths or URIs below the root, never scratch paths.
 
     examples/ models/    models and data that were fetched
     data/<hash>/         prepared datasets
     factors/             decompositions, by content
-    rounds/<run id>/     what one pipeline run trained and measured
-    mlflow/              runs and model versions, unless there is a tracking server
+    rounds/<run id>/     what one pipeline run trained and measured:
+        train/             a run's output folder
+        evaluation.json report.html version.json
+    mlflow/              runs and model versions, unless there is a tracking server; with a URI there must be one
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osft import examples
-from osft.atomic import atomic_path, write_json
+from osft import examples, storage
+from osft.atomic import atomic_path
 from osft.config import SubspaceConfig, TrainConfig
 from osft.tracking import registry, runs
 from osft.tracking.live_metrics import LiveMetrics
@@ -39,10 +44,29 @@ class Round:
     mlflow_tracking_uri: str = ""
     """Empty: MLFLOW_TRACKING_URI, or a database below the storage root."""
 
+    def __post_init__(self) -> None:
+        tracking = self.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if storage.is_remote(self.storage_root) and not tracking:
+            raise ValueError(
+                f"storage_root {self.storage_root} cannot hold MLflow's database. Give mlflow_tracking_uri, or set "
+                "MLFLOW_TRACKING_URI to a tracking server"
+            )
+
     @property
     def folder(self) -> Path:
-        """What this pipeline run writes."""
-        return Path(self.storage_root) / "rounds" / self.pipeline_run_id
+        """What this pipeline run writes, on this machine; with a URI as storage root what this step wrote or read."""
+        return storage.local(self.address())
+
+    def address(self, *parts: str) -> str:
+        """The path or URI of something that this pipeline run writes."""
+        return storage.join(self.storage_root, "rounds", self.pipeline_run_id, *parts)
+
+    def write(self, name: str, text: str) -> Path:
+        """Make a file of this pipeline run, for all steps. Returns it as it is on this machine."""
+        with atomic_path(self.folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        storage.publish(self.address(name))
+        return self.folder / name
 
     def step(self, name: str) -> Any:
         """The context of one step: a nested MLflow run (`osft.tracking.runs.StepRun`)."""
@@ -95,9 +119,12 @@ def prepare_data(
     """Fetch what is named by URI, check every evaluation set, and prepare the training data."""
     from osft.data.prepare import prepare
     from osft.data.records import check_names, data_files, data_name, read_records
-    from osft.models import model_folder
+    from osft.models import model_folder, stored_model
 
-    root = Path(round.storage_root)
+    for uri in (base_model, data_uri, *anchor_uris):
+        storage.is_remote(uri)  # refuses credentials, before anything is written down
+    root = round.storage_root
+    fetched = storage.join(root, "examples")
     mlflow = round.mlflow()
     parent = runs.pipeline_run(
         mlflow,
@@ -113,16 +140,16 @@ def prepare_data(
         for uri in (data_uri, *anchor_uris):
             if not uri.startswith(examples.SCHEME):
                 data_files(uri)
-        data_path = examples.resolve(data_uri, root / "examples")
-        anchors = [examples.resolve(uri, root / "examples") for uri in anchor_uris]
+        data_path = examples.resolve(data_uri, fetched)
+        anchors = [examples.resolve(uri, fetched) for uri in anchor_uris]
         for anchor in anchors:
             for _ in read_records(anchor, allow_text=True):
                 pass
-        model = model_folder(examples.resolve(base_model, root / "examples"), root / "models")
+        model = stored_model(examples.resolve(base_model, fetched), storage.join(root, "models"))
         prepared = prepare(
             data_path,
-            model,
-            root / "data",
+            model_folder(model),
+            storage.join(root, "data"),
             max_seq_len=max_seq_len,
             validation_fraction=validation_fraction,
             max_train_samples=max_train_samples,
@@ -132,8 +159,8 @@ def prepare_data(
         step.log_metrics({k: v for k, v in prepared.statistics.items() if isinstance(v, int)})
         step.log_artifact(prepared.folder / "dataset.json")
     return PreparedRound(
-        model_path=str(model),
-        data_path=str(prepared.folder),
+        model_path=model,
+        data_path=storage.join(root, "data", prepared.key),
         task=data_name(data_uri),
         anchor_paths=anchors,
         mlflow_run_id=parent,
@@ -142,18 +169,20 @@ def prepare_data(
 
 
 def precompute_svd(round: Round, *, model_path: str, data_path: str, subspace: SubspaceConfig) -> str:
-    """Decompose the target weights that the store does not hold yet. Returns the path of the set's manifest.
+    """Decompose the target weights that the store does not hold yet. Returns the path or URI of the set's manifest.
 
     The prepared data is looked at with `rank_allocation="adaptive"` only.
     """
+    from osft.models import model_folder
     from osft.training.inputs import compute_factors
 
+    store = storage.join(round.storage_root, "factors")
     with round.step("precompute_svd") as step:
         step.log_params(asdict(subspace))
-        factors = compute_factors(Path(model_path), Path(data_path), Path(round.storage_root) / "factors", subspace)
+        factors = compute_factors(model_folder(model_path), data_path, store, subspace)
         step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
         step.log_params({"factors": factors.key})
-    return str(factors.path)
+    return storage.join(store, "sets", factors.path.name)
 
 
 def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Path, **settings: Any) -> dict[str, Any]:
@@ -163,18 +192,18 @@ def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Pa
     """
     from osft.training.job import run_job
 
-    folder = round.folder / "train"
-    config = TrainConfig.from_parameters(settings | {"ckpt_output_dir": str(folder), "use_processed_dataset": True})
+    folder = round.address("train")
+    config = TrainConfig.from_parameters(settings | {"ckpt_output_dir": folder, "use_processed_dataset": True})
     with round.step("train_osft") as step:
         step.log_params(config.to_dict() | {"launcher": where.launcher})
         job, limits = _training_job(round, config, where)
         Path(manifest_file).write_text(job.describe(), encoding="utf-8")
         step.log_artifact(Path(manifest_file))
         run_job(job, limits=limits, output=folder, callbacks=[LiveMetrics(step.client, step.run_id)])
-        summary = _read_json(folder / "training.json")
+        summary = _read_json(storage.join(folder, "training.json"))
         step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
-        step.log_artifact(folder / "training.json")
-    return summary | {"checkpoint": str(folder / summary["checkpoints"][-1])}
+        step.log_artifact(storage.local(storage.join(folder, "training.json")))
+    return summary | {"checkpoint": storage.join(folder, summary["checkpoints"][-1])}
 
 
 def _training_job(round: Round, config: TrainConfig, where: LauncherSettings) -> "tuple[Launcher, Limits]":
@@ -193,15 +222,15 @@ def _training_job(round: Round, config: TrainConfig, where: LauncherSettings) ->
     from osft.kubernetes.training_job import training_job
 
     settings = PyTorchJobSettings.from_parameters(where.pytorchjob)
-    if "://" in round.storage_root:
-        storage = Storage(secret=where.storage_secret or None)
+    if storage.is_remote(round.storage_root):
+        volume = Storage(secret=where.storage_secret or None)
     else:
-        storage = Storage(claim=where.storage_claim)
+        volume = Storage(claim=where.storage_claim)
     job = training_job(
         config,
         settings,
         image=where.training_image,
-        storage=storage,
+        storage=volume,
         pipeline_run_id=round.pipeline_run_id,
         mlflow_run_id=round.mlflow_run_id,
     )
@@ -228,34 +257,33 @@ def evaluate_model(
     from osft.subspace.factor_store import load_factor_set
 
     rules = GateRules(min_task_improvement=min_task_improvement, max_anchor_increase=max_anchor_increase)
-    sets = [load_set(str(Path(data_path) / "validation.jsonl"), "new task", name=task)]
+    held_out = storage.join(data_path, "validation.jsonl")
+    sets = [load_set(held_out, "new task", name=task)]
     sets += [load_set(path, "anchor", max_samples=max_anchor_samples) for path in anchor_paths]
     with round.step("evaluate_model") as step:
         step.log_params(asdict(rules) | {"max_anchor_samples": max_anchor_samples})
         evaluation = evaluate(model_path, checkpoint_path, sets, rules=rules)
-        write_json(round.folder / "evaluation.json", evaluation)
+        evaluation_file = round.write("evaluation.json", json.dumps(evaluation, indent=2) + "\n")
         for model, scores in evaluation["results"].items():
             for name, score in scores.items():
                 numbers = {key: score[key] for key in ("loss", "perplexity", "accuracy")}
                 step.log_metrics({f"{model}/{name}/{key}": value for key, value in numbers.items()}, to_parent=True)
-        training = round.folder / "train"
+        metrics = storage.fetch(round.address("train", "metrics.jsonl")).read_text(encoding="utf-8")
         html = render_report(
             evaluation,
-            training=_read_json(training / "training.json"),
-            metrics=[json.loads(line) for line in (training / "metrics.jsonl").read_text().splitlines()],
+            training=_read_json(round.address("train", "training.json")),
+            metrics=[json.loads(line) for line in metrics.splitlines()],
             factors=load_factor_set(factors_path),
-            dataset=_read_json(Path(data_path) / "dataset.json"),
+            dataset=_read_json(storage.join(data_path, "dataset.json")),
         )
-        with atomic_path(round.folder / "report.html") as temporary:
-            temporary.write_text(html, encoding="utf-8")
-        step.log_artifact(round.folder / "report.html", to_parent=True)
-        step.log_artifact(round.folder / "evaluation.json", to_parent=True)
+        step.log_artifact(round.write("report.html", html), to_parent=True)
+        step.log_artifact(evaluation_file, to_parent=True)
     return evaluation
 
 
 def register_model(round: Round, *, model_name: str, checkpoint_path: str) -> int:
     """Make the checkpoint a model version with the alias `candidate`, whatever the gate decided. Returns it."""
-    evaluation = _read_json(round.folder / "evaluation.json")
+    evaluation = _read_json(round.address("evaluation.json"))
     change = {
         name: evaluation["results"]["candidate"][name]["loss"] / evaluation["results"]["base"][name]["loss"] - 1
         for name in evaluation["sets"]
@@ -265,7 +293,7 @@ def register_model(round: Round, *, model_name: str, checkpoint_path: str) -> in
         version = registry.register(
             step.client,
             model_name,
-            Path(checkpoint_path),
+            storage.fetch(checkpoint_path, marker="config.json"),
             run_id=step.run_id,
             description=f"OSFT of {evaluation['base_model']} on {evaluation['task']}. Change of loss: {described}",
             tags={
@@ -276,7 +304,7 @@ def register_model(round: Round, *, model_name: str, checkpoint_path: str) -> in
             },
         )
         step.log_params({"model_name": model_name, "model_version": version})
-        write_json(round.folder / "version.json", {"model_name": model_name, "version": version})
+        round.write("version.json", json.dumps({"model_name": model_name, "version": version}, indent=2) + "\n")
         print(f"registry: {model_name} version {version} is the candidate", flush=True)
         step.client.set_terminated(round.mlflow_run_id, "FINISHED")
     return version
@@ -291,6 +319,6 @@ def promote_model(round: Round, *, model_name: str, version: int) -> None:
         step.client.set_terminated(round.mlflow_run_id, "FINISHED")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def _read_json(location: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(storage.fetch(location).read_text(encoding="utf-8"))
     return value

@@ -23,12 +23,14 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value, load_from_disk
 
+from osft import storage
 from osft.data.chat import IGNORE, Sample
 
 FORMAT = 2
 """Part of every dataset's hash: raise it when a preparation or the layout changes."""
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "source": Value("string")})
+_STATISTICS = "dataset.json"
 BUFFERED_TOKENS = 1 << 20
 BUFFERED_SAMPLES = 1 << 12
 
@@ -66,25 +68,32 @@ def hash_tokenizer(model_path: str | Path) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def content_address(output_root: str | Path, *identity: Any) -> Path:
-    """The folder of the dataset that `identity`, plain values, determines."""
-    return Path(output_root) / hashlib.sha256(json.dumps([FORMAT, *identity]).encode()).hexdigest()[:32]
+def content_address(output_root: str | Path, *identity: Any) -> str:
+    """The path or URI of the dataset that `identity`, plain values, determines."""
+    return storage.join(output_root, hashlib.sha256(json.dumps([FORMAT, *identity]).encode()).hexdigest()[:32])
 
 
 def open_dataset(folder: Path) -> PreparedData:
     """A complete dataset folder. Raises FileNotFoundError if it is not one."""
-    statistics = folder / "dataset.json"
+    statistics = folder / _STATISTICS
     if not statistics.is_file():
         raise FileNotFoundError(f"{folder} is not a prepared dataset: it has no dataset.json")
     return PreparedData(folder, json.loads(statistics.read_text(encoding="utf-8")), reused=True)
 
 
-def find_dataset(folder: Path, report: Callable[[str], None]) -> PreparedData | None:
-    """The dataset of an address if it is there; says so."""
-    if not (folder / "dataset.json").is_file():
+def find_dataset(address: str, report: Callable[[str], None]) -> PreparedData | None:
+    """The dataset of an address if it is there and complete; says so."""
+    folder = storage.find(address, marker=_STATISTICS)
+    if folder is None:
         return None
-    report(f"data: reused {folder}")
+    report(f"data: reused {address}")
     return open_dataset(folder)
+
+
+def publish_dataset(address: str, statistics: dict[str, Any]) -> PreparedData:
+    """The dataset that was just written to the address; with a URI, others find it from now on."""
+    storage.publish(address, marker=_STATISTICS)
+    return PreparedData(storage.local(address), statistics, reused=False)
 
 
 class SplitWriter:
@@ -197,7 +206,7 @@ class DatasetWriter:
             },
         }
         statistics = provenance | counted
-        (self._folder / "dataset.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+        (self._folder / _STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
         return statistics
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from osft import storage
 from osft.atomic import atomic_path
 from osft.data.dataset_folder import (
     DatasetWriter,
@@ -17,6 +18,7 @@ from osft.data.dataset_folder import (
     find_dataset,
     hash_files,
     hash_tokenizer,
+    publish_dataset,
 )
 from osft.data.records import DataError, data_files, read_json_lines
 from osft.data.split import check_sides, check_validation, is_held_out
@@ -66,8 +68,8 @@ def prepare_documents(
     }
     # In the files' order, which decides where blocks begin.
     contents = [list(files.values()), list(validation_files.values())]
-    folder = content_address(output_root, "documents", contents, hash_tokenizer(model_path), settings)
-    if found := find_dataset(folder, report):
+    address = content_address(output_root, "documents", contents, hash_tokenizer(model_path), settings)
+    if found := find_dataset(address, report):
         return found
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -76,7 +78,7 @@ def prepare_documents(
             "`tokenizer.eos_token` and save the tokenizer into the model folder"
         )
 
-    with atomic_path(folder) as temporary, DatasetWriter(temporary) as writer:
+    with atomic_path(storage.local(address)) as temporary, DatasetWriter(temporary) as writer:
         train, held_out = _Blocks(writer.train, block_size), _Blocks(writer.validation, block_size)
         for text, tokens, source in _tokenized(data_uri, document_column_name, tokenizer):
             is_out = validation_fraction > 0 and is_held_out(
@@ -112,7 +114,7 @@ def prepare_documents(
         f"tokens ({statistics['num_tokens']} tokens), {statistics['num_validation_samples']} blocks held out; dropped "
         f"the last {train.remainder_tokens} tokens, which fill no block"
     )
-    return PreparedData(folder, statistics, reused=False)
+    return publish_dataset(address, statistics)
 
 
 class _Blocks:

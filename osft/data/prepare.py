@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from osft import storage
 from osft.atomic import atomic_path
 from osft.data.chat import tokenize
 from osft.data.dataset_folder import (
@@ -18,6 +19,7 @@ from osft.data.dataset_folder import (
     find_dataset,
     hash_files,
     hash_tokenizer,
+    publish_dataset,
 )
 from osft.data.records import DataError, Record, data_files, read_records
 from osft.data.split import check_sides, check_validation, is_held_out
@@ -70,8 +72,8 @@ def prepare(
         "unmask_messages": unmask_messages,
     }
     contents = [sorted(files.values()), sorted(validation_files.values())]
-    folder = content_address(output_root, "chats", contents, hash_tokenizer(model_path), settings)
-    if found := find_dataset(folder, report):
+    address = content_address(output_root, "chats", contents, hash_tokenizer(model_path), settings)
+    if found := find_dataset(address, report):
         return found
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 
@@ -95,7 +97,7 @@ def prepare(
         check_sides(data_uri, unit, len(train), len(held_out), validation_fraction)
     train, held_out = train[: max_train_samples or None], held_out[: max_validation_samples or None]
 
-    with atomic_path(folder) as temporary, DatasetWriter(temporary, max_seq_len=max_seq_len) as writer:
+    with atomic_path(storage.local(address)) as temporary, DatasetWriter(temporary, max_seq_len=max_seq_len) as writer:
         sides = [("training", data_uri, train, writer.train)]
         sides += [("validation", validation_data or data_uri, held_out, writer.validation)]
         for side, uri, entries, split in sides:
@@ -129,7 +131,7 @@ def prepare(
         f"and {dropped['samples']} samples longer than {max_seq_len} tokens ({dropped['share_of_tokens']:.1%} of all "
         f"tokens){overlap}"
     )
-    return PreparedData(folder, statistics, reused=False)
+    return publish_dataset(address, statistics)
 
 
 def _read(uri: str, deduplicate: bool) -> tuple[list[tuple[str, Record]], int]:

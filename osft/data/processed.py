@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from datasets import load_from_disk
 from tqdm import tqdm
 
+from osft import storage
 from osft.atomic import atomic_path
 from osft.data.chat import IGNORE
 from osft.data.dataset_folder import (
@@ -21,6 +22,7 @@ from osft.data.dataset_folder import (
     hash_files,
     load_split,
     open_dataset,
+    publish_dataset,
 )
 from osft.data.records import DataError, data_files, read_json_lines
 from osft.data.split import check_sides, check_validation, is_held_out
@@ -56,19 +58,20 @@ def import_processed(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     check_validation(validation_fraction, validation_data)
-    if (Path(data_path) / "dataset.json").is_file() and (Path(data_path) / "train").is_dir():
+    given = storage.fetch(data_path)
+    if (given / "dataset.json").is_file() and (given / "train").is_dir():
         if validation_fraction or validation_data:
             raise ValueError(
                 f"{data_path} is a prepared dataset with a held-out side of its own. Leave validation_fraction and "
                 "validation_data out, or prepare the raw data anew with them"
             )
         for side in ("train", "validation"):
-            largest = load_split(data_path, side).largest_token
+            largest = load_split(given, side).largest_token
             if largest >= vocabulary_size:
                 problem = f"its {side} side has token {largest}, but the model's vocabulary has {vocabulary_size}"
                 raise DataError(f"{data_path}: {problem}. It was prepared for another model; prepare it anew")
         report(f"data: reused {data_path}")
-        return open_dataset(Path(data_path))
+        return open_dataset(given)
 
     files = hash_files(_files(data_path))
     validation_files = hash_files(_files(validation_data)) if validation_data else {}
@@ -78,12 +81,12 @@ def import_processed(
         "validation_fraction": validation_fraction,
     }
     contents = [list(files.values()), list(validation_files.values())]
-    folder = content_address(output_root, "processed", contents, settings)
-    if found := find_dataset(folder, report):
+    address = content_address(output_root, "processed", contents, settings)
+    if found := find_dataset(address, report):
         return found
 
     num_records = num_held_out = 0
-    with atomic_path(folder) as temporary, DatasetWriter(temporary, max_seq_len=max_seq_len) as writer:
+    with atomic_path(storage.local(address)) as temporary, DatasetWriter(temporary, max_seq_len=max_seq_len) as writer:
         for source, row in tqdm(read_rows(data_path), desc="check", unit="sample", mininterval=2.0):
             input_ids, labels = check_row(row, source, vocabulary_size)
             num_records += 1
@@ -123,20 +126,21 @@ def import_processed(
         f"{dropped['samples']} samples longer than {max_seq_len} tokens ({dropped['share_of_tokens']:.1%} of all "
         "tokens)"
     )
-    return PreparedData(folder, statistics, reused=False)
+    return publish_dataset(address, statistics)
 
 
 def _is_datasets_folder(uri: str) -> bool:
-    if (Path(uri) / "dataset_dict.json").is_file():
+    folder = storage.fetch(uri)
+    if (folder / "dataset_dict.json").is_file():
         raise DataError(f"{uri} holds several datasets. Give the folder of one of them, for example {uri}/train")
-    return (Path(uri) / "state.json").is_file()
+    return (folder / "state.json").is_file()
 
 
 def _files(uri: str) -> list[Path]:
     """The files that hold the records, in their order. Raises FileNotFoundError if there is none."""
     if _is_datasets_folder(uri):
-        return sorted(Path(uri).glob("*.arrow"))
-    path = Path(uri)
+        return sorted(storage.fetch(uri).glob("*.arrow"))
+    path = storage.fetch(uri)
     if path.is_dir() and not any(path.glob("*.jsonl")) and any(path.glob("*.parquet")):
         return sorted(path.glob("*.parquet"))
     return data_files(uri)
@@ -145,7 +149,7 @@ def _files(uri: str) -> list[Path]:
 def read_rows(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Source and columns of each record."""
     if _is_datasets_folder(uri):
-        tables = load_from_disk(uri).with_format("arrow").iter(batch_size=1000)
+        tables = load_from_disk(storage.fetch(uri)).with_format("arrow").iter(batch_size=1000)
         yield from _table_rows(uri, tables)
         return
     for file in _files(uri):

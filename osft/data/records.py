@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from osft import storage
+
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -65,11 +67,11 @@ class Record:
 
 
 def data_files(uri: str) -> list[Path]:
-    """The files of a data path: a file, a glob, or a folder (its *.jsonl files).
+    """The files of a data path or URI: a file, a glob, or a folder (its *.jsonl files).
 
     Raises FileNotFoundError if there is none.
     """
-    path = Path(uri)
+    path = storage.fetch(uri)
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
         if not files:
@@ -77,7 +79,7 @@ def data_files(uri: str) -> list[Path]:
         return files
     if path.is_file():
         return [path]
-    files = sorted(Path(match) for match in glob.glob(uri, recursive=True) if Path(match).is_file())
+    files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
     if not files:
         raise FileNotFoundError(f"data {uri} does not exist. Give a .jsonl file, a folder of them, or a glob")
     return files

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from osft.data.records import DataError, Record, data_name, read_records
 from osft.evaluation.gate import GateRules, decide
 from osft.evaluation.scoring import generate, score_set
+from osft.models import model_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def evaluate(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     results: dict[str, dict[str, dict[str, Any]]] = {}
     answers: dict[str, list[str]] = {}
-    for name, path in (("base", base_model), ("candidate", candidate_model)):
+    for name, path in (("base", model_folder(str(base_model))), ("candidate", model_folder(str(candidate_model)))):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
         model.to(device).eval()

@@ -43,7 +43,8 @@ class ClusterApi:
         self.namespace = namespace or own_namespace()
         self._patience = patience_seconds
         try:
-            client = TrainingClient(namespace=self.namespace)
+            # Read when it is needed: the kubernetes package does so when it is imported.
+            client = TrainingClient(config_file=os.environ.get("KUBECONFIG"), namespace=self.namespace)
         except ConfigException as error:
             raise ValueError(
                 f"launcher=pytorchjob needs a cluster, and there is none: {error}. Run this step in a pod, or set "

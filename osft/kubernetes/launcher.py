@@ -7,14 +7,16 @@ the API is slow, overloaded, away     Each call is repeated with growing pauses 
 the answer to a creation got lost     The repeated creation says 409; the job is found by its name, and is ours if its
                                       spec has our hash.
 this process dies                     The job goes on. The retried step has the same job name, finds the job and watches
-                                      it further. If it has failed meanwhile, it is deleted and made anew, and training
-                                      goes on from its saved state; if it has succeeded, nothing is trained again.
+                                      it further. If it has succeeded meanwhile, nothing is trained again. If it has
+                                      failed by a program error, the step fails with the same reason, until somebody
+                                      deletes the job; by anything else, it is made anew and goes on from its state.
 the step is cancelled                 SIGTERM: the job is deleted, with its pods, and the step ends when they are gone.
 the pipeline run is deleted           Kubernetes deletes what the run's workflow owns, the job too.
 a pod dies                            The operator makes it anew (manifest.py), at most max_restarts times.
 the log stream breaks                 It is opened again where it broke; a line is printed once.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -24,10 +26,20 @@ import urllib3
 import yaml
 from kubernetes.client.exceptions import ApiException
 
+from osft.exit_codes import FIRST_RETRYABLE
 from osft.kubernetes.api import AlreadyExists, ClusterApi
 from osft.kubernetes.log_position import LogPosition
 from osft.kubernetes.manifest import SPEC_HASH, differences
-from osft.kubernetes.pods import PodEnd, is_active, moment, node_rank, pod_end, root_failure, waiting_reason
+from osft.kubernetes.pods import (
+    PodEnd,
+    end_in_events,
+    is_active,
+    moment,
+    node_rank,
+    pod_end,
+    root_failure,
+    waiting_reason,
+)
 from osft.training.job import JobStatus, Phase
 
 _LAST_LINES = 40
@@ -40,7 +52,7 @@ class PyTorchJobLauncher:
         self._api, self._manifest, self._poll = api, manifest, poll_seconds
         self._name: str = manifest["metadata"]["name"]
         self._expected = sum(spec["replicas"] for spec in manifest["spec"]["pytorchReplicaSpecs"].values())
-        self._pods_seen: dict[str, set[str]] = {}  # name -> uids, of which there is one more after each restart
+        self._pods_seen: dict[str, list[str]] = {}  # name -> uids, of which there is one more after each restart
         self._ends: dict[str, PodEnd] = {}  # uid -> how it ended; the operator deletes pods that it makes anew
         self._ended = False
 
@@ -67,11 +79,12 @@ class PyTorchJobLauncher:
                 time.sleep(self._poll)
                 continue
             self._check_same(found)
-            if _condition(found, "Failed") is None:
+            if _condition(found, "Failed") is None or self._program_error():
                 print(f"train: found PyTorchJob {self._api.namespace}/{self._name}, watching it", flush=True)
                 return
             print("train: the job of an earlier attempt has failed; it is made anew and goes on from there", flush=True)
             self._delete(found["metadata"]["uid"])
+            self._ends.clear()
 
     def status(self) -> JobStatus:
         """How the job is, from its conditions and its pods."""
@@ -85,26 +98,26 @@ class PyTorchJobLauncher:
             )
         pods = self._api.pods(self._name)
         self._remember(pods)
-        restarts = max((len(uids) - 1 for uids in self._pods_seen.values()), default=0)
+        seen: dict[str, Any] = {
+            "restarts": max((len(uids) - 1 for uids in self._pods_seen.values()), default=0),
+            "failure": str(list(self._ends.values())[-1]) if self._ends else "",
+        }
         for kind, phase in (("Succeeded", Phase.SUCCEEDED), ("Failed", Phase.FAILED)):
             condition = _condition(job, kind)
             if condition:
                 self._ended = True
                 reason = self._failure(condition) if phase is Phase.FAILED else ""
-                since = moment(condition.get("lastTransitionTime"))
-                return JobStatus(phase=phase, since=since, reason=reason, restarts=restarts)
+                return JobStatus(phase=phase, since=moment(condition.get("lastTransitionTime")), reason=reason, **seen)
         running = _condition(job, "Running")
         if running and len(pods) >= self._expected and all(is_active(pod) for pod in pods):
-            since = moment(running.get("lastTransitionTime"))
-            return JobStatus(phase=Phase.RUNNING, since=since, restarts=restarts)
-        return JobStatus(
-            phase=Phase.QUEUED, since=self._queued_since(job), reason=self._waits_for(job, pods), restarts=restarts
-        )
+            return JobStatus(phase=Phase.RUNNING, since=moment(running.get("lastTransitionTime")), **seen)
+        reason = waiting_reason(job, pods, self._api.events, expected=self._expected)
+        return JobStatus(phase=Phase.QUEUED, since=self._queued_since(job), reason=reason or seen["failure"], **seen)
 
-    def logs(self) -> Iterator[str]:
+    def logs(self, stop: threading.Event) -> Iterator[str]:
         """Rank 0's log: over restarts of its pod, and over broken streams without a line twice."""
         uid, position = "", LogPosition()
-        while True:
+        while not stop.is_set():
             ended = self._ended
             pod = next((pod for pod in self._pods_or_none() if node_rank(pod) == 0), None)
             if pod is not None and pod.get("status", {}).get("phase", "Pending") != "Pending":
@@ -128,6 +141,12 @@ class PyTorchJobLauncher:
             self._delete(job["metadata"]["uid"])
             print(f"train: PyTorchJob {self._api.namespace}/{self._name} is deleted", flush=True)
         self._ended = True
+
+    def _program_error(self) -> bool:
+        """Whether the job that is there failed by an error that it would meet again."""
+        self._remember(self._api.pods(self._name))
+        end = root_failure(self._ends.values())
+        return end is not None and end.exit_code is not None and end.exit_code < FIRST_RETRYABLE
 
     def _delete(self, uid: str) -> None:
         """Returns when neither the job nor a pod of it is there."""
@@ -155,11 +174,17 @@ class PyTorchJobLauncher:
         """Note the pods, and how those ended that did, before the operator deletes them."""
         for pod in pods:
             name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
-            self._pods_seen.setdefault(name, set()).add(uid)
-            end = pod_end(pod)
-            if end and uid not in self._ends:
-                self._ends[uid] = end
-                print(f"train: {end}", flush=True)
+            seen = self._pods_seen.setdefault(name, [])
+            if uid not in seen:
+                if seen and seen[-1] not in self._ends:  # deleted before it was looked at
+                    self._note_end(seen[-1], end_in_events(pod, self._api.events(self._name)))
+                seen.append(uid)
+            self._note_end(uid, pod_end(pod))
+
+    def _note_end(self, uid: str, end: PodEnd | None) -> None:
+        if end and uid not in self._ends:
+            self._ends[uid] = end
+            print(f"train: {end}", flush=True)
 
     def _failure(self, condition: dict[str, Any]) -> str:
         """The reason of the rank that failed first, with its last lines."""
@@ -167,11 +192,10 @@ class PyTorchJobLauncher:
         if end is None:
             return str(condition.get("message", "the PyTorchJob failed"))
         lines = self._api.log(end.pod, tail_lines=_LAST_LINES) or end.message.splitlines()[-_LAST_LINES:]
-        return f"{end}. The last lines of its log:\n" + "\n".join(lines)
-
-    def _waits_for(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> str:
-        reason = waiting_reason(job, pods, self._api.events, expected=self._expected)
-        return reason or (f"{list(self._ends.values())[-1]}" if self._ends else "")
+        return (
+            f"{end}. The job stays for people to look at (kubectl delete pytorchjob {self._name} lets a retried step "
+            "start it anew). The last lines of its log:\n" + "\n".join(lines)
+        )
 
     def _queued_since(self, job: dict[str, Any]) -> datetime:
         """Since the creation, or since the restart that it is in."""

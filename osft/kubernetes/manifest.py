@@ -192,7 +192,7 @@ def _pod_spec(settings: PyTorchJobSettings, *, image: str, command: list[str], s
         name=constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]["container"],
         image=image,
         image_pull_policy=settings.image_pull_policy,
-        command=command,
+        command=[argument.replace("$", "$$") for argument in command],  # $(NAME) would be expanded, $$ halved
         env=[
             k8s.V1EnvVar(name="OSFT_LOCK_SECONDS", value=str(_LOCK_SECONDS)),
             *([] if storage.claim else [k8s.V1EnvVar(name="OSFT_SCRATCH", value=_SCRATCH)]),

@@ -1,5 +1,6 @@
 """What the pods of a job tell: what they wait for, how they ended."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -62,6 +63,23 @@ def pod_end(pod: dict[str, Any]) -> PodEnd | None:
     if status.get("phase") == "Failed":
         reason, message = status.get("reason", "Failed"), status.get("message", "")
         return PodEnd(**found, exit_code=None, reason=reason, message=message, finished="")
+    return None
+
+
+def end_in_events(pod: dict[str, Any], events: list[dict[str, Any]]) -> PodEnd | None:
+    """How the pod that had this one's name before ended, by what the operator last said of it in the job's events."""
+    name = pod["metadata"]["name"]
+    for event in reversed(events):
+        found = re.search(rf"\b{re.escape(name)} exited with code (\d+)", event.get("message", ""))
+        if found:
+            return PodEnd(
+                pod=name,
+                node_rank=node_rank(pod),
+                exit_code=int(found[1]),
+                reason=event.get("reason", ""),
+                message="",
+                finished=event.get("lastTimestamp") or "",
+            )
     return None
 
 

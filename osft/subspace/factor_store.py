@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from osft import storage
 from osft.atomic import atomic_path, write_json
 from osft.checkpoint import CheckpointReader, tensor_sha256
 from osft.config import SubspaceConfig
@@ -105,7 +106,8 @@ def precompute(
     or incomplete model, ValueError for settings that select nothing and for a checkpoint whose target weights cannot
     be read or written back.
     """
-    store = Path(store)
+    mirror = storage.local(store)
+    there = storage.files(storage.join(store, "weights")) if storage.is_remote(store) else {}
     reader = CheckpointReader(model_path)
     model = empty_model(model_path, trust_remote_code=trust_remote_code)
     stored = ModelWeights(reader, model)
@@ -122,18 +124,19 @@ def precompute(
         weight, rank = stored.tensor(target.tensor), ranks[target.name]
         digest = tensor_sha256(weight)
         key = _hash(FORMAT, digest, rank, sorted(factor_shapes(target.shape, rank, config.free_subspace)))
-        file = store / "weights" / f"{key}.safetensors"
-        if not file.is_file():
+        file = mirror / "weights" / f"{key}.safetensors"
+        if not (file.name in there or (file.is_file() and not storage.is_remote(store))):
             factors = decompose(weight.to(device), rank, config.free_subspace)
             tensors = {field: t.cpu() for field, t in asdict(factors).items() if t is not None}
             with atomic_path(file) as temporary:
                 save_file(tensors, temporary, metadata={"weight": target.name, "sha256": digest})
+            storage.publish(storage.join(store, "weights", file.name))
             computed += 1
         weights[target.name] = {
             "sha256": digest,
             "shape": list(target.shape),
             "rank": rank,
-            "file": str(file.relative_to(store)),
+            "file": str(file.relative_to(mirror)),
         }
 
     manifest: dict[str, Any] = {
@@ -149,18 +152,20 @@ def precompute(
             "min_retention_ratio": min_retention_ratio,
             "importance": dict(importance or {}),
         }
-    path = store / "sets" / f"{_hash(manifest)}.json"
-    if not path.is_file():
-        write_json(path, manifest)
-    report(f"factors: computed {computed}, reused {len(targets) - computed} of {len(targets)} weights ({path})")
-    return load_factor_set(path, computed=computed)
+    address = storage.join(store, "sets", f"{_hash(manifest)}.json")
+    if storage.find(address) is None:
+        write_json(storage.local(address), manifest)
+        storage.publish(address)
+    report(f"factors: computed {computed}, reused {len(targets) - computed} of {len(targets)} weights ({address})")
+    return load_factor_set(address, computed=computed)
 
 
 def load_factor_set(path: str | Path, *, computed: int = 0) -> FactorSet:
-    """Read a manifest. Raises FileNotFoundError if it or one of its files is missing."""
-    path = Path(path)
-    if not path.is_file():
+    """Read a manifest, of a path or URI. Raises FileNotFoundError if it or one of its files is missing."""
+    address, found = path, storage.find(path)
+    if found is None:
         raise FileNotFoundError(f"there is no factor set {path}. Run `precompute_svd` for this model first")
+    path = found
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("format") != FORMAT:
         raise FactorsMismatchError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}")
@@ -174,6 +179,8 @@ def load_factor_set(path: str | Path, *, computed: int = 0) -> FactorSet:
         importance=manifest.get("importance"),
         computed=computed,
     )
+    store = str(address).rsplit("/", 2)[0]
+    storage.fetch_files(store, [weight["file"] for weight in factors.weights.values()])
     for name in factors.weights:
         if not factors.factors_file(name).is_file():
             raise FileNotFoundError(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from osft import storage
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -67,8 +69,11 @@ def experiment_of(mlflow: "MlflowClient", name: str, storage_root: str | Path) -
     if known is not None:
         return str(known.experiment_id)
     # A server knows where its artifacts go; a local database is told.
-    is_local = mlflow.tracking_uri.startswith("sqlite:")
-    artifacts = (Path(storage_root).absolute() / "mlflow" / "artifacts").as_uri() if is_local else None
+    artifacts = None
+    if mlflow.tracking_uri.startswith("sqlite:"):
+        beside = Path(mlflow.tracking_uri.removeprefix("sqlite:///")).parent
+        folder = beside if storage.is_remote(storage_root) else Path(storage_root) / "mlflow"
+        artifacts = (folder.absolute() / "artifacts").as_uri()
     return str(mlflow.create_experiment(name, artifact_location=artifacts))
 
 

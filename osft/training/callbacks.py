@@ -13,24 +13,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from osft.atomic import atomic_path
+from osft import storage
 from osft.training.loop import INTERRUPT, STOP
-from osft.training.outputs import STOP_FILE
+from osft.training.mirror import INTERVAL_SECONDS, METRICS, STOP_FILE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingContext:
     """What a callback is told."""
 
-    output_dir: Path
+    output_dir: Path | str
+    """A URI (str) where a run is followed in an object store, not in its folder."""
     step: int = 0
     epoch: float = 0.0
     loss: float | None = None
     """Nats per loss token."""
     learning_rate: float | None = None
     validation_loss: float | None = None
-    checkpoints: tuple[Path, ...] = ()
-    """The models that were just written."""
+    checkpoints: tuple[Path | str, ...] = ()
+    """The models that were just written, below output_dir."""
     metrics: dict[str, Any]
     """The whole line of `metrics.jsonl`."""
 
@@ -82,16 +83,26 @@ class StopTraining(Exception):
 class Follower:
     """Calls the callbacks for each line that is added to the metrics of a run, until the block ends.
 
-    `after` is the step that the run goes on from; lines up to it are not new. On leaving, what remains is delivered,
-    and an exception of a callback is raised, whatever became of the block.
+    `output` is the run's folder, or its URI in an object store, where metrics arrive every 10 s. `after` is the step
+    that the run goes on from; lines up to it are not new. `interval_seconds` is the time between two looks: 0.5, or 10
+    for a URI. On leaving, what remains is delivered, and an exception of a callback is raised, whatever became of the
+    block.
     """
 
     def __init__(
-        self, output: Path, callbacks: Sequence[TrainingCallback], *, after: int, interval_seconds: float = 0.5
+        self,
+        output: Path | str,
+        callbacks: Sequence[TrainingCallback],
+        *,
+        after: int,
+        interval_seconds: float | None = None,
     ) -> None:
-        self._output, self._callbacks, self._interval = output, list(callbacks), interval_seconds
-        self._file, self._offset = output / "metrics.jsonl", 0
-        self._last = TrainingContext(output_dir=output, step=after, metrics={})
+        self._remote = storage.is_remote(output)
+        self._output = str(output) if self._remote else Path(output)
+        self._callbacks = list(callbacks)
+        self._interval = interval_seconds or (INTERVAL_SECONDS if self._remote else 0.5)
+        self._offset = 0
+        self._last = TrainingContext(output_dir=self._output, step=after, metrics={})
         self._error: BaseException | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="osft-callbacks", daemon=True)
@@ -127,7 +138,7 @@ class Follower:
                 loss=metrics["loss"],
                 learning_rate=metrics["learning_rate"],
                 validation_loss=metrics["validation_loss"],
-                checkpoints=tuple(self._output / path for path in metrics["checkpoints"]),
+                checkpoints=tuple(self._below(path) for path in metrics["checkpoints"]),
                 metrics=metrics,
             )
             self._call("on_step_end", self._last)
@@ -141,16 +152,31 @@ class Follower:
 
     def _new_lines(self) -> list[dict[str, Any]]:
         """The complete lines that were added since the last call, of steps that were not seen yet."""
-        if not self._file.is_file():
-            return []
-        with self._file.open("rb") as lines:
-            if self._file.stat().st_size < self._offset:
-                self._offset = 0  # a run that goes on drops the steps behind its state
-            lines.seek(self._offset)
-            added = lines.read()
+        added = self._published() if self._remote else self._appended()
         complete = added[: added.rfind(b"\n") + 1]
         self._offset += len(complete)
         return [line for line in map(json.loads, complete.splitlines()) if line["step"] > self._last.step]
+
+    def _appended(self) -> bytes:
+        file = Path(self._output, METRICS)
+        if not file.is_file():
+            return b""
+        with file.open("rb") as lines:
+            if file.stat().st_size < self._offset:
+                self._offset = 0  # a run that goes on drops the steps behind its state
+            lines.seek(self._offset)
+            return lines.read()
+
+    def _published(self) -> bytes:
+        """All lines: a store replaces files as a whole, and the last one may have been another start's."""
+        try:
+            return storage.read(storage.join(self._output, METRICS)) or b""
+        except OSError as error:
+            print(f"train: the metrics could not be read, trying again later: {error}", flush=True)
+            return b""
+
+    def _below(self, path: str) -> Path | str:
+        return storage.join(self._output, path) if self._remote else Path(self._output, path)
 
     def _call(self, hook: str, context: TrainingContext) -> None:
         """Call a hook of each callback. One that raises is not called any more, the others (who log) are."""
@@ -167,5 +193,4 @@ class Follower:
                 self._ask(INTERRUPT)
 
     def _ask(self, wish: int) -> None:
-        with atomic_path(self._output / STOP_FILE) as temporary:
-            temporary.write_text(str(wish), encoding="utf-8")
+        storage.write(storage.join(self._output, STOP_FILE), str(wish).encode())

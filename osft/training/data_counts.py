@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from osft import storage
 from osft.config import TrainConfig
 from osft.data.chat import Sample, tokenize
 from osft.data.records import DataError, data_files, read_records
@@ -44,8 +45,9 @@ def count_data(config: TrainConfig, folder: Path) -> DataCounts:
     `max_tokens_per_gpu`.
     """
     if config.use_processed_dataset:
-        if (Path(config.data_path) / "dataset.json").is_file():
-            return _from_statistics(config)
+        statistics = storage.fetch(config.data_path) / "dataset.json"
+        if statistics.is_file():
+            return _from_statistics(config, statistics)
         sources, samples = _processed(config, folder)
         return _count(config, sources, samples, total=len(samples))
     if not any(file.name.startswith(("tokenizer", "vocab", "merges")) for file in folder.iterdir()):
@@ -155,11 +157,11 @@ def _count_documents(config: TrainConfig, tokenizer: Any) -> DataCounts:
     )
 
 
-def _from_statistics(config: TrainConfig) -> DataCounts:
+def _from_statistics(config: TrainConfig, statistics: Path) -> DataCounts:
     """What the preparation wrote down about a dataset."""
     from osft.training.inputs import check_lengths
 
-    found = json.loads((Path(config.data_path) / "dataset.json").read_text(encoding="utf-8"))
+    found = json.loads(statistics.read_text(encoding="utf-8"))
     check_lengths(found, config)
     return DataCounts(
         samples=found["num_train_samples"],

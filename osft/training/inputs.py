@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig
 
+from osft import storage
 from osft.checkpoint import CheckpointReader
 from osft.config import SubspaceConfig, TrainConfig
 from osft.models import model_folder
@@ -26,9 +27,9 @@ def local_model(config: TrainConfig) -> Path:
     return CheckpointReader(model_folder(config.model_path)).folder
 
 
-def data_folder(config: TrainConfig) -> Path:
-    """Where prepared data and factors go."""
-    return Path(config.data_output_dir or Path(config.ckpt_output_dir) / "_internal_data_processing")
+def data_folder(config: TrainConfig) -> str:
+    """Where prepared data and factors go: a path or URI."""
+    return config.data_output_dir or storage.join(config.ckpt_output_dir, "_internal_data_processing")
 
 
 def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[str], None] = print) -> "PreparedData":
@@ -40,7 +41,7 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
     from osft.data.prepare import prepare
     from osft.data.processed import import_processed
 
-    output = data_folder(config) / "data"
+    output = storage.join(data_folder(config), "data")
     common: dict[str, Any] = {
         "validation_fraction": config.validation_split,
         "validation_data": config.validation_data_path,
@@ -114,23 +115,23 @@ def vocabulary_size(model: Path, *, trust_remote_code: bool = False) -> int:
 
 def factor_set(config: TrainConfig, model: Path, data: "PreparedData") -> FactorSet:
     """The factor set that is named, or the one that the store holds or gets."""
-    if config.factors and Path(config.factors).is_file():
+    if config.factors and (Path(config.factors).is_file() or config.factors.endswith(".json")):
+        if storage.find(config.factors) is None:
+            raise FileNotFoundError(f"there is no factor set {config.factors}. Leave `factors` out to have it computed")
         return load_factor_set(config.factors)
-    if config.factors and config.factors.endswith(".json"):
-        raise FileNotFoundError(f"there is no factor set {config.factors}. Leave `factors` out to have it computed")
-    store = Path(config.factors or data_folder(config) / "factors")
+    store = config.factors or storage.join(data_folder(config), "factors")
     return compute_factors(model, data.folder, store, config.subspace, trust_remote_code=config.trust_remote_code)
 
 
 def compute_factors(
-    model: Path, data: Path, store: Path, subspace: SubspaceConfig, *, trust_remote_code: bool = False
+    model: Path, data: str | Path, store: str | Path, subspace: SubspaceConfig, *, trust_remote_code: bool = False
 ) -> FactorSet:
     """Decompose what `store` does not hold yet; with adaptive ranks, measure the layers' importance on `data` first."""
     importance = None
     if subspace.rank_allocation == "adaptive":
         from osft.data.dataset_folder import load_split
 
-        train = load_split(data, "train")
+        train = load_split(storage.fetch(data), "train")
         samples = [train[i] for i in range(min(subspace.calibration_samples, len(train)))]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         importance = measure_importance(

@@ -5,7 +5,7 @@
 
     the job cannot be started       nothing runs; raised
     it succeeds                     returns
-    it fails                        RuntimeError with the launcher's reason; what is left of it can be looked at
+    it fails                        JobFailed with the launcher's reason; what is left of it can be looked at
     a limit is reached              cancelled, then RuntimeError
     this process gets SIGTERM       cancelled, and gone before the process ends with 143 (a cancelled pipeline run)
     this process is killed          the job goes on; the next call with the same job finds it (or, for local
@@ -52,6 +52,8 @@ class JobStatus:
     """What a queued job waits for, or why it failed."""
     restarts: int = 0
     """How often a part of it was started anew, as far as this process has seen."""
+    failure: str = ""
+    """How the last part that was started anew had ended."""
 
 
 class Launcher(Protocol):
@@ -69,11 +71,15 @@ class Launcher(Protocol):
     def status(self) -> JobStatus:
         """How the job is. Raises JobUnreachable if that cannot be found out."""
 
-    def logs(self) -> Iterator[str]:
-        """The lines of rank 0's log as they come, each once, over restarts, until the job has ended."""
+    def logs(self, stop: threading.Event) -> Iterator[str]:
+        """The lines of rank 0's log as they come, each once, over restarts, until the job ends or `stop` is set."""
 
     def cancel(self) -> None:
         """End the job and wait until nothing of it runs any more. Does nothing if it has ended."""
+
+
+class JobFailed(RuntimeError):
+    """The job has ended by itself, and not well; the message is the reason."""
 
 
 class JobUnreachable(RuntimeError):
@@ -95,14 +101,14 @@ def run_job(
     launcher: Launcher,
     *,
     limits: Limits,
-    output: Path,
+    output: Path | str,
     callbacks: Sequence[TrainingCallback] = (),
     poll_seconds: float = 5.0,
 ) -> None:
     """Start or find the job, print its log, follow its metrics in the folder `output`, and wait for its end.
 
-    Raises RuntimeError if it fails or a limit ends it, ValueError if it cannot be started, JobUnreachable, and
-    SystemExit(143) on SIGTERM. But for JobUnreachable, the job does not run any more afterwards.
+    `output` is a path or URI. Raises JobFailed if it fails, RuntimeError if a limit ends it, ValueError if it cannot be
+    started, JobUnreachable, and SystemExit(143) on SIGTERM. But for JobUnreachable, it does not run any more then.
     """
     with _sigterm_raises():
         try:
@@ -113,7 +119,7 @@ def run_job(
         except JobUnreachable:
             raise
         except BaseException as error:
-            if not isinstance(error, _Failed):
+            if not isinstance(error, JobFailed):
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told once is enough: what follows must not be cut off
                 print(f"train: {type(error).__name__}, the job is cancelled", flush=True)
                 _cancel(launcher)
@@ -137,7 +143,7 @@ def _wait(launcher: Launcher, limits: Limits, heartbeat: "_Heartbeat", poll_seco
         if status.phase is Phase.SUCCEEDED:
             return
         if status.phase is Phase.FAILED:
-            raise _Failed(status.reason)
+            raise JobFailed(status.reason)
         _check_limits(status, limits, heartbeat)
         time.sleep(poll_seconds)
 
@@ -149,7 +155,7 @@ def _check_limits(status: JobStatus, limits: Limits, heartbeat: "_Heartbeat") ->
     if status.restarts > limits.max_restarts:
         raise RuntimeError(
             f"the job was started anew {status.restarts} times, more than max_restarts={limits.max_restarts}. "
-            f"Last: {status.reason or 'no reason known'}"
+            f"Last: {status.failure or 'no reason known'}"
         )
     if status.phase is Phase.QUEUED:
         if limits.queued_minutes is not None and minutes > limits.queued_minutes:
@@ -166,10 +172,6 @@ def _check_limits(status: JobStatus, limits: Limits, heartbeat: "_Heartbeat") ->
             f"the job runs, but made no training step for heartbeat_minutes={limits.heartbeat_minutes:g}. "
             f"The last one was step {heartbeat.step}"
         )
-
-
-class _Failed(RuntimeError):
-    """The job has ended by itself: there is nothing to cancel."""
 
 
 class _Heartbeat(TrainingCallback):
@@ -207,20 +209,26 @@ class _Report:
 
 @contextmanager
 def _printed(launcher: Launcher) -> Iterator[None]:
-    """Print the job's log in a thread of its own; on leaving after a success, up to its end."""
+    """Print the job's log in a thread of its own; on leaving after the job's end, up to the log's end."""
+    stop = threading.Event()
 
     def show() -> None:
-        for line in launcher.logs():
-            print(line, flush=True)
+        try:
+            for line in launcher.logs(stop):
+                print(line, flush=True)
+        except Exception as error:  # the job's log is not the job
+            print(f"train: its log cannot be followed: {type(error).__name__}: {error}", flush=True)
 
     thread = threading.Thread(target=show, name="job-log", daemon=True)
     thread.start()
     try:
         yield
-    except _Failed:
+        thread.join(timeout=30)
+    except JobFailed:
         thread.join(timeout=10)
         raise
-    thread.join(timeout=30)
+    finally:
+        stop.set()
 
 
 @contextmanager

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from osft import storage
 from osft.atomic import exclusive, write_json
 from osft.config import TrainConfig
 from osft.exit_codes import FAILED, INTERRUPTED, PEER_LOST
 from osft.training.callbacks import Follower, TrainingCallback
 from osft.training.inputs import factor_set, local_model, prepare_training_data
 from osft.training.liger import liger_wanted
-from osft.training.outputs import STOP_FILE
+from osft.training.mirror import METRICS, POSITION, SETTINGS, STOP_FILE, SUMMARY, fetch_models, fill, output_folder
 from osft.training.result import TrainResult
 from osft.training.state import complete, newest_state, read_position
 
@@ -55,19 +56,22 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     waited for OSFT_LOCK_SECONDS, if that is set) and TrainingFailed, with the traceback of the first failing rank.
     """
     config = with_environment(config)
-    output = Path(config.ckpt_output_dir)
+    output = output_folder(config)
     processes = num_processes(config)
     liger = liger_wanted(config)
     model = local_model(config)
     data = prepare_training_data(config, model)
+    fill(config, output)
     finished = finished_run(output, config, data.key)
     if finished:
+        fetch_models(config, output, finished.summary["checkpoints"])
         return finished
     state = _state_to_resume(output, config, data.key)
     factors = factor_set(config, model, data)
 
     work = {
         "config": config.to_dict(),
+        "output": str(output),
         "model": str(model),
         "dataset": str(data.folder),
         "factors": str(factors.path),
@@ -78,14 +82,16 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     patience = float(os.environ.get("OSFT_LOCK_SECONDS", "0"))
     with exclusive(output, patience_seconds=patience) if config.node_rank == 0 else nullcontext():
         if config.node_rank == 0:
-            _clear(output, keep_state=state is not None)
-            write_json(output / "config.json", config.to_dict() | {"dataset": data.key})
+            _clear(config.ckpt_output_dir, output, keep_state=state is not None)
+            write_json(output / SETTINGS, config.to_dict() | {"dataset": data.key})
+            storage.publish(storage.join(config.ckpt_output_dir, SETTINGS), source=output / SETTINGS)
         after = read_position(state)["step"] if state else 0
         with Follower(output, callbacks if config.node_rank == 0 else (), after=after):
             summary = _run_processes(_launch_config(config, processes), work)
-        if not (output / "training.json").is_file():  # not node 0, and a folder of its own
-            write_json(output / "training.json", summary)
-    return TrainResult(output, summary)
+        if not (output / SUMMARY).is_file():  # not node 0, and a folder of its own
+            write_json(output / SUMMARY, summary)
+        fetch_models(config, output, summary["checkpoints"])
+    return TrainResult(output, summary, uri=_uri(config))
 
 
 def finished_run(output: Path, config: TrainConfig, dataset: str) -> TrainResult | None:
@@ -93,12 +99,16 @@ def finished_run(output: Path, config: TrainConfig, dataset: str) -> TrainResult
 
     Raises ValueError if it is another one, that is, if it had other settings or its data another content hash.
     """
-    summary_file = output / "training.json"
+    summary_file = output / SUMMARY
     if config.resume == "off" or not summary_file.is_file():
         return None
     summary = json.loads(summary_file.read_text(encoding="utf-8"))
     _check_same_run(summary["config"], config, dataset, output, "a finished")
-    return TrainResult(output, summary, reused=True)
+    return TrainResult(output, summary, reused=True, uri=_uri(config))
+
+
+def _uri(config: TrainConfig) -> str | None:
+    return config.ckpt_output_dir if storage.is_remote(config.ckpt_output_dir) else None
 
 
 def with_environment(config: TrainConfig) -> TrainConfig:
@@ -128,10 +138,14 @@ def _state_to_resume(output: Path, config: TrainConfig, dataset: str) -> Path | 
     """The training state that the run goes on from. Raises ValueError if it is another run's."""
     if config.resume == "off":
         return None
-    state = newest_state(output) if config.resume == "auto" else Path(config.resume)
-    if state is not None and not complete(state):
-        raise FileNotFoundError(f"resume: {state} is not a complete training state (…/state/step-<n>)")
-    settings = (state.parent.parent if state else output) / "config.json"
+    if config.resume == "auto":
+        state = newest_state(output)
+    else:
+        state = storage.find(config.resume, marker=POSITION)
+        if state is None or not complete(state):
+            raise FileNotFoundError(f"resume: {config.resume} is not a complete training state (…/state/step-<n>)")
+        storage.find(storage.join(config.resume.rstrip("/").rsplit("/", 2)[0], SETTINGS))
+    settings = (state.parent.parent if state else output) / SETTINGS
     if settings.is_file() and (state or (output / "hf_format").exists()):
         _check_same_run(json.loads(settings.read_text(encoding="utf-8")), config, dataset, output, "an unfinished")
     elif (output / "hf_format").exists():
@@ -156,14 +170,14 @@ def _check_same_run(made: dict[str, Any], config: TrainConfig, dataset: str, out
         )
 
 
-def _clear(output: Path, *, keep_state: bool) -> None:
+def _clear(location: str, output: Path, *, keep_state: bool) -> None:
     """Remove what an earlier run left; a run that goes on keeps its models and metrics too."""
-    for file in (output / STOP_FILE, output / "training.json"):
-        file.unlink(missing_ok=True)
-    if not keep_state:
-        (output / "metrics.jsonl").unlink(missing_ok=True)
-        for folder in ("hf_format", "state"):
-            shutil.rmtree(output / folder, ignore_errors=True)
+    for name in (SUMMARY, STOP_FILE) if keep_state else (SUMMARY, STOP_FILE, METRICS, "state", "hf_format"):
+        storage.remove(storage.join(location, name))
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
+        else:
+            (output / name).unlink(missing_ok=True)
 
 
 def _launch_config(config: TrainConfig, processes: int) -> "LaunchConfig":

@@ -60,8 +60,8 @@ class LocalJob:
         lines = "\n".join(self._last_lines)
         return JobStatus(phase=Phase.FAILED, since=datetime.now(UTC), reason=f"training ended with {end}\n{lines}")
 
-    def logs(self) -> Iterator[str]:
-        """What the process prints."""
+    def logs(self, stop: threading.Event) -> Iterator[str]:
+        """What the process prints, to its end: a full pipe would stop it."""
         assert self._process is not None
         assert self._process.stdout is not None
         for line in self._process.stdout:

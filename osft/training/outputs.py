@@ -3,6 +3,8 @@
     <ckpt_output_dir>/hf_format/samples_<n>/    models, named as mini-trainer names them
     <ckpt_output_dir>/state/step-<n>/           the newest training state (osft.training.state)
 
+Where ckpt_output_dir is a URI, they are written to a scratch folder and published from there (osft.training.mirror).
+
 A process that receives SIGTERM (a preempted pod, a stopped or killed launcher) or an interrupt finishes its step, and
 the run saves its state and ends. All processes agree on that: each step's wishes are reduced over the ranks.
 """
@@ -10,7 +12,6 @@ the run saves its state and ends. All processes agree on that: each step's wishe
 import signal
 import time
 from dataclasses import asdict
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -19,18 +20,18 @@ from transformers import PreTrainedModel
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
 from osft.training.loop import GO_ON, INTERRUPT, SAVE_STATE, Position
+from osft.training.mirror import STOP_FILE, Mirror
 from osft.training.sharded_model import save_merged
 from osft.training.state import save_state
-
-STOP_FILE = "stop"
-"""The launcher writes it to the output folder when a callback ends training: STOP or INTERRUPT, as a number."""
 
 
 class Outputs:
     """Writes models and training states; `Saving` of `osft.training.loop`."""
 
-    def __init__(self, config: TrainConfig, model: PreTrainedModel, stored: ModelWeights, *, rank: int) -> None:
-        self._folder = Path(config.ckpt_output_dir)
+    def __init__(
+        self, config: TrainConfig, model: PreTrainedModel, stored: ModelWeights, mirror: Mirror, *, rank: int
+    ) -> None:
+        self._folder, self._mirror = mirror.folder, mirror
         self._model, self._stored, self._rank = model, stored, rank
         self._interval = config.save_state_minutes * 60
         self._last_state = time.monotonic()
@@ -58,12 +59,13 @@ class Outputs:
         started = time.perf_counter()
         path = f"hf_format/{name}"
         save_merged(self._model, self._stored, self._folder / path, rank=self._rank)
+        self._mirror.model(path)
         self.seconds += time.perf_counter() - started
         return path
 
     def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
         """Write the training state."""
         started = time.perf_counter()
-        save_state(self._folder, self._model, optimizer, asdict(position), rank=self._rank)
+        save_state(self._mirror, self._model, optimizer, asdict(position))
         self._last_state = time.monotonic()
         self.seconds += time.perf_counter() - started

@@ -5,17 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from osft import storage
+
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
     """A finished training run. Everything in it is also in the output folder, `training.json` and `metrics.jsonl`."""
 
     output_dir: Path
-    """The run's ckpt_output_dir."""
+    """The run's ckpt_output_dir; where that is a URI, the scratch folder of this node."""
     summary: dict[str, Any]
     """Counts, timings, memory, losses, rank layout and settings; the content of `training.json`."""
     reused: bool = False
     """True if the run had already finished and nothing was trained."""
+    uri: str | None = None
+    """ckpt_output_dir where that is a URI: what is in output_dir on node 0 is there, too, and stays."""
 
     @property
     def checkpoint(self) -> Path | None:
@@ -23,8 +27,15 @@ class TrainResult:
         return self.checkpoints[-1] if self.checkpoints else None
 
     @property
+    def checkpoint_uri(self) -> str | None:
+        """`checkpoint` where others find it: its URI if the run has one, else its path."""
+        if self.checkpoint is None:
+            return None
+        return storage.join(self.uri or self.output_dir, self.summary["checkpoints"][-1])
+
+    @property
     def checkpoints(self) -> list[Path]:
-        """All models that the run wrote, in their order."""
+        """All models that the run wrote, in their order. Of a run with a URI, only node 0 has them."""
         return [self.output_dir / folder for folder in self.summary["checkpoints"]]
 
     @property
@@ -94,6 +105,7 @@ class TrainResult:
         lines = [
             f"TrainResult{' (finished before, nothing trained)' if self.reused else ''}",
             f"  checkpoint  {self.checkpoint}",
+            *([f"  published   {self.checkpoint_uri}"] if self.uri else []),
             f"  loss        {loss} nats per token",
             f"  steps       {self.num_steps:,} ({self.num_samples:,} samples, {self.num_tokens:,} tokens, "
             f"{self.num_loss_tokens:,} with loss)",

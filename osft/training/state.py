@@ -5,7 +5,9 @@
 
 A state is written under a temporary name and renamed, then the one before it is removed: a run that dies while it
 writes still has the older one. The number of processes may differ when the run is taken up again. The frozen weights
-are not in it, they come from the model. With several nodes, `ckpt_output_dir` must be shared between them.
+are not in it, they come from the model. With several nodes, `ckpt_output_dir` must be shared between them: a folder
+that all see, or a URI. With a URI every node writes to a folder of its own, and what is in the store counts: there the
+older state is removed after the newer one is complete, too.
 """
 
 import json
@@ -19,8 +21,7 @@ from torch import nn
 
 from osft.atomic import write_json
 from osft.subspace.model import osft_layers
-
-_POSITION = "position.json"
+from osft.training.mirror import POSITION, Mirror
 
 
 def newest_state(output: Path) -> Path | None:
@@ -31,34 +32,36 @@ def newest_state(output: Path) -> Path | None:
 
 def complete(folder: Path) -> bool:
     """Whether `folder` is a training state that was written to its end."""
-    return folder.suffix == "" and (folder / _POSITION).is_file()
+    return folder.suffix == "" and (folder / POSITION).is_file()
 
 
 def read_position(folder: Path) -> dict[str, Any]:
     """What `save_state` was given as `position`."""
-    position: dict[str, Any] = json.loads((folder / _POSITION).read_text(encoding="utf-8"))
+    position: dict[str, Any] = json.loads((folder / POSITION).read_text(encoding="utf-8"))
     return position
 
 
-def save_state(
-    output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, Any], *, rank: int
-) -> None:
-    """Write the state of step `position["step"]`. Call it on every rank."""
-    folder = output / "state" / f"step-{position['step']}"
+def save_state(mirror: Mirror, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
+    """Write the state of step `position["step"]` to the mirror's folder, and publish it. Call it on every rank."""
+    folder = mirror.folder / "state" / f"step-{position['step']}"
     temporary = folder.with_suffix(".incomplete")
-    if rank == 0:
+    mirror.begin_state(folder.name)
+    if mirror.writes_here:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     _barrier()
     dcp.save(_tensors(model, optimizer), checkpoint_id=temporary, no_dist=not torch.distributed.is_initialized())
-    if rank == 0:
-        write_json(temporary / _POSITION, position)
+    if mirror.writes_here:
+        write_json(temporary / POSITION, position)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         for other in folder.parent.iterdir():
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
     _barrier()
+    mirror.publish_shards(folder.name)
+    _barrier()
+    mirror.complete_state(folder.name)
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -23,6 +23,7 @@ from osft.subspace.model import osft_layers
 from osft.training.inputs import wants_validation
 from osft.training.liger import apply_liger
 from osft.training.loop import Position, StepMetrics, num_steps, run
+from osft.training.mirror import METRICS, SUMMARY, Mirror
 from osft.training.outputs import Outputs
 from osft.training.progress import Progress
 from osft.training.sharded_model import load_sharded
@@ -47,7 +48,7 @@ def train_process(work: dict[str, Any]) -> None:
         _check_same_inputs(work)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    output, dataset = Path(config.ckpt_output_dir), Path(work["dataset"])
+    output, dataset = Path(work["output"]), Path(work["dataset"])
     started = time.perf_counter()
 
     samples = load_split(dataset, "train")
@@ -55,7 +56,8 @@ def train_process(work: dict[str, Any]) -> None:
     model, stored = load_sharded(config, work["model"], work["factors"], device=device, mesh=mesh)
     if work["liger"]:
         apply_liger(model)
-    outputs = Outputs(config, model, stored, rank=rank)
+    mirror = Mirror(config.ckpt_output_dir, output, rank=rank)
+    outputs = Outputs(config, model, stored, mirror, rank=rank)
     state = Path(work["state"]) if work["state"] else None
     position = Position(**read_position(state)) if state else Position()
     loaded = time.perf_counter()
@@ -64,9 +66,10 @@ def train_process(work: dict[str, Any]) -> None:
     steps: list[StepMetrics] = []
     if rank == 0:
         print(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}", flush=True)
-    with Progress(
-        num_steps(len(samples), config), output / "metrics.jsonl", done=position.step, enabled=rank == 0
-    ) as progress:
+    with (
+        mirror,
+        Progress(num_steps(len(samples), config), output / METRICS, done=position.step, enabled=rank == 0) as progress,
+    ):
 
         def on_step(metrics: StepMetrics) -> None:
             steps.append(metrics)
@@ -91,7 +94,7 @@ def train_process(work: dict[str, Any]) -> None:
     weights = load_factor_set(work["factors"]).weights
     history = [metrics.to_dict() for metrics in steps]
     if rank == 0:  # the steps before this call, too
-        history = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        history = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
     summary = {
         "config": config.to_dict() | {"dataset": dataset.name},
         "steps": position.step,
@@ -119,12 +122,13 @@ def train_process(work: dict[str, Any]) -> None:
         },
     }
     if rank == 0:
-        write_json(output / "training.json", summary)
+        write_json(output / SUMMARY, summary)
     if os.environ["LOCAL_RANK"] == "0":
         write_json(Path(work["summary_file"]), summary)
     if world_size > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    mirror.finish()
 
 
 def _end_with_the_launcher() -> None:
@@ -143,14 +147,15 @@ def _check_same_inputs(work: dict[str, Any]) -> None:
     """Raise RuntimeError unless all processes have equal data and factors, which nodes without a shared folder made."""
     factors = load_factor_set(work["factors"])
     digests = [tensor_sha256(basis) for name in factors.weights for basis in factors.first_rows(name)]
-    mine = [Path(work["dataset"]).name, Path(work["factors"]).name, digests]
+    mine = [Path(work["dataset"]).name, Path(work["factors"]).name, digests, Path(work["state"] or "").name]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    for what, values in zip(("data", "factor set", "singular vectors"), zip(*everyone, strict=True), strict=True):
+    compared = ("data", "factor set", "singular vectors", "training state to go on from")
+    for what, values in zip(compared, zip(*everyone, strict=True), strict=True):
         if any(value != values[0] for value in values):
             raise RuntimeError(
-                f"the processes have different {what}. Put data_output_dir on a folder that all nodes share, or "
-                "prepare once and pass the result as data_path and factors"
+                f"the processes have different {what}. Put data_output_dir and ckpt_output_dir on a folder that all "
+                "nodes share or give s3:// URIs, or prepare once and pass the result as data_path and factors"
             )
 
 

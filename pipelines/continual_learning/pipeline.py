@@ -134,7 +134,7 @@ def one_round(
         launcher: "local" trains in the pod of the step; "pytorchjob" in pods of a PyTorchJob (Kubeflow's training
             operator), with GPUs, on as many nodes as you like.
         pytorchjob: Settings of the PyTorchJob, such as {"num_workers": 2, "gpus": 8, "memory": "256Gi",
-            "kueue_queue": "research"}; all of them are in docs/pytorchjob.md.
+            "kueue_queue": "research"}; all of them are in docs/reference.md.
         nproc_per_node: With launcher "local": training processes; 0 starts one per GPU.
         seed: Seed of the sample order.
         more_training_settings: Further settings of `osft train` by name, such as {"max_grad_norm": 0.5}.

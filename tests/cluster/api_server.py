@@ -83,6 +83,10 @@ class ApiServer(kmock.KubernetesScaffold):
         """Cut every open log stream and watch; `clean`: end it as a server does whose time for it is over."""
         asyncio.run_coroutine_threadsafe(self.streams.drop(clean), self._loop).result()
 
+    def stall_streams(self) -> None:
+        """Leave every open stream open, with nothing more to come."""
+        self._loop.call_soon_threadsafe(self.streams.stall)
+
     def _run(self) -> None:
         try:
             asyncio.set_event_loop(self._loop)

@@ -268,6 +268,10 @@ class Cluster:
         """Cut every open log stream and watch now; `clean`: end them as a server does whose time for them is over."""
         self.api.drop_streams(clean)
 
+    def stall_streams(self) -> None:
+        """Every log stream and watch open now says nothing more and never ends, as after a lost connection."""
+        self.api.stall_streams()
+
     def recover(self) -> None:
         """End every standing fault."""
         self.faults.recover()

@@ -23,6 +23,8 @@ class Stream:
         self.request = request
         self.response = aiohttp.web.StreamResponse()
         self.ended = False
+        self.stalled = False
+        """Open, and silent for good."""
 
     async def start(self, content_type: str) -> None:
         self.response.content_type = content_type
@@ -58,6 +60,10 @@ class Streams:
         finally:
             self._open.discard(stream)
 
+    def stall(self) -> None:
+        for stream in self._open:
+            stream.stalled = True
+
     async def drop(self, clean: bool) -> None:
         for stream in list(self._open):
             stream.ended = True
@@ -73,6 +79,9 @@ async def write_log(stream: Stream, log: OpenLog) -> aiohttp.web.StreamResponse:
     await stream.start("text/plain")
     with contextlib.suppress(ConnectionError):
         while not stream.ended and not stream.gone:
+            if stream.stalled:
+                await asyncio.sleep(POLL_SECONDS)
+                continue
             content, complete = log.read()
             await stream.write(content)
             if complete:
@@ -105,6 +114,9 @@ async def write_watch(
     with contextlib.suppress(ConnectionError):
         await stream.write(encoded(events))
         while not stream.ended and not stream.gone and (ends is None or time.monotonic() < ends):
+            if stream.stalled:
+                await asyncio.sleep(POLL_SECONDS)
+                continue
             with store.lock:
                 newer = [change for change in store.changes if change.version > since]
                 since = store.version

@@ -1,6 +1,9 @@
 """The contract of the API: versions, selectors, schema, access, watches, logs."""
 
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -146,6 +149,18 @@ def test_a_wrong_token_is_unauthorized(cluster: Cluster, tmp_path: Path) -> None
     with pytest.raises(ApiException) as caught:
         client.core_api.list_namespaced_pod(cluster.namespace)
     assert caught.value.status == 401
+
+
+def test_a_client_in_another_process_finds_the_cluster_by_its_kubeconfig(cluster: Cluster) -> None:
+    cluster.add("pods", {"metadata": {"name": "pod"}, "spec": {"containers": []}})
+    script = (
+        "from kubernetes import client, config; config.load_kube_config(); "
+        "namespace = config.list_kube_config_contexts()[1]['context']['namespace']; "
+        "print([pod.metadata.name for pod in client.CoreV1Api().list_namespaced_pod(namespace).items])"
+    )
+    environment = {**os.environ, "KUBECONFIG": str(cluster.kubeconfig)}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout == "['pod']\n"
 
 
 def test_calls_are_told_in_the_words_of_rbac(

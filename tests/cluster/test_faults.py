@@ -94,6 +94,21 @@ def test_dropped_streams_break_a_followed_log(cluster: Cluster, core: CoreV1Api,
         list(lines)
 
 
+def test_a_stalled_log_outlives_its_container(cluster: Cluster, core: CoreV1Api, create: Create) -> None:
+    create(pytorch_job("job", "echo line; sleep 0.5; echo more"))
+    cluster.wait_for("job", "Running")
+    lines = iter(
+        core.read_namespaced_pod_log(
+            "job-master-0", cluster.namespace, follow=True, _preload_content=False, _request_timeout=(1, 1.5)
+        )
+    )
+    assert next(lines) == b"line\n"
+    cluster.stall_streams()
+    with pytest.raises(urllib3.exceptions.ReadTimeoutError):
+        next(lines)
+    assert cluster.wait_for("job", "Succeeded")
+
+
 def test_dropped_streams_can_end_a_watch_cleanly(cluster: Cluster, core: CoreV1Api) -> None:
     ended = threading.Event()
 

@@ -3,12 +3,39 @@
 import json
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from osft.training import launch, worker
+from osft.cli import app
+from osft.training import launch, local_job, worker
+from osft.training.job import JobStatus, Phase
+
+
+class InProcessJob:
+    """`osft.training.local_job.LocalJob` in this process: over when it is submitted."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._arguments = arguments
+
+    def describe(self) -> str:
+        return " ".join(self._arguments)
+
+    def submit(self) -> None:
+        app(self._arguments, standalone_mode=False)
+
+    def status(self) -> JobStatus:
+        return JobStatus(phase=Phase.SUCCEEDED, since=datetime.now(UTC))
+
+    def logs(self, stop: threading.Event) -> Iterator[str]:
+        return iter(())
+
+    def cancel(self) -> None:
+        pass
 
 
 def run_in_process(monkeypatch) -> None:
@@ -32,4 +59,5 @@ def run_in_process(monkeypatch) -> None:
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(launch, "_run_processes", run_processes)
+    monkeypatch.setattr(local_job, "LocalJob", InProcessJob)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

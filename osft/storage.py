@@ -1,0 +1,429 @@
+"""Places that things are read from and written to: paths, and the URIs of an object store.
+
+A plain path is used in place; every function here then does nothing or the obvious. A URI (`s3://bucket/prefix`, or
+another protocol that fsspec knows) has a local mirror: a path below the scratch folder (OSFT_SCRATCH, or a folder in
+the user's temporary directory) that is determined by the endpoint and the URI. Code reads and writes the mirror, and
+says when something is fetched and published. The mirror may be lost at any time.
+
+The credentials and the endpoint of S3 come from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_ENDPOINT_URL, AWS_REGION; on a cluster from a secret); a URI that holds credentials is refused.
+
+What lies below a storage root or an output folder, whichever it is, path or URI (`osft.steps` has the folders):
+
+    thing                          written by                          complete when it has (its marker)
+    examples/<name>                prepare_data                        config.json; a file: when it is there
+    models/<name>                  prepare_data                        config.json
+    data/<hash>/                   prepare_data, osft()                dataset.json
+    factors/weights/<key>          precompute_svd, osft()              a file: when it is there
+    factors/sets/<key>.json        precompute_svd, osft()              when it is there; its weights came before
+    <run>/config.json              node 0, at the start                when it is there
+    <run>/hf_format/samples_<n>/   rank 0                              config.json
+    <run>/state/step-<n>/          every rank its own files            position.json, by rank 0 after all the others
+    <run>/metrics.jsonl            rank 0, every 10 s and at a save    growing; replaced as a whole
+    <run>/stop                     whoever follows the run             when it is there; removed by the next start
+    <run>/training.json            rank 0                              when it is there: then the run is complete
+
+A folder's marker is uploaded after everything else in it, and nothing without its marker is read as complete. A folder
+that is complete is not written again. Requests are repeated when the store answers with an error of its own (5xx,
+"slow down"), breaks off or does not answer; what still fails then is raised, and says what to do.
+"""
+
+import errno
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from osft.atomic import atomic_path
+
+_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_ENVIRONMENT = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION"),
+)
+_EXTRAS = {"s3": "osft[s3]", "s3a": "osft[s3]"}
+MARKERS = ("training.json", "position.json", "dataset.json", "config.json")
+"""What makes a folder complete is removed before the rest of it."""
+_ATTEMPTS = 6
+"""At a request, with waits of about 1, 2, 4, … seconds in between."""
+_PARALLEL = 8
+"""Files that are transferred at once."""
+
+
+class StorageRefused(PermissionError, ValueError):
+    """The store takes no requests with these credentials: a setting that cannot work, as any other ValueError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file in the store."""
+
+    size: int
+    etag: str
+    """What changes when its content does."""
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether `location` is a URI and not a path. Raises ValueError if it holds credentials."""
+    found = _PROTOCOL.match(str(location))
+    if found is None:
+        return False
+    if "@" in found[2].split("/", 1)[0]:
+        raise ValueError(
+            f"a {found[1]}:// address must not hold credentials. Take them out of the address, and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    return True
+
+
+def join(location: str | Path, *parts: str) -> str:
+    """The place `parts` below `location`."""
+    if is_remote(location):
+        return "/".join([str(location).rstrip("/"), *parts])
+    return str(Path(location, *parts))
+
+
+def local(location: str | Path) -> Path:
+    """Where `location` is read and written on this machine: itself, or its mirror. Nothing is transferred."""
+    if not is_remote(location):
+        return Path(location)
+    protocol, rest = _split(location)
+    parts = [part for part in rest.split("/") if part]
+    if not parts or ".." in parts:
+        raise ValueError(f"{location} names no place in an object store. Give {protocol}://bucket/prefix, without '..'")
+    return _scratch() / f"{protocol}-{hashlib.sha256(_endpoint().encode()).hexdigest()[:8]}" / Path(*parts)
+
+
+def files(location: str | Path) -> dict[str, Entry]:
+    """The files below a URI by their relative paths; a file itself is "". Empty if there is nothing.
+
+    Raises FileNotFoundError if the bucket does not exist, StorageRefused without valid credentials, ConnectionError
+    if the store does not answer, and ValueError if the package that knows the protocol is not installed.
+    """
+    with _explained(location) as store:
+        path = store._strip_protocol(str(location))
+        found = (store.glob if glob.has_magic(path) else store.find)(path, detail=True)
+        base = _glob_base(path) if glob.has_magic(path) else path
+        return {
+            name[len(base) :].lstrip("/"): _entry(entry) for name, entry in found.items() if entry["type"] == "file"
+        }
+
+
+def fetch(
+    location: str | Path,
+    *,
+    marker: str | None = None,
+    to: Path | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Path:
+    """The file or folder at `location` (or what a glob names), on this machine. What is there and equal is not copied.
+
+    `wanted` chooses files of a folder by their relative paths; `to` is the place that they go to, below the scratch
+    folder, instead of the mirror.
+
+    Raises FileNotFoundError if a URI names nothing, or a folder without its `marker`, and as `files`. A path is
+    returned as it is.
+    """
+    if not is_remote(location):
+        return Path(location)
+    found = find(location, marker=marker, to=to, wanted=wanted)
+    if found is None:
+        lacking = f" is not complete there (no {marker}), or" if marker else ""
+        raise FileNotFoundError(f"{location}{lacking} does not exist. Correct the address, or upload it")
+    return found
+
+
+def find(
+    location: str | Path,
+    *,
+    marker: str | None = None,
+    to: Path | None = None,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Path | None:
+    """As `fetch`, but None for what is not there, or not complete. A path is looked at, too."""
+    if not is_remote(location):
+        path = Path(location)
+        return path if (path / marker if marker else path).exists() else None
+    entries = files(location)
+    if not entries or (marker is not None and marker not in entries):
+        return None
+    path = base = to or local(location)
+    pattern = "**/*"
+    if glob.has_magic(str(location)):
+        base = local(_glob_base(str(location)))
+        pattern = path.relative_to(base).as_posix()
+    # What the store no longer has is not to be read; what was made here and not published yet stays.
+    for file in list(base.glob(pattern)):
+        if file.is_file() and file.relative_to(base).as_posix() not in entries and _record(file).is_file():
+            file.unlink()
+    missing = {name: entry for name, entry in entries.items() if wanted(name) and not _in_sync(base / name, entry)}
+    _check_room(location, sum(entry.size for entry in missing.values()))
+    last = {name: missing.pop(name) for name in [marker] if name in missing}
+    for part in (missing, last):
+        _transfer(location, base, {name: entry.size for name, entry in part.items()}, _download)
+    return path
+
+
+def fetch_files(location: str | Path, names: Iterable[str]) -> None:
+    """Fetch some of the files below a URI, those of them that are there and differ from what is here."""
+    if is_remote(location):
+        folder, entries = local(location), files(location)
+        differing = {name: entries[name] for name in names if name in entries}
+        sizes = {name: entry.size for name, entry in differing.items() if not _in_sync(folder / name, entry)}
+        _check_room(location, sum(sizes.values()))
+        _transfer(location, folder, sizes, _download)
+
+
+def publish(location: str | Path, *, marker: str | None = None, source: Path | None = None) -> None:
+    """Upload the mirror of a URI, a file or a folder, or `source` instead. Nothing for a path.
+
+    With a `marker`, that file goes last, and a folder that has it already is complete and left alone. Raises as
+    `files`.
+    """
+    if not is_remote(location):
+        return
+    path = source or local(location)
+    if path.is_file():
+        _transfer(location, path, {"": path.stat().st_size}, _upload)
+        return
+    if marker is not None and not (path / marker).is_file():
+        raise FileNotFoundError(f"{path} is not complete: it has no {marker}")
+    present = files(location)
+    if marker is not None and marker in present:
+        return
+    names = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file()]
+    sizes = {
+        name: (path / name).stat().st_size
+        for name in names
+        if not (name in present and _in_sync(path / name, present[name]))
+    }
+    last = {marker: sizes.pop(marker)} if marker is not None and marker in sizes else {}
+    for part in (sizes, last):
+        _transfer(location, path, part, _upload)
+
+
+def remove(location: str | Path) -> None:
+    """Remove a file or folder of the store if it is there; the mirror stays. Nothing for a path."""
+    if is_remote(location):
+        with _explained(location) as store:
+            path = store._strip_protocol(str(location))
+            found = store.find(path)
+            markers = [name for name in found if name.rsplit("/", 1)[-1] in MARKERS]
+            for part in (markers, [name for name in found if name not in markers]):
+                if part:
+                    store.rm(part)
+
+
+def read(location: str | Path) -> bytes | None:
+    """The bytes of a file, in a path or the store; None if it is not there."""
+    try:
+        if not is_remote(location):
+            return Path(location).read_bytes()
+        with _explained(location) as store:
+            content: bytes = store.cat_file(store._strip_protocol(str(location)))
+            return content
+    except FileNotFoundError:
+        return None
+
+
+def write(location: str | Path, content: bytes) -> None:
+    """Make a small file, whole or not at all."""
+    if is_remote(location):
+        with _explained(location) as store:
+            store.pipe_file(store._strip_protocol(str(location)), content)
+        return
+    with atomic_path(Path(location)) as temporary:
+        temporary.write_bytes(content)
+
+
+def _split(location: str | Path) -> tuple[str, str]:
+    found = _PROTOCOL.match(str(location))
+    assert found is not None, f"{location} is no URI"
+    return found[1].lower(), found[2]
+
+
+def _scratch() -> Path:
+    given = os.environ.get("OSFT_SCRATCH")
+    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"osft-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder.absolute()
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+def _filesystem(protocol: str) -> Any:
+    return _connected(protocol, os.getpid(), tuple(os.environ.get(name) for name in _ENVIRONMENT))
+
+
+@lru_cache(maxsize=8)
+def _connected(protocol: str, process: int, environment: tuple[str | None, ...]) -> Any:
+    """fsspec's client, which takes its settings from the environment when it is made."""
+    import fsspec
+
+    options: dict[str, Any] = {}
+    if protocol in _EXTRAS:
+        retries = {"mode": "standard", "max_attempts": _ATTEMPTS}
+        options = {
+            "config_kwargs": {"retries": retries, "connect_timeout": 10, "read_timeout": 60},
+            # Parts of a file in memory at once, each of 50 MiB, times _PARALLEL files.
+            "max_concurrency": 2,
+        }
+    try:
+        return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **options)
+    except ImportError as error:
+        install = f"pip install '{_EXTRAS[protocol]}'" if protocol in _EXTRAS else str(error)
+        raise ValueError(f"addresses with {protocol}:// need another package. Install it: {install}") from None
+    except ValueError as error:
+        raise ValueError(f"{protocol}:// is no known kind of address ({error}). Give a path or s3://…") from None
+
+
+@contextmanager
+def _explained(location: str | Path) -> Iterator[Any]:
+    """The client for `location`; its errors name the location, the reason and the remedy."""
+    protocol, rest = _split(location)
+    store = _filesystem(protocol)
+    try:
+        yield store
+    except FileNotFoundError as error:
+        if "bucket does not exist" not in str(error):
+            raise
+        bucket = rest.split("/", 1)[0]
+        raise FileNotFoundError(
+            f"{location}: there is no bucket {bucket!r}{_at_endpoint()}. Create it, or correct the address"
+        ) from None
+    except PermissionError as error:
+        if error.filename is not None:  # of this machine's disk
+            raise
+        raise StorageRefused(
+            f"{location}: the object store{_at_endpoint()} refuses access ({error}). Check AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, and that they may read and write there"
+        ) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_room(location) from None
+        raise
+    except Exception as error:
+        if not type(error).__module__.startswith(("botocore", "aiohttp")):
+            raise
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            raise StorageRefused(
+                f"{location}: there are no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (on a cluster "
+                "from a secret)"
+            ) from None
+        raise ConnectionError(
+            f"{location}: the object store{_at_endpoint()} does not answer ({type(error).__name__}). Check "
+            "AWS_ENDPOINT_URL and the network"
+        ) from None
+
+
+def _at_endpoint() -> str:
+    """Where requests go, without what may be secret in the address."""
+    parts = urlsplit(_endpoint())
+    return f" at {parts.hostname}{f':{parts.port}' if parts.port else ''}" if parts.hostname else ""
+
+
+def _no_room(location: str | Path) -> OSError:
+    return OSError(
+        errno.ENOSPC, f"no space left in {_scratch()} for {location}. Set OSFT_SCRATCH to a folder on a larger disk"
+    )
+
+
+def _check_room(location: str | Path, size: int) -> None:
+    if size > shutil.disk_usage(_scratch()).free:
+        raise _no_room(location)
+
+
+def _entry(info: Mapping[str, Any]) -> Entry:
+    etag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
+    return Entry(int(info["size"]), str(etag))
+
+
+def _record(file: Path) -> Path:
+    """Where it is written down what a local file was when it was equal to the store's."""
+    return _scratch() / ".equal" / file.absolute().relative_to(_scratch())
+
+
+def _in_sync(file: Path, entry: Entry) -> bool:
+    """Whether a file is what was fetched or published, and that is what the store has."""
+    if not (file.is_file() and file.is_relative_to(_scratch()) and _record(file).is_file()):
+        return False
+    recorded: Any = json.loads(_record(file).read_text(encoding="utf-8"))
+    return bool(recorded == asdict(entry) | {"mtime_ns": file.stat().st_mtime_ns} and file.stat().st_size == entry.size)
+
+
+def _remember(file: Path, entry: Entry) -> None:
+    if file.is_relative_to(_scratch()):
+        with atomic_path(_record(file)) as temporary:
+            temporary.write_text(json.dumps(asdict(entry) | {"mtime_ns": file.stat().st_mtime_ns}), encoding="utf-8")
+
+
+def _download(store: Any, path: str, file: Path, bar: Any) -> None:
+    entry = _entry(store.info(path))
+    with atomic_path(file) as temporary:
+        store.get_file(path, str(temporary), callback=bar)
+        if temporary.stat().st_size != entry.size:
+            raise OSError(f"{path} arrived with {temporary.stat().st_size} of {entry.size} bytes. Try again")
+    _remember(file, entry)
+
+
+def _upload(store: Any, path: str, file: Path, bar: Any) -> None:
+    store.put_file(str(file), path, callback=bar)
+    _remember(file, _entry(store.info(path)))
+
+
+def _transfer(location: str | Path, folder: Path, sizes: Mapping[str, int], move: Callable[..., None]) -> None:
+    """Move the files `sizes` (name -> bytes), several at once. The first error stops what has not begun."""
+    if not sizes:
+        return
+    from fsspec.callbacks import Callback
+
+    total = sum(sizes.values())
+    name = str(location).rstrip("/").rsplit("/", 1)[-1]
+    with tqdm(
+        total=total or None,
+        desc=f"{'fetch' if move is _download else 'publish'} {name}",
+        unit="B",
+        unit_scale=True,
+        mininterval=5.0,
+        delay=5.0,  # seconds; a short transfer needs no line
+    ) as bar:
+
+        class Advance(Callback):
+            def relative_update(self, inc: int = 1) -> None:
+                bar.update(inc)
+
+        def one(name: str) -> None:
+            base = _glob_base(str(location)) if glob.has_magic(str(location)) else str(location)
+            address = join(base, name) if name else base
+            with _explained(address) as store:
+                move(store, store._strip_protocol(address), folder / name if name else folder, Advance())
+
+        with ThreadPoolExecutor(min(_PARALLEL, len(sizes)), thread_name_prefix="osft-transfer") as pool:
+            try:
+                for done in [pool.submit(one, name) for name in sizes]:
+                    done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _glob_base(location: str) -> str:
+    """The folder that holds all that a glob can name."""
+    magic = re.search(r"[*?[]", location)
+    assert magic is not None, f"{location} is no glob"
+    return location[: location.rindex("/", 0, magic.start())]

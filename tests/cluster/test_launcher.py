@@ -1,0 +1,354 @@
+"""The launcher's life of a job on the stand-in cluster, with pods that are small shell scripts.
+
+Each test ends with what is left there: which jobs, and which processes.
+"""
+
+import contextlib
+import io
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from osft.kubernetes.api import ClusterApi
+from osft.kubernetes.launcher import PyTorchJobLauncher
+from osft.kubernetes.manifest import JobIdentity, Storage, build_manifest
+from osft.kubernetes.settings import PyTorchJobSettings
+from osft.training.job import JobStatus, JobUnreachable, Limits, Phase, run_job
+from tests.cluster.cluster import Cluster
+
+pytestmark = pytest.mark.cluster
+
+NAME = "osft-run-1a2b3c4d"
+POLL = 0.1
+
+
+class Launched:
+    """One attempt at a job, and what it printed."""
+
+    def __init__(self, cluster: Cluster, folder: Path, script: str, settings: dict[str, Any], patience: float) -> None:
+        api = ClusterApi(cluster.namespace, patience_seconds=patience)
+        self.settings = PyTorchJobSettings.from_parameters({"gpus": 0, "num_workers": 2} | settings)
+        self.manifest = build_manifest(
+            JobIdentity(name=NAME, namespace=cluster.namespace),
+            self.settings,
+            image="registry.example/osft:1",
+            command=["sh", "-c", script],
+            storage=Storage(claim="osft-storage"),
+        )
+        self.launcher = PyTorchJobLauncher(api, self.manifest, poll_seconds=POLL)
+        self.output = folder / "output"
+        self.printed = io.StringIO()
+
+    def run(self, limits: Limits | None = None) -> str:
+        """Follow the job to its end; what was printed."""
+        with contextlib.redirect_stdout(self.printed):
+            run_job(self.launcher, limits=limits or self.settings.limits, output=self.output, poll_seconds=POLL)
+        return self.printed.getvalue()
+
+    def status(self, condition: Callable[[JobStatus], Any]) -> JobStatus:
+        """The first status that is so."""
+        deadline = time.monotonic() + 10
+        while not condition(status := self.launcher.status()):
+            assert time.monotonic() < deadline, status
+            time.sleep(POLL)
+        return status
+
+
+@pytest.fixture
+def launch(cluster: Cluster, tmp_path: Path, monkeypatch) -> Callable[..., Launched]:
+    monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+
+    def make(script: str = "exit 0", patience: float = 30.0, **settings: Any) -> Launched:
+        return Launched(cluster, tmp_path, script, settings, patience)
+
+    return make
+
+
+def uids(cluster: Cluster) -> list[str]:
+    return [job["metadata"]["uid"] for job in cluster.jobs()]
+
+
+def assert_only_job(cluster: Cluster, condition: str) -> None:
+    (job,) = cluster.jobs()
+    assert [c["type"] for c in job["status"]["conditions"] if c["status"] == "True"] == ["Created", condition]
+    cluster.wait_until(lambda: not cluster.processes())
+
+
+def assert_nothing_left(cluster: Cluster) -> None:
+    assert cluster.jobs() == []
+    assert cluster.pods() == []
+    assert not cluster.processes()
+
+
+def test_log_of_rank_0_is_printed_once_and_in_order(cluster, launch):
+    printed = launch("for i in 1 2 3 4 5 6; do echo $RANK-$i; sleep 0.1; done").run()
+    assert [line for line in printed.splitlines() if line[0].isdigit()] == [f"0-{i}" for i in range(1, 7)]
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_log_goes_on_where_its_stream_broke(cluster, launch):
+    running = launch("for i in 1 2 3 4 5 6 7 8 9; do echo line-$i; sleep 0.2; done")
+    cut = threading.Timer(0.9, cluster.drop_streams)
+    cut.start()
+    printed = running.run()
+    cut.join()
+    assert [line for line in printed.splitlines() if line.startswith("line-")] == [f"line-{i}" for i in range(1, 10)]
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_second_attempt_finds_the_running_job(cluster, launch):
+    first, second = launch("sleep 1; echo done"), launch("sleep 1; echo done")
+    first.launcher.submit()
+    before = uids(cluster)
+    assert f"found PyTorchJob {cluster.namespace}/{NAME}" in second.run()
+    assert uids(cluster) == before
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_finished_job_is_not_run_again(cluster, launch):
+    launch().run()
+    before = uids(cluster)
+    launch().run()
+    assert uids(cluster) == before
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_job_with_another_spec_is_refused_with_the_difference_and_left_alone(cluster, launch):
+    launch("sleep 60", memory="32Gi").launcher.submit()
+    cluster.wait_until(cluster.processes)
+    before = uids(cluster)
+    with pytest.raises(ValueError, match=r"memory: '32Gi' there, '64Gi' now"):
+        launch("sleep 60", memory="64Gi").run()
+    assert uids(cluster) == before
+    assert cluster.processes()
+
+
+def test_creation_whose_answer_got_lost_makes_one_job(cluster, launch):
+    cluster.cut(verb="create", resource="pytorchjobs", served=True)
+    launch().run()
+    assert [call.verb for call in cluster.calls if call.resource == "pytorchjobs"].count("create") == 2
+    assert_only_job(cluster, "Succeeded")
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_transient_error_of_any_call_is_repeated(cluster, launch, status):
+    for verb, resource in (("create", "pytorchjobs"), ("get", "pytorchjobs"), ("list", "pods"), ("get", "pods/log")):
+        cluster.refuse(status, verb=verb, resource=resource, times=2)
+    printed = launch("sleep 0.5; echo done").run()
+    assert printed.count("trying again in") >= 6
+    assert "done" in printed
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_server_that_asks_for_a_pause_gets_it(cluster, launch):
+    cluster.refuse(429, verb="create", resource="pytorchjobs", times=1, headers={"Retry-After": "2"})
+    started = time.monotonic()
+    launch().run()
+    assert time.monotonic() - started > 2
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_api_that_stays_away_leaves_the_job_alone(cluster, launch):
+    running = launch("sleep 60", patience=1.0)
+    running.launcher.submit()
+    cluster.wait_until(cluster.processes)
+    cluster.refuse(503, times=None)
+    with pytest.raises(JobUnreachable, match="did not answer for 1 s"):
+        running.run()
+    cluster.recover()
+    assert len(cluster.jobs()) == 1
+    assert cluster.processes()
+
+
+def test_operator_that_is_away_for_a_while_changes_nothing(cluster, launch):
+    running = launch("sleep 1; echo done")
+    cluster.restart_operator(1.0)
+    printed = running.run()
+    assert "the training operator has not taken the job up" in printed
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_failed_pod_gives_rank_code_and_last_lines(cluster, launch):
+    script = "if [ $RANK = 1 ]; then echo before; echo the reason of it; exit 3; fi; sleep 60"
+    running = launch(script)
+    with pytest.raises(RuntimeError) as error:
+        running.run()
+    assert f"node 1 (pod {NAME}-worker-0) ended with exit code 3 (Error)" in str(error.value)
+    assert str(error.value).endswith("before\nthe reason of it")
+    assert_only_job(cluster, "Failed")
+
+
+def test_first_failure_is_told_from_its_consequences(cluster, launch):
+    """The Master only lost its peer (141), and that is seen before the Worker's own error."""
+    script = "if [ $RANK = 0 ]; then sleep 0.7; exit 141; fi; sleep 1; echo the reason of it; exit 1"
+    with pytest.raises(RuntimeError, match="node 1 .* exit code 1 .*\n(.*\n)*.*the reason of it"):
+        launch(script).run()
+    assert_only_job(cluster, "Failed")
+
+
+def test_last_lines_come_from_the_status_if_the_log_cannot_be_read(cluster, launch):
+    cluster.refuse(400, verb="get", resource="pods/log", times=None)
+    with pytest.raises(RuntimeError, match="the reason of it"):
+        launch("echo the reason of it; exit 1").run()
+    assert_only_job(cluster, "Failed")
+
+
+def test_program_error_is_not_repeated_by_a_retry_until_the_job_is_deleted(cluster, launch):
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        launch("exit 1").run()
+    before = uids(cluster)
+    with pytest.raises(RuntimeError, match=f"kubectl delete pytorchjob {NAME}"):
+        launch("exit 1").run()
+    assert uids(cluster) == before
+    cluster.delete("pytorchjobs", NAME)
+    cluster.wait_until(lambda: not cluster.jobs())
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        launch("exit 1").run()
+    assert uids(cluster) != before
+    assert_only_job(cluster, "Failed")
+
+
+def test_killed_pod_is_made_anew(cluster, launch, tmp_path):
+    script = f"if mkdir {tmp_path}/was-here-$RANK; then kill -9 $$; fi; echo second time"
+    printed = launch(script).run()
+    assert "ended with exit code 137" in printed
+    assert "second time" in printed
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_evicted_pod_is_made_anew(cluster, launch, tmp_path):
+    running = launch(f"if mkdir {tmp_path}/was-here-$RANK; then sleep 60; fi; echo second time", num_workers=1)
+    running.launcher.submit()
+    cluster.wait_until(cluster.processes)
+    cluster.evict_pod(f"{NAME}-master-0")
+    assert "second time" in running.run()
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_pods_that_die_for_ever_end_the_job(cluster, launch):
+    with pytest.raises(RuntimeError, match=r"started anew 3 times, more than max_restarts=2.*exit code 137"):
+        launch("sleep 0.3; kill -9 $$", max_restarts=2).run()
+    assert_nothing_left(cluster)
+
+
+def test_job_without_a_training_step_ends_at_the_heartbeat_limit(cluster, launch):
+    with pytest.raises(RuntimeError, match="no training step for heartbeat_minutes"):
+        launch("sleep 60", heartbeat_minutes=0.02).run()
+    assert_nothing_left(cluster)
+
+
+def test_training_steps_keep_the_job_alive(cluster, launch):
+    line = (
+        '{"step": %d, "epoch": 0.5, "loss": 1.0, "learning_rate": 0.1, "validation_loss": null, "checkpoints": [], '
+        '"timestamp": 0}\\n'
+    )
+    running = launch("sleep 4", heartbeat_minutes=0.03)  # 1.8 s
+
+    def steps() -> None:
+        for step in range(1, 8):
+            with (running.output / "metrics.jsonl").open("a") as file:
+                file.write((line % step).encode().decode("unicode_escape"))
+            time.sleep(0.5)
+
+    running.output.mkdir()
+    writer = threading.Thread(target=steps)
+    writer.start()
+    running.run()
+    writer.join()
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_job_that_runs_too_long_ends_at_its_limit(cluster, launch):
+    with pytest.raises(RuntimeError, match="ran longer than max_running_minutes"):
+        launch("sleep 60", max_running_minutes=0.02).run()
+    assert_nothing_left(cluster)
+
+
+def test_queueing_does_not_count_as_running(cluster, launch):
+    running = launch("exit 0", kueue_queue="research", max_running_minutes=0.03, heartbeat_minutes=0.03)
+    threading.Timer(3.0, lambda: cluster.admit(NAME)).start()
+    assert "waits for Kueue to admit it to the queue research" in running.run()
+    assert_only_job(cluster, "Succeeded")
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda cluster: cluster.never_schedule(), "Unschedulable: .*3 Insufficient nvidia.com/gpu"),
+        (lambda cluster: cluster.image_pull_error(), "ImagePullBackOff"),
+        (lambda cluster: cluster.missing_claim("osft-storage"), 'persistentvolumeclaim "osft-storage" not found'),
+        (lambda cluster: cluster.exceed_quota(), "exceeded quota"),
+    ],
+    ids=["unschedulable", "image", "claim", "quota"],
+)
+def test_waiting_job_says_for_what(cluster, launch, fault, reason):
+    fault(cluster)
+    running = launch("sleep 60", max_queued_minutes=0.03)
+    with pytest.raises(RuntimeError, match=f"did not start within max_queued_minutes.*{reason}"):
+        running.run()
+    assert_nothing_left(cluster)
+
+
+def test_missing_secret_is_named(cluster, launch):
+    running = launch(env={"HF_TOKEN": {"secret": "no-such-secret", "key": "k"}})
+    running.launcher.submit()
+    status = running.status(lambda status: "no-such-secret" in status.reason)
+    assert status.phase is Phase.QUEUED
+    assert "CreateContainerConfigError" in status.reason
+    running.launcher.cancel()
+    assert_nothing_left(cluster)
+
+
+def test_job_that_somebody_deletes_fails_the_step(cluster, launch):
+    threading.Timer(1.0, lambda: cluster.delete("pytorchjobs", NAME)).start()
+    with pytest.raises(RuntimeError, match="somebody has deleted it"):
+        launch("exec sleep 60").run()
+    cluster.wait_until(lambda: not cluster.pods())
+    assert_nothing_left(cluster)
+
+
+def test_attempt_waits_for_the_end_of_a_job_that_is_being_deleted(cluster, launch):
+    first = launch("trap 'sleep 1; exit 0' TERM; while true; do sleep 0.1; done")
+    first.launcher.submit()
+    cluster.wait_until(cluster.processes)
+    before = uids(cluster)
+    cluster.delete("pytorchjobs", NAME, propagation="Foreground")
+    second = launch("trap 'sleep 1; exit 0' TERM; while true; do sleep 0.1; done")
+    second.launcher.submit()
+    assert len(uids(cluster)) == 1
+    assert uids(cluster) != before
+    second.launcher.cancel()
+    assert_nothing_left(cluster)
+
+
+def test_cancelling_waits_until_the_processes_are_gone(cluster, launch):
+    running = launch("trap 'sleep 1; exit 143' TERM; while true; do sleep 0.1; done")
+    running.launcher.submit()
+    cluster.wait_until(lambda: len(cluster.processes()) >= 2)
+    running.launcher.cancel()
+    assert_nothing_left(cluster)
+
+
+def test_cancelling_does_not_touch_another_specs_job(cluster, launch):
+    launch("sleep 60", memory="1Gi").launcher.submit()
+    launch("sleep 60", memory="2Gi").launcher.cancel()
+    assert len(cluster.jobs()) == 1
+
+
+def test_missing_right_is_named(cluster, launch):
+    cluster.api.role = {"rules": [{"apiGroups": ["kubeflow.org"], "resources": ["pytorchjobs"], "verbs": ["get"]}]}
+    with pytest.raises(PermissionError, match="may not create PyTorchJobs in namespace kubeflow-user"):
+        launch().run()
+    assert cluster.jobs() == []
+
+
+def test_manifest_that_the_server_refuses_is_told_with_its_words(cluster, launch):
+    running = launch()
+    running.manifest["spec"]["runPolicy"]["cleanPodPolicies"] = "All"
+    with pytest.raises(ValueError, match=r"refused the PyTorchJob \(422\).*cleanPodPolicies"):
+        running.run()
+    assert cluster.jobs() == []
