@@ -21,6 +21,7 @@ DATA    ?=
 STORAGE ?= runs
 SET     ?=
 IMAGE   ?=
+TRAINING_IMAGE ?=
 
 .PHONY: help setup run test test-slow lint format compile check-compiled bench ui images sbom test-images check-manifests clean
 
@@ -62,8 +63,8 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-compile: setup ## Compile the pipeline to YAML and write the generated documents: IMAGE=registry/osft@sha256:… sets the image of its steps
-	$(if $(IMAGE),OSFT_IMAGE='$(IMAGE)') $(BIN)/python -m pipelines.continual_learning.pipeline
+compile: setup ## Compile the pipeline to YAML and write the generated documents: IMAGE=registry/…@sha256:… TRAINING_IMAGE=… set its images
+	$(if $(IMAGE),OSFT_IMAGE='$(IMAGE)') $(if $(TRAINING_IMAGE),OSFT_TRAINING_IMAGE='$(TRAINING_IMAGE)') $(BIN)/python -m pipelines.continual_learning.pipeline
 	$(BIN)/python -m components.readme
 	$(BIN)/python -m docs.generate
 
