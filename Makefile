@@ -81,8 +81,10 @@ images: ## Build the images with Docker, Podman or Buildah: TAG=… TRAINING_TAG
 
 sbom: ## Write what the images hold to dist/, as CycloneDX: TAG=… TRAINING_TAG=… as in `make images`
 	@mkdir -p dist
-	@images/run_inside steps images/sbom.py '$(or $(TAG),osft)' > dist/steps.cdx.json
-	@images/run_inside training images/sbom.py '$(or $(TRAINING_TAG),osft-training)' > dist/training.cdx.json
+	@for image in steps training; do \
+	    images/run_inside $$image images/sbom.py osft-$$image > dist/$$image.part; \
+	    mv dist/$$image.part dist/$$image.cdx.json; \
+	done
 	@ls -l dist/*.cdx.json
 
 test-images: setup ## Build both images for CPUs and test them (as root; tests/images/run)

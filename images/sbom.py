@@ -1,6 +1,6 @@
 """The software bill of materials of the image that this runs in, as CycloneDX 1.5 JSON on standard output.
 
-    images/run_inside steps images/sbom.py localhost/osft-steps:0.1.0 > sbom.json
+    images/run_inside steps images/sbom.py NAME > sbom.json
 
 It lists the interpreter, the installed Python distributions and the Debian packages, by their own metadata. What a
 wheel carries inside (shared libraries, vendored modules) is a part of that wheel and not listed. It needs nothing but
