@@ -21,8 +21,9 @@ DATA    ?=
 STORAGE ?= runs
 SET     ?=
 IMAGE   ?=
+TRAINING_IMAGE ?=
 
-.PHONY: help setup run test test-slow test-cluster lint format compile check-compiled bench ui image clean
+.PHONY: help setup run test test-slow test-cluster test-images lint format compile check-compiled check-manifests bench ui images sbom clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -65,8 +66,8 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-compile: setup ## Compile the pipeline to YAML and write the generated documents: IMAGE=registry/osft@sha256:… sets the image of its steps
-	$(if $(IMAGE),OSFT_IMAGE='$(IMAGE)') $(BIN)/python -m pipelines.continual_learning.pipeline
+compile: setup ## Compile the pipeline to YAML and write the generated documents: IMAGE=registry/…@sha256:… TRAINING_IMAGE=… set its images
+	$(if $(IMAGE),OSFT_IMAGE='$(IMAGE)') $(if $(TRAINING_IMAGE),OSFT_TRAINING_IMAGE='$(TRAINING_IMAGE)') $(BIN)/python -m pipelines.continual_learning.pipeline
 	$(BIN)/python -m components.readme
 	$(BIN)/python -m docs.generate
 
@@ -78,8 +79,23 @@ check-compiled: setup
 bench: setup ## Measure one training step of ours, of full fine-tuning and of PEFT's OSF (under five minutes)
 	$(BIN)/python -m benchmarks.step
 
-image: ## Build the image of the steps with Docker, Podman or Buildah: TAG=… BASE=… BUILDER=… (images/README.md)
+images: ## Build the images with Docker, Podman or Buildah: TAG=… TRAINING_TAG=… BASE=… (images/README.md lists the settings)
 	@images/build
+
+sbom: ## Write what the images hold to dist/, as CycloneDX: TAG=… TRAINING_TAG=… as in `make images`
+	@mkdir -p dist
+	@for image in steps training; do \
+	    images/run_inside $$image images/sbom.py osft-$$image > dist/$$image.part; \
+	    mv dist/$$image.part dist/$$image.cdx.json; \
+	done
+	@ls -l dist/*.cdx.json
+
+test-images: setup ## Build both images for CPUs and test them (as root; tests/images/run)
+	@PYTHON=$(BIN)/python tests/images/run
+
+check-manifests: setup ## Render the manifests with kubectl and check them against their schemas
+	@command -v kubectl >/dev/null || { echo "check-manifests needs kubectl: the package kubernetes-client of Debian, or kubectl" >&2; exit 1; }
+	$(BIN)/python -m pytest -m manifests tests/manifests
 
 clean: ## Remove the environment and the caches, keep what runs made
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
