@@ -76,7 +76,8 @@ class PyTorchJobLauncher:
                 print(f"train: created PyTorchJob {self._api.namespace}/{self._name}", flush=True)
                 return
             if "deletionTimestamp" in found["metadata"]:
-                time.sleep(self._poll)
+                print(f"train: waiting until the PyTorchJob {self._name} is gone, which is being deleted", flush=True)
+                self._wait_until_gone(found["metadata"]["uid"])
                 continue
             self._check_same(found)
             if _condition(found, "Failed") is None or self._program_error():
@@ -84,7 +85,7 @@ class PyTorchJobLauncher:
                 return
             print("train: the job of an earlier attempt has failed; it is made anew and goes on from there", flush=True)
             self._delete(found["metadata"]["uid"])
-            self._ends.clear()
+            self._pods_seen.clear()
 
     def status(self) -> JobStatus:
         """How the job is, from its conditions and its pods."""
@@ -145,12 +146,15 @@ class PyTorchJobLauncher:
     def _program_error(self) -> bool:
         """Whether the job that is there failed by an error that it would meet again."""
         self._remember(self._api.pods(self._name))
-        end = root_failure(self._ends.values())
+        end = self._root_failure()
         return end is not None and end.exit_code is not None and end.exit_code < FIRST_RETRYABLE
 
     def _delete(self, uid: str) -> None:
-        """Returns when neither the job nor a pod of it is there."""
         self._api.delete_job(self._name, uid)
+        self._wait_until_gone(uid)
+
+    def _wait_until_gone(self, uid: str) -> None:
+        """Returns when neither the job nor a pod of it is there."""
         while True:
             job = self._api.get_job(self._name)
             if (job is None or job["metadata"]["uid"] != uid) and not self._api.pods(self._name):
@@ -186,9 +190,14 @@ class PyTorchJobLauncher:
             self._ends[uid] = end
             print(f"train: {end}", flush=True)
 
+    def _root_failure(self) -> PodEnd | None:
+        """Of the pods that are there last: how earlier ones ended is history."""
+        last = [uids[-1] for uids in self._pods_seen.values()]
+        return root_failure(self._ends[uid] for uid in last if uid in self._ends)
+
     def _failure(self, condition: dict[str, Any]) -> str:
         """The reason of the rank that failed first, with its last lines."""
-        end = root_failure(self._ends.values())
+        end = self._root_failure()
         if end is None:
             return str(condition.get("message", "the PyTorchJob failed"))
         lines = self._api.log(end.pod, tail_lines=_LAST_LINES) or end.message.splitlines()[-_LAST_LINES:]

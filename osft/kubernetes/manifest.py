@@ -8,7 +8,8 @@ restartPolicy ExitCode          A training process that was killed, evicted or h
 backoffLimit                    As max_restarts. The operator counts container restarts only, which this policy does not
                                 make; that the pods are not made anew for ever is the launcher's doing.
 cleanPodPolicy Running          Pods that still run when the job ends are ended; those that have ended keep their logs.
-ttlSecondsAfterFinished         A day, so that a retried step finds the job and people find the logs.
+ttlSecondsAfterFinished         A day, so that a retried step finds the job and people find the logs. (Operator v1.9
+                                notes no completion time for a job that an exit code failed, and keeps it for longer.)
 activeDeadlineSeconds           None: it would count the time in the queue.
 terminationGracePeriodSeconds   Long enough to save the training state.
 terminationMessagePolicy        FallbackToLogsOnError: the last lines of a failed pod are in its status, even if its log

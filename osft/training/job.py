@@ -16,7 +16,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -110,7 +110,7 @@ def run_job(
     `output` is a path or URI. Raises JobFailed if it fails, RuntimeError if a limit ends it, ValueError if it cannot be
     started, JobUnreachable, and SystemExit(143) on SIGTERM. But for JobUnreachable, it does not run any more then.
     """
-    with _sigterm_raises():
+    with _sigterm_raises() as ignore_sigterm:
         try:
             launcher.submit()
             heartbeat = _Heartbeat()
@@ -120,7 +120,7 @@ def run_job(
             raise
         except BaseException as error:
             if not isinstance(error, JobFailed):
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told once is enough: what follows must not be cut off
+                ignore_sigterm()  # told once is enough: what follows must not be cut off
                 print(f"train: {type(error).__name__}, the job is cancelled", flush=True)
                 _cancel(launcher)
             raise
@@ -232,17 +232,20 @@ def _printed(launcher: Launcher) -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit(143) in the main thread. Elsewhere than there, signals stay as they are."""
+def _sigterm_raises() -> Iterator[Callable[[], None]]:
+    """Let SIGTERM raise SystemExit(143), until the function is called that is given. Only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         raise SystemExit(INTERRUPTED)
 
+    def ignore() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     before = signal.signal(signal.SIGTERM, on_signal)
     try:
-        yield
+        yield ignore
     finally:
         signal.signal(signal.SIGTERM, before)

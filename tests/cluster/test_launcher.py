@@ -190,6 +190,14 @@ def test_first_failure_is_told_from_its_consequences(cluster, launch):
     assert_only_job(cluster, "Failed")
 
 
+def test_end_of_an_earlier_pod_is_not_the_reason_of_the_failure(cluster, launch, tmp_path):
+    """The Worker is killed once; made anew, it fails by itself."""
+    script = f"if mkdir {tmp_path}/was-here-$RANK; then kill -9 $$; fi; echo the reason of it; exit 7"
+    with pytest.raises(RuntimeError, match=r"^node \d \(pod .*\) ended with exit code 7 .*\n(.*\n)*the reason of it"):
+        launch(script).run()
+    assert_only_job(cluster, "Failed")
+
+
 def test_last_lines_come_from_the_status_if_the_log_cannot_be_read(cluster, launch):
     cluster.refuse(400, verb="get", resource="pods/log", times=None)
     with pytest.raises(RuntimeError, match="the reason of it"):
@@ -213,7 +221,7 @@ def test_program_error_is_not_repeated_by_a_retry_until_the_job_is_deleted(clust
 
 
 def test_killed_pod_is_made_anew(cluster, launch, tmp_path):
-    script = f"if mkdir {tmp_path}/was-here-$RANK; then kill -9 $$; fi; echo second time"
+    script = f"if mkdir {tmp_path}/was-here-$RANK; then sleep 1; kill -9 $$; fi; echo second time"
     printed = launch(script).run()
     assert "ended with exit code 137" in printed
     assert "second time" in printed
@@ -231,7 +239,7 @@ def test_evicted_pod_is_made_anew(cluster, launch, tmp_path):
 
 def test_pods_that_die_for_ever_end_the_job(cluster, launch):
     with pytest.raises(RuntimeError, match=r"started anew 3 times, more than max_restarts=2.*exit code 137"):
-        launch("sleep 0.3; kill -9 $$", max_restarts=2).run()
+        launch("sleep 1; kill -9 $$", max_restarts=2).run()
     assert_nothing_left(cluster)
 
 

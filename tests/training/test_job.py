@@ -125,6 +125,22 @@ def test_signals_are_afterwards_as_they_were(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_job_can_be_followed_from_another_thread_than_the_main_one(tmp_path):
+    job, raised = Scripted(status(Phase.RUNNING, 11)), []
+
+    def run() -> None:
+        try:
+            follow(job, tmp_path, running_minutes=10)
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert "max_running_minutes" in raised[0]
+    assert job.cancelled
+
+
 def test_local_process_that_refuses_its_settings_fails_with_its_last_lines(tmp_path):
     with pytest.raises(JobFailed, match=r"exit code 2\n(.*\n)*.*unknown parameter 'nun_epochs'"):
         run_job(LocalJob(["train", "--set", "nun_epochs=3"]), limits=Limits(), output=tmp_path, poll_seconds=0.1)
