@@ -180,7 +180,19 @@ class Kubelet:
         values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), values.get("PYTHONPATH", "")]))
         values |= self._image_environment
         values["HOSTNAME"] = pod["metadata"]["name"]
-        return self._resolved(values | container_environment(spec, pod, self._store), pod)
+        values = self._resolved(values | container_environment(spec, pod, self._store), pod)
+        return {name: self._empty_dirs(pod, spec).get(value, value) for name, value in values.items()}
+
+    def _empty_dirs(self, pod: Object, spec: dict[str, Any]) -> dict[str, str]:
+        """Volumes are not mounted: a variable that names the path of an emptyDir gets the pod's own folder instead."""
+        volumes = {volume["name"] for volume in pod["spec"].get("volumes") or [] if "emptyDir" in volume}
+        found = {}
+        for mount in spec.get("volumeMounts") or []:
+            if mount["name"] in volumes:
+                folder = self._folder / pod["metadata"]["uid"] / mount["name"]
+                folder.mkdir(parents=True, exist_ok=True)
+                found[mount["mountPath"]] = str(folder)
+        return found
 
     def _resolved(self, values: dict[str, str], pod: Object) -> dict[str, str]:
         """The names of services do not resolve here: 127.0.0.1 and a free port, one for each job, take their place."""

@@ -21,6 +21,8 @@ from osft.training import TrainResult
 from tests.cluster.cluster import Cluster
 from tests.cluster.training_step import ROLE, STEP_POD, WORKFLOW, TrainingStep, step_environment
 from tests.conftest import arithmetic, byte_tokenizer, write_jsonl
+from tests.object_store import SECRET as STORE_SECRET
+from tests.object_store import ObjectStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -245,6 +247,35 @@ def test_secret_is_in_the_pods_environment_and_in_nothing_that_was_written(undis
     assert any(file.name == "manifest" for file in files)
     assert any(file.name == "mlflow.db" for file in files)
     assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
+
+
+def test_pods_without_a_shared_volume_train_the_same_from_an_object_store(
+    training, cluster, reference, object_store, bucket, prepared
+):
+    """Each pod has an empty folder of its own; the master is killed, and its scratch folder is lost with it."""
+    parameters = {"storage_root": f"{bucket}/osft"}
+    for name in ("model_path", "data_path", "factors_path"):
+        path = Path(prepared[name])
+        parameters[name] = f"{bucket}/osft/{path.relative_to(prepared['storage_root'])}"
+        object_store.files.put(str(path), parameters[name], recursive=True)
+    cluster.add_secret("osft-s3", object_store.environment)
+    tracking = f"sqlite:///{prepared['storage_root']}/mlflow/mlflow.db"
+    step = training.start(**parameters, mlflow_tracking_uri=tracking)
+    output = f"{bucket}/osft/rounds/{training.id}/train"
+    cluster.wait_until(lambda: _has_state(object_store, output), seconds=120)
+    (master,) = [pod["metadata"]["name"] for pod in cluster.pods() if pod["metadata"]["name"].endswith("master-0")]
+    cluster.kill_pod(master, signal.SIGKILL)
+    assert step.wait() == 0, step.log
+    assert "goes on from" in step.log
+    history = object_store.files.cat(f"{output}/metrics.jsonl").splitlines()
+    assert [json.loads(line)["loss"] for line in history] == pytest.approx(reference, abs=1e-5)
+    assert json.loads(step.outputs.read_text())["parameterValues"]["Output"].startswith(f"{output}/hf_format/samples_")
+    assert training.conditions() == ["Created", "Succeeded"]
+    assert STORE_SECRET not in step.manifest.read_text() + step.log
+
+
+def _has_state(object_store: ObjectStore, output: str) -> bool:
+    return any(name.startswith("state/") and name.endswith("position.json") for name in object_store.names(output))
 
 
 def test_killed_master_is_made_anew_and_the_losses_are_the_same(training, cluster, reference):
