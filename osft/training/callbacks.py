@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 from osft import storage
-from osft.training.loop import INTERRUPT, STOP
 from osft.training.mirror import INTERVAL_SECONDS, METRICS, STOP_FILE
+from osft.training.wishes import INTERRUPT, STOP
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from osft.data.packing import MicroBatch, collate, plan_micro_batches
 from osft.exit_codes import INTERRUPTED
 from osft.likelihood import token_nll
 from osft.subspace.model import refresh
+from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE, STOP
 
 
 class Samples(Protocol):
@@ -92,10 +93,6 @@ class Position:
     best_checkpoint: str | None = None
     scheduler: dict[str, Any] | None = None
     learning_rate: float | None = None
-
-
-GO_ON, SAVE_STATE, INTERRUPT, STOP = range(4)
-"""What a process may wish after a step: the largest of all ranks' wishes is done."""
 
 
 class Saving(Protocol):

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
-from osft.training.loop import GO_ON, INTERRUPT, SAVE_STATE, Position
+from osft.training.loop import Position
 from osft.training.mirror import STOP_FILE, Mirror
 from osft.training.sharded_model import save_merged
 from osft.training.state import save_state
+from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE
 
 
 class Outputs:

@@ -331,6 +331,7 @@ def test_killed_step_finds_its_job_again(training, cluster, reference):
 
 def test_errors_of_the_api_and_broken_streams_are_survived(training, cluster, reference):
     cluster.refuse(500, verb="create", resource="pytorchjobs", times=2)
+    cluster.cut(verb="create", resource="pytorchjobs", served=True)  # so that the next attempt gets a 409
     cluster.refuse(429, verb="get", resource="pytorchjobs", times=2, headers={"Retry-After": "1"})
     step = training.start()
     training.wait_for_steps(2)
@@ -341,8 +342,18 @@ def test_errors_of_the_api_and_broken_streams_are_survived(training, cluster, re
     assert training.losses() == pytest.approx(reference, abs=1e-5)
     assert training.conditions() == ["Created", "Succeeded"]
     assert step.log.count("trying again in") >= 5
+    assert "found PyTorchJob" in step.log
     shown = [line for line in step.log.splitlines() if line.startswith("step ")]
     assert len(shown) == len(set(shown)), "a line was printed twice"
+
+
+def test_step_without_the_right_fails_with_its_name_and_leaves_its_manifest(training, cluster):
+    cluster.api.role = {"rules": []}
+    step = training.start()
+    assert step.wait() != 0
+    assert "the service account may not get PyTorchJobs in namespace kubeflow-user (403)" in step.log
+    assert yaml.safe_load(step.manifest.read_text())["kind"] == "PyTorchJob"
+    assert cluster.jobs() == []
 
 
 def test_job_that_is_not_scheduled_is_reported_and_ends_at_its_limit(training, cluster):
