@@ -4,7 +4,7 @@
     python -m pipelines.run_local --model ./my-model --data chats.jsonl --set num_epochs=3
 
 It executes `pipelines/continual_learning/continual_learning.yaml` itself with kfp.local: every step is a process
-of its own, with the code that a pod would run.
+of its own, with the code that a pod would run. Only a step that fails is not tried again.
 """
 
 import json
@@ -143,12 +143,22 @@ def run(arguments: dict[str, Any], storage: Path) -> Path:
     rounds = storage / "rounds"
     before = set(rounds.iterdir()) if rounds.is_dir() else set()
     try:
-        components.load_component_from_file(str(YAML))(**arguments)
+        components.load_component_from_text(without_retries(YAML.read_text(encoding="utf-8")))(**arguments)
     except RuntimeError as error:
         console.print(f"[red]error:[/red] {error}. The step's own message is above.", highlight=False)
         raise typer.Exit(1) from None
     (folder,) = set(rounds.iterdir()) - before
     return folder
+
+
+def without_retries(pipeline: str) -> str:
+    """The compiled pipeline with no step tried again after a failure: on a cluster pods die, here it is an answer."""
+    documents = list(yaml.safe_load_all(pipeline))
+    spec = documents[0]
+    for dag in [spec["root"]["dag"], *(part["dag"] for part in spec["components"].values() if "dag" in part)]:
+        for task in dag["tasks"].values():
+            task.pop("retryPolicy", None)
+    return yaml.safe_dump_all(documents, sort_keys=False)
 
 
 def show(round_folder: Path) -> None:

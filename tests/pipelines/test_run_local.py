@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from osft.tracking import runs
 from osft.training import TrainResult
-from pipelines.run_local import app
+from pipelines.run_local import YAML, app, without_retries
 from tests.conftest import arithmetic, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +159,17 @@ def test_bad_data_is_refused_before_a_step_starts(name, tmp_path, model_folder):
 def test_bad_setting_is_refused_before_a_step_starts(setting, tmp_path, model_folder, chats):
     given = ("--model", str(model_folder), "--data", str(chats), "--set", setting)
     assert_refused(BAD_SETTINGS[setting], tmp_path / "storage", *given)
+
+
+def test_only_the_retries_are_left_out_of_what_the_cluster_would_run():
+    def stripped(value):
+        if isinstance(value, dict):
+            return {key: stripped(part) for key, part in value.items() if key != "retryPolicy"}
+        return [stripped(part) for part in value] if isinstance(value, list) else value
+
+    here = list(yaml.safe_load_all(without_retries(YAML.read_text())))
+    assert "retryPolicy" not in str(here)
+    assert here == stripped(list(yaml.safe_load_all(YAML.read_text())))
 
 
 def test_refusal_is_the_commands_last_word(tmp_path, model_folder, chats):
