@@ -128,7 +128,7 @@ BAD_SETTINGS = {
     "unfreeze_rank_ratio=1.5": "unfreeze_rank_ratio must be between 0.0 and 1.0, got 1.5",
     "unfreeze_rank_ratio=a": "unfreeze_rank_ratio must be a number, got 'a'",
     "unfreeze_rank_ratio=0.001": "leaves nothing to train in a weight of shape",
-    "learning_rat=1": "expected NAME=VALUE with a NAME out of",
+    "learning_rat=1": "unknown parameter 'learning_rat'. Did you mean 'learning_rate'?",
     "effective_batch_size=2.5": "effective_batch_size must be an integer, got '2.5'",
     'target_patterns=["qkv"]': "'qkv' matches no linear layer",
     "max_anchor_increase=-1": "max_anchor_increase must be at least 0",
