@@ -234,7 +234,9 @@ def _list(
 ) -> None:
     """Show all recurring runs of the server, also those that were made by other means."""
     with _errors():
-        table = Table("schedule", "state", "trigger", "version", "at a time", "catch up", box=None)
+        table = Table(box=None)
+        for column in ("schedule", "state", "trigger", "version", "at a time", "catch up"):
+            table.add_column(column, overflow="fold")
         for one in list_schedules(_client(host, namespace, token_file, cookie_file)):
             version, catch_up = one.pipeline_version_id or LATEST, "no" if one.no_catchup else "yes"
             table.add_row(one.name, _state(one), one.trigger, version, str(one.max_concurrency), catch_up)

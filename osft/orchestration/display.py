@@ -63,8 +63,9 @@ def steps_table(run: RunStatus) -> Group:
 
 def runs_table(runs: list[RunStatus]) -> Table:
     """One line for each run."""
-    table = Table("run", "name", "state", "started", box=None)
-    table.add_column("time", justify="right")
+    table = Table(box=None)
+    for column in ("run", "name", "state", "started", "time"):  # an id that is cut is of no use
+        table.add_column(column, no_wrap=column != "name", justify="right" if column == "time" else "left")
     for run in runs:
         started = f"{run.started:%Y-%m-%d %H:%M}" if run.started else ""
         table.add_row(run.run_id, run.name, _state(run.state), started, duration(run.seconds()))
