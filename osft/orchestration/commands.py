@@ -236,9 +236,9 @@ def _list(
     with _errors():
         table = Table(box=None)
         for column in ("schedule", "state", "trigger", "version", "at a time", "catch up"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, no_wrap=column in ("schedule", "trigger"))
         for one in list_schedules(_client(host, namespace, token_file, cookie_file)):
-            version, catch_up = one.pipeline_version_id or LATEST, "no" if one.no_catchup else "yes"
+            version, catch_up = (one.pipeline_version_id or LATEST)[:8], "no" if one.no_catchup else "yes"
             table.add_row(one.name, _state(one), one.trigger, version, str(one.max_concurrency), catch_up)
         output.print(table)
 

@@ -70,9 +70,16 @@ def connect(
     if not token and not token_file and Path(mounted).is_file():
         token_file = mounted
     credentials = ServiceAccountTokenVolumeCredentials(str(token_file)) if token_file else None
+
+    class Client(kfp.Client):
+        """Says at once what is wrong, where kfp's own asks five times in 20 s and logs each traceback."""
+
+        def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
+            return self.healthzs.healthz_service_get_healthz()
+
     with warnings.catch_warnings(), api_errors():
         warnings.simplefilter("ignore", FutureWarning)  # which servers kfp's client needs, at each start
-        return kfp.Client(
+        return Client(
             host=host,
             namespace=namespace or "kubeflow",
             existing_token=token,

@@ -92,6 +92,13 @@ def test_refused_and_failed_requests_are_told_apart_without_the_token(server, to
     assert SECRET not in str(caught.value)
 
 
+def test_refusal_at_the_first_request_is_told_at_once(server):
+    server.fail = lambda method, path: 401
+    with pytest.raises(PermissionError, match="Check the token"):
+        connect(server.address)
+    assert len(server.requests) == 1
+
+
 def test_server_that_is_not_there(server):
     with pytest.raises(ConnectionError, match="does not answer"):
         newest_runs(connect("http://127.0.0.1:9", namespace="team"))

@@ -137,6 +137,19 @@ def test_crash_in_a_replacement_leaves_at_most_one_enabled_and_the_next_call_rep
     assert server.most_enabled["weekly"] == 1
 
 
+@pytest.mark.parametrize("existing", [False, True], ids=["first", "replacement"])
+def test_lost_answer_leaves_no_duplicate(server, client, pipeline, existing):
+    if existing:
+        create(client, pipeline)
+    server.lose_answer = lambda method, path: (method, path) == ("POST", "/recurringruns")
+    with pytest.raises(ConnectionError, match="504"):
+        create(client, pipeline, trigger=HOURLY)
+    server.lose_answer = lambda method, path: False
+    assert create(client, pipeline, trigger=HOURLY).outcome == ("repaired" if existing else "unchanged")
+    assert by_name(server) == [("ENABLED", INTERVAL)]
+    assert server.most_enabled["weekly"] == 1
+
+
 @pytest.mark.parametrize("dies_after", [1, 99])
 def test_replacing_a_paused_schedule_starts_nothing(server, client, pipeline, dies_after):
     create(client, pipeline)

@@ -49,6 +49,8 @@ class KfpServer:
         self.headers: list[Message] = []
         self.fail: Callable[[str, str], int | None] = lambda method, path: None
         """Asked before each request; a status that it returns is the answer."""
+        self.lose_answer: Callable[[str, str], bool] = lambda method, path: False
+        """Asked after each request; if true, what it did is done, and the answer is an error."""
         self.progress: dict[str, list[dict[str, Any]]] = {}
         """Run id -> what each GET of the run changes of it, one after the other."""
         self.most_enabled: Counter[str] = Counter()
@@ -90,7 +92,7 @@ class KfpServer:
             return refused.status, {"message": str(refused)}
         enabled = Counter(one["display_name"] for one in self.recurring_runs.values() if one["status"] == "ENABLED")
         self.most_enabled |= enabled
-        return 200, value
+        return (504, {"message": "the answer is lost"}) if self.lose_answer(method, path) else (200, value)
 
     def get(self, path: str, query: dict[str, str], _: Any) -> Any:
         if path == "/healthz":
