@@ -1,7 +1,7 @@
 """`osft submit`, `osft status`, `osft cancel` and `osft schedule …`: the functions of `orchestration` in a terminal.
 
-Exit codes: 0 what was asked for is done; 1 the run failed, or the server did; 2 something given cannot be used, and
-nothing was sent; 130 interrupted.
+Exit codes: 0 what was asked for is done; 1 the run failed, or the server did; 2 something given cannot be used, which
+is found before anything is sent, or by the server; 130 interrupted.
 """
 
 import json
