@@ -109,10 +109,14 @@ def _result() -> str:
     return f"`TrainResult`: {inspect.getdoc(TrainResult)}\n\n" + _table(("field", "type", "meaning"), rows)
 
 
-def _commands() -> list[str]:
-    group: Any = typer.main.get_command(app)
+def _commands(group: Any = None, prefix: str = "") -> list[str]:
+    group = group or typer.main.get_command(app)
     pieces = []
-    for name, command in group.commands.items():
+    for last, command in group.commands.items():
+        name = prefix + last
+        if hasattr(command, "commands"):
+            pieces += _commands(command, f"{name} ")
+            continue
         context = command.make_context(name, [], resilient_parsing=True)
         usage = " ".join([f"osft {name}", *command.collect_usage_pieces(context)])
         rows = []

@@ -1,4 +1,4 @@
-"""The command `osft`: train, decompose, evaluate.
+"""The command `osft`: train, decompose, evaluate; those for pipeline runs are in `orchestration.commands`.
 
 Importing this module loads neither torch nor transformers, so that `--help` answers at once; each command imports
 what it needs.
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +17,8 @@ from typer.core import TyperCommand
 
 from osft import exit_codes
 from osft.config import TrainConfig
+from osft.console import ended, output, refused
+from osft.orchestration.commands import add_commands
 from osft.parameter_help import default_text, grouped_parameters, one_paragraph
 from osft.parameters import Parameter, parameters, refuse_unknown
 
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Continual learning by Orthogonal Subspace Fine-Tuning."
 )
-output = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
 
 
 class _TrainCommand(TyperCommand):
@@ -72,11 +72,10 @@ def train(
 
         result = run(config)
     except (ValueError, FileNotFoundError) as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     except (RuntimeError, ConnectionError) as error:
-        errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
         otherwise = exit_codes.CONNECTION_LOST if isinstance(error, ConnectionError) else exit_codes.FAILED
-        raise typer.Exit(getattr(error, "exit_code", otherwise)) from None
+        raise ended(error, getattr(error, "exit_code", otherwise)) from None
     output.print(Text(repr(result)), soft_wrap=True)
 
 
@@ -106,7 +105,7 @@ def decompose(
         )
         factors = precompute(model_folder(model), store, subspace, trust_remote_code=trust_remote_code)
     except (ValueError, FileNotFoundError) as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     output.print(Text(str(factors.path)), soft_wrap=True)
 
 
@@ -137,7 +136,7 @@ def evaluate(
             model_folder(base), model_folder(checkpoint), sets, num_examples=0, trust_remote_code=trust_remote_code
         )
     except (ValueError, FileNotFoundError) as error:
-        raise _refused(error) from None
+        raise refused(error) from None
     table = Table("data", "role", "loss before", "after", "change", "accuracy before", "after")
     for name, described in found["sets"].items():
         before, after = (found["results"][model][name] for model in ("base", "candidate"))
@@ -197,11 +196,6 @@ def _number(parameter: Parameter, value: Any) -> Any:
     return value
 
 
-def _refused(error: Exception) -> typer.Exit:
-    errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
-    return typer.Exit(exit_codes.REFUSED)
-
-
 def parameter_help() -> Group:
     """Name, type, default and documentation of every parameter of training."""
     shown: list[Any] = []
@@ -238,6 +232,8 @@ def plan_tables(plan: "TrainingPlan") -> Group:
     notes = [Text(note) for note in plan.notes]
     return Group(Text(plan.model_path, style="bold"), facts, memory, Text(plan.verdict(), style="bold"), *notes)
 
+
+add_commands(app)
 
 if __name__ == "__main__":
     app()

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
+
+from osft.orchestration import CompiledPipeline, pipeline_arguments
 
 YAML = Path(__file__).parent / "continual_learning" / "continual_learning.yaml"
 console = Console()
@@ -37,7 +38,7 @@ def main(
 ) -> None:
     """Run one round of continual learning on this machine and print what it learned and forgot."""
     try:
-        arguments = pipeline_arguments(model, data, settings or [], storage)
+        arguments = local_arguments(model, data, settings or [], storage)
         check(arguments)
     except (ValueError, FileNotFoundError) as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
@@ -49,24 +50,13 @@ def main(
     show(round_folder)
 
 
-def parameters() -> dict[str, dict[str, Any]]:
-    """The compiled pipeline's parameters: name -> type, default and description."""
-    (spec, *_) = yaml.safe_load_all(YAML.read_text(encoding="utf-8"))
-    inputs: dict[str, dict[str, Any]] = spec["root"]["inputDefinitions"]["parameters"]
-    return inputs
-
-
-def pipeline_arguments(model: str, data: str, settings: list[str], storage: Path) -> dict[str, Any]:
+def local_arguments(model: str, data: str, settings: list[str], storage: Path) -> dict[str, Any]:
     """All pipeline parameters: the defaults of the YAML, then what was given. Raises ValueError for a bad one."""
-    known = parameters()
+    known = CompiledPipeline.read(YAML).parameters
     arguments = {name: described["defaultValue"] for name, described in known.items()}
     arguments["storage_root"] = str(storage.absolute())
     given = [f"base_model={model}"] * bool(model) + [f"data_uri={data}"] * bool(data) + settings
-    for setting in given:
-        name, separator, text = setting.partition("=")
-        if not separator or name not in known:
-            raise ValueError(f"--set {setting}: expected NAME=VALUE with a NAME out of {', '.join(sorted(known))}")
-        arguments[name] = _parse(name, text, known[name]["parameterType"])
+    arguments |= pipeline_arguments(known, settings=given)
     for name, described in known.items():
         if described["parameterType"] == "NUMBER_INTEGER":
             arguments[name] = int(arguments[name])  # the YAML has 16.0
@@ -74,29 +64,6 @@ def pipeline_arguments(model: str, data: str, settings: list[str], storage: Path
         if Path(arguments[name]).exists():  # the steps run in another folder
             arguments[name] = str(Path(arguments[name]).absolute())
     return arguments
-
-
-def _parse(name: str, text: str, kind: str) -> Any:
-    """The value of a parameter of a KFP type. Raises ValueError that names it."""
-    try:
-        if kind == "STRING":
-            return text
-        value = json.loads(text.lower() if kind == "BOOLEAN" else text)
-        fits: dict[str, Any] = {
-            "NUMBER_INTEGER": int,
-            "NUMBER_DOUBLE": (int, float),
-            "BOOLEAN": bool,
-            "LIST": list,
-            "STRUCT": dict,
-        }
-        if isinstance(value, fits[kind]) and (kind == "BOOLEAN" or not isinstance(value, bool)):
-            return value
-    except json.JSONDecodeError:
-        pass
-    wanted = {"NUMBER_INTEGER": "an integer", "NUMBER_DOUBLE": "a number", "LIST": "a JSON list"}.get(
-        kind, kind.lower()
-    )
-    raise ValueError(f"{name} must be {wanted}, got {text!r}")
 
 
 def check(arguments: dict[str, Any]) -> None:

@@ -136,10 +136,10 @@ def test_client_uploads_and_runs_the_yaml():
     with KfpServer() as server:
         client = kfp.Client(host=server.address)
         uploaded = client.upload_pipeline(str(YAML), pipeline_name="continual learning")
-        kept = server.pipelines[uploaded.pipeline_id]
-        assert kept["display_name"] == "continual learning"
-        assert kept["spec"]["pipeline_spec"] == next(yaml.safe_load_all(YAML.read_text()))
-        assert kept["spec"]["platform_spec"] is not None
+        assert server.pipelines[uploaded.pipeline_id]["display_name"] == "continual learning"
+        (version,) = server.versions.values()
+        assert version["pipeline_spec"]["pipeline_spec"] == next(yaml.safe_load_all(YAML.read_text()))
+        assert version["pipeline_spec"]["platform_spec"] is not None
 
         run = client.create_run_from_pipeline_package(
             str(YAML), arguments={"base_model": "org/model", "num_epochs": 2}, experiment_name="rounds"

@@ -1,0 +1,94 @@
+"""The values of a compiled pipeline's parameters: from a YAML file and NAME=VALUE, checked before anything is sent."""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from osft.parameters import refuse_unknown
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "STRING": (str,),
+    "NUMBER_INTEGER": (int,),
+    "NUMBER_DOUBLE": (int, float),
+    "BOOLEAN": (bool,),
+    "LIST": (list,),
+    "STRUCT": (dict,),
+}
+_WANTED = {
+    "STRING": "a text",
+    "NUMBER_INTEGER": "an integer",
+    "NUMBER_DOUBLE": "a number",
+    "BOOLEAN": "true or false",
+    "LIST": "a list (JSON)",
+    "STRUCT": "a mapping (JSON)",
+}
+
+
+def pipeline_arguments(
+    known: Mapping[str, Mapping[str, Any]], file: Path | None = None, settings: list[str] | None = None
+) -> dict[str, Any]:
+    """What is given of a pipeline's parameters: those of the YAML `file`, and over them `settings`, NAME=VALUE.
+
+    `known` describes the parameters as the compiled YAML does: name -> {"parameterType": …, …}. Defaults are left to
+    the pipeline.
+
+    Raises FileNotFoundError if there is no such file; ValueError for text that is not YAML, an unknown name and a
+    value of another type.
+    """
+    given = _read(file) if file else {}
+    refuse_unknown(given, known)
+    arguments = {name: _checked(name, value, known[name]["parameterType"]) for name, value in given.items()}
+    for setting in settings or []:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise ValueError(f"--set {setting}: expected NAME=VALUE")
+        refuse_unknown([name], known)
+        arguments[name] = _parsed(name, text, known[name]["parameterType"])
+    return arguments
+
+
+def refuse_missing(known: Mapping[str, Mapping[str, Any]], arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError for parameters that have no default and are not given."""
+    missing = [
+        name
+        for name, described in known.items()
+        if name not in arguments and "defaultValue" not in described and not described.get("isOptional")
+    ]
+    if missing:
+        raise ValueError(f"the pipeline needs a value for {', '.join(missing)}: give it with --set or in the file")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no parameter file {file}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold parameters, NAME: VALUE, each on a line")
+    return {str(name): value for name, value in content.items()}
+
+
+def _parsed(name: str, text: str, kind: str) -> Any:
+    """The value of a text, as JSON unless the parameter is a string."""
+    if kind == "STRING":
+        return text
+    try:
+        value = json.loads(text.lower() if kind == "BOOLEAN" else text)
+    except json.JSONDecodeError:
+        value = text
+    return _checked(name, value, kind)
+
+
+def _checked(name: str, value: Any, kind: str) -> Any:
+    if kind == "NUMBER_DOUBLE" and isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)  # PyYAML reads 1e-5 as a string, as YAML 1.1 wants
+    if kind in _TYPES and (not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "BOOLEAN")):
+        raise ValueError(f"{name} must be {_WANTED[kind]}, got {value!r}")
+    return value
