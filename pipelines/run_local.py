@@ -74,7 +74,6 @@ def check(arguments: dict[str, Any]) -> None:
     from osft.data.records import check_names, read_records
     from osft.evaluation.gate import GateRules
     from osft.examples import SCHEME
-    from osft.kubernetes.settings import PyTorchJobSettings
     from osft.models import empty_model
     from osft.parameters import parameters
     from osft.subspace import select_targets, unfrozen_rank
@@ -84,9 +83,6 @@ def check(arguments: dict[str, Any]) -> None:
     settings |= {name: arguments[name] or None for name in ("target_patterns", "nproc_per_node")}
     settings |= {"model_path": model, "data_path": arguments["data_uri"], "ckpt_output_dir": arguments["storage_root"]}
     training = TrainConfig.from_parameters(settings | arguments["more_training_settings"])
-    if arguments["launcher"] not in ("local", "pytorchjob"):
-        raise ValueError(f"launcher must be 'local' or 'pytorchjob', got {arguments['launcher']!r}")
-    PyTorchJobSettings.from_parameters(arguments["pytorchjob"])
     GateRules(
         min_task_improvement=arguments["min_task_improvement"], max_anchor_increase=arguments["max_anchor_increase"]
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from osft.kubernetes.settings import PyTorchJobSettings
 from osft.parameters import refuse_unknown
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -36,8 +37,8 @@ def pipeline_arguments(
     `known` describes the parameters as the compiled YAML does: name -> {"parameterType": …, …}. Defaults are left to
     the pipeline.
 
-    Raises FileNotFoundError if there is no such file; ValueError for text that is not YAML, an unknown name and a
-    value of another type.
+    Raises FileNotFoundError if there is no such file; ValueError for text that is not YAML, an unknown name, a value of
+    another type, and settings that no PyTorchJob can have, which would be noticed only when the round comes to train.
     """
     given = _read(file) if file else {}
     refuse_unknown(given, known)
@@ -48,7 +49,18 @@ def pipeline_arguments(
             raise ValueError(f"--set {setting}: expected NAME=VALUE")
         refuse_unknown([name], known)
         arguments[name] = _parsed(name, text, known[name]["parameterType"])
+    _check_training_job(arguments)
     return arguments
+
+
+def _check_training_job(arguments: Mapping[str, Any]) -> None:
+    launcher = arguments.get("launcher", "local")
+    if launcher not in ("local", "pytorchjob"):
+        raise ValueError(f"launcher must be 'local' or 'pytorchjob', got {launcher!r}")
+    try:
+        PyTorchJobSettings.from_parameters(arguments.get("pytorchjob", {}))
+    except ValueError as error:
+        raise ValueError(f"pytorchjob: {str(error).removeprefix('pytorchjob ')}") from None
 
 
 def refuse_missing(known: Mapping[str, Mapping[str, Any]], arguments: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Parameters and triggers: what is understood, and what is refused with the reason."""
 
+import re
+
 import pytest
 
 from osft.orchestration import CompiledPipeline, parse_trigger, pipeline_arguments
@@ -43,6 +45,21 @@ def test_settings_go_over_the_file(known, tmp_path):
 def test_bad_setting_is_refused(known, setting, problem):
     with pytest.raises(ValueError, match=problem):
         pipeline_arguments(known, settings=[setting])
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("launcher=slurm", "launcher must be 'local' or 'pytorchjob', got 'slurm'"),
+        ('pytorchjob={"gpu": 8}', "pytorchjob: unknown parameter 'gpu'. Did you mean 'gpus'?"),
+        ('pytorchjob={"env": {"HF_TOKEN": "hf_x"}}', "must refer to a secret or a config map"),
+    ],
+)
+def test_training_job_that_cannot_be_is_refused_before_the_run_is_sent(setting, problem):
+    known = CompiledPipeline.read().parameters
+    with pytest.raises(ValueError, match=re.escape(problem)) as error:
+        pipeline_arguments(known, None, [setting])
+    assert "hf_x" not in str(error.value)
 
 
 @pytest.mark.parametrize(
