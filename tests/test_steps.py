@@ -85,6 +85,7 @@ def measure_and_promote(where: tuple[str, str, str], learned: dict) -> tuple[dic
     return evaluation, version
 
 
+@pytest.mark.slow
 def test_pipeline_runs_on_an_object_store_and_reuses_what_is_there(
     bucket, object_store, model_folder, chats, tmp_path, monkeypatch, capsys
 ):

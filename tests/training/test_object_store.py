@@ -130,6 +130,7 @@ def test_nothing_is_prepared_or_trained_twice_with_an_empty_scratch_folder(remot
         train(dataclasses.replace(remote, seed=1))
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_from_the_store_with_an_empty_scratch_folder(
     config, remote, bucket, object_store, tmp_path, monkeypatch
 ):
