@@ -29,11 +29,11 @@ KEPT_REQUESTS = 50  # kmock keeps every request and slows down with their number
 SERVICE_ACCOUNT = "system:serviceaccount:{namespace}:pipeline-runner"
 
 
-def _keep_manifest(plural: str, body: dict[str, Any]) -> None:
+def _keep_manifest(name: str, body: dict[str, Any]) -> None:
     """Write a job as it was posted to the folder OSFT_KEPT_MANIFESTS, for whoever wants to check it otherwise, too."""
     folder = os.environ.get("OSFT_KEPT_MANIFESTS")
-    if folder and plural == "pytorchjobs":
-        file = Path(folder) / f"{body['metadata']['name']}-{uuid.uuid4().hex[:8]}.json"
+    if folder:
+        file = Path(folder) / f"{name}-{uuid.uuid4().hex[:8]}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(body), encoding="utf-8")
 
@@ -208,7 +208,8 @@ class ApiServer(kmock.KubernetesScaffold):
             dry_run = request.params.get("dryRun") == "All"
             body = self._object(request)
             created = self.store.create(plural, body, request.namespace, dry_run)
-            _keep_manifest(plural, body)
+            if plural == "pytorchjobs":
+                _keep_manifest(created["metadata"]["name"], body)
             return 201, created
         if request.name is None or request.namespace is None:
             raise ApiError(405, f"the stand-in does not {call.verb} {plural} without a name and a namespace")
