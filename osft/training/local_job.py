@@ -1,9 +1,7 @@
 """Training as a process of this machine, behind the same protocol as a job on a cluster."""
 
-import ctypes
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +10,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from osft.training.job import JobStatus, Phase
+from osft.training.parent import end_with_parent
 
 _LAST_LINES = 40
 _GRACE_SECONDS = 150.0  # to save the training state in: the agent itself waits 120 s for its processes
@@ -26,7 +25,6 @@ class LocalJob:
         self._started = datetime.now(UTC)
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._read_to_the_end = threading.Event()
-        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def describe(self) -> str:
         """The command."""
@@ -44,7 +42,7 @@ class LocalJob:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            preexec_fn=self._end_with_parent,
+            preexec_fn=end_with_parent,
         )
 
     def status(self) -> JobStatus:
@@ -79,9 +77,3 @@ class LocalJob:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-    def _end_with_parent(self) -> None:
-        """Have the kernel send SIGTERM when the parent dies (Linux)."""
-        if self._libc is not None:
-            set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-            self._libc.prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,10 +1,8 @@
 """One training process. Started by torchrun's agent: `python -m osft.training.worker WORK.json`."""
 
-import ctypes
 import json
 import os
 import resource
-import signal
 import sys
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from osft.training.liger import apply_liger
 from osft.training.loop import Position, StepMetrics, num_steps, run
 from osft.training.mirror import METRICS, SUMMARY, Mirror
 from osft.training.outputs import Outputs
+from osft.training.parent import end_with_parent
 from osft.training.progress import Progress
 from osft.training.sharded_model import load_sharded
 from osft.training.state import load_state, read_position
@@ -33,7 +32,7 @@ from osft.training.state import load_state, read_position
 @record
 def main() -> None:
     """Do what the file says that the launcher wrote."""
-    _end_with_the_launcher()
+    end_with_parent()
     train_process(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
 
 
@@ -129,13 +128,6 @@ def train_process(work: dict[str, Any]) -> None:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     mirror.finish()
-
-
-def _end_with_the_launcher() -> None:
-    """Have the kernel send SIGTERM when the launcher dies, which then cannot end its processes itself (Linux)."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _layout(shape: list[int], rank: int, update_norm: float) -> dict[str, Any]:
