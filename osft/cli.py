@@ -20,7 +20,7 @@ from osft.config import TrainConfig
 from osft.console import ended, output, refused
 from osft.orchestration.commands import add_commands
 from osft.parameter_help import default_text, grouped_parameters, one_paragraph
-from osft.parameters import Parameter, parameters, refuse_unknown
+from osft.parameters import Parameter, parameters, read_file, refuse_unknown
 
 if TYPE_CHECKING:
     from osft.training.plan import TrainingPlan
@@ -154,18 +154,8 @@ def read_parameters(config_file: Path | None, settings: list[str]) -> dict[str, 
     import yaml
 
     known = parameters(TrainConfig)
-    given: dict[str, Any] = {}
-    if config_file:
-        try:
-            content = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no config file {config_file}") from None
-        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-            raise ValueError(f"{config_file} is not a YAML file: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{config_file} must hold parameters, NAME: VALUE, each on a line")
-        given |= content
-    refuse_unknown(map(str, given), known)
+    given = read_file(config_file, "config") if config_file else {}
+    refuse_unknown(given, known)
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:

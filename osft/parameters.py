@@ -14,6 +14,7 @@ import textwrap
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -151,6 +152,24 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(known)}"
             raise ValueError(f"unknown parameter {name!r}. {hint}")
+
+
+def read_file(file: Path, kind: str) -> dict[str, Any]:
+    """The parameters of a YAML file, NAME: VALUE, unchecked. `kind` is what a message calls the file.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it does not hold parameters.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {kind} file {file}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold parameters, NAME: VALUE, each on a line")
+    return {str(name): value for name, value in content.items()}
 
 
 def type_name(wanted: Any) -> str:

@@ -6,10 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from osft.kubernetes.settings import PyTorchJobSettings
-from osft.parameters import refuse_unknown
+from osft.parameters import read_file, refuse_unknown
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "STRING": (str,),
@@ -40,7 +37,7 @@ def pipeline_arguments(
     Raises FileNotFoundError if there is no such file; ValueError for text that is not YAML, an unknown name, a value of
     another type, and settings that no PyTorchJob can have, which would be noticed only when the round comes to train.
     """
-    given = _read(file) if file else {}
+    given = read_file(file, "parameter") if file else {}
     refuse_unknown(given, known)
     arguments = {name: _checked(name, value, known[name]["parameterType"]) for name, value in given.items()}
     for setting in settings or []:
@@ -54,6 +51,8 @@ def pipeline_arguments(
 
 
 def _check_training_job(arguments: Mapping[str, Any]) -> None:
+    from osft.kubernetes.settings import PyTorchJobSettings
+
     launcher = arguments.get("launcher", "local")
     if launcher not in ("local", "pytorchjob"):
         raise ValueError(f"launcher must be 'local' or 'pytorchjob', got {launcher!r}")
@@ -72,18 +71,6 @@ def refuse_missing(known: Mapping[str, Mapping[str, Any]], arguments: Mapping[st
     ]
     if missing:
         raise ValueError(f"the pipeline needs a value for {', '.join(missing)}: give it with --set or in the file")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no parameter file {file}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold parameters, NAME: VALUE, each on a line")
-    return {str(name): value for name, value in content.items()}
 
 
 def _parsed(name: str, text: str, kind: str) -> Any:
