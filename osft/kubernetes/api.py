@@ -184,7 +184,7 @@ class ClusterApi:
     def _call(self, right: str, call: Callable[[], Any]) -> Any:
         """The answer to a call. Raises PermissionError for lack of the `right`, JobUnreachable without an answer."""
         retrying = Retrying(
-            retry=retry_if_exception(_transient),
+            retry=retry_if_exception(transient),
             wait=_wait,
             stop=stop_after_delay(self._patience),
             before_sleep=_tell,
@@ -199,7 +199,7 @@ class ClusterApi:
                     f"{_message(error)}. Apply pipelines/continual_learning/manifests, and bind its role to the "
                     "account of the pipeline's steps"
                 ) from None
-            if _transient(error):
+            if transient(error):
                 raise JobUnreachable(f"the Kubernetes API did not answer for {self._patience:.0f} s: {error}") from None
             raise
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -218,7 +218,8 @@ def own_namespace() -> str:
     return str(context["context"].get("namespace", "default"))
 
 
-def _transient(error: BaseException) -> bool:
+def transient(error: BaseException) -> bool:
+    """Whether the same call may succeed later."""
     if isinstance(error, ApiException):
         return error.status in _TRANSIENT
     return isinstance(error, urllib3.exceptions.HTTPError | ConnectionError | TimeoutError)

@@ -27,7 +27,7 @@ import yaml
 from kubernetes.client.exceptions import ApiException
 
 from osft.exit_codes import FIRST_RETRYABLE
-from osft.kubernetes.api import AlreadyExists, ClusterApi
+from osft.kubernetes.api import AlreadyExists, ClusterApi, transient
 from osft.kubernetes.log_position import LogPosition
 from osft.kubernetes.manifest import SPEC_HASH, differences
 from osft.kubernetes.pods import (
@@ -40,7 +40,7 @@ from osft.kubernetes.pods import (
     root_failure,
     waiting_reason,
 )
-from osft.training.job import JobStatus, Phase
+from osft.training.job import JobStatus, JobUnreachable, Phase
 
 _LAST_LINES = 40
 
@@ -120,17 +120,18 @@ class PyTorchJobLauncher:
         uid, position = "", LogPosition()
         while not stop.is_set():
             ended = self._ended
-            pod = next((pod for pod in self._pods_or_none() if node_rank(pod) == 0), None)
-            if pod is not None and pod.get("status", {}).get("phase", "Pending") != "Pending":
-                if pod["metadata"]["uid"] != uid:
-                    uid, position = pod["metadata"]["uid"], LogPosition()
-                try:
+            try:
+                pod = next((pod for pod in self._api.pods(self._name) if node_rank(pod) == 0), None)
+                if pod is not None and pod.get("status", {}).get("phase", "Pending") != "Pending":
+                    if pod["metadata"]["uid"] != uid:
+                        uid, position = pod["metadata"]["uid"], LogPosition()
                     for line in self._api.follow_log(pod["metadata"]["name"], since_seconds=position.reopen()):
                         text = position.take(line)
                         if text is not None:
                             yield text
-                except (urllib3.exceptions.HTTPError, ApiException, OSError):
-                    pass  # opened again below
+            except (ApiException, urllib3.exceptions.HTTPError, OSError, JobUnreachable) as error:
+                if transient(error):  # opened again below, after the job's end too: its last lines are still there
+                    ended = False
             if ended:
                 return
             time.sleep(self._poll)
@@ -210,13 +211,6 @@ class PyTorchJobLauncher:
         """Since the creation, or since the restart that it is in."""
         restarting = _condition(job, "Restarting")
         return moment((restarting or {}).get("lastTransitionTime") or job["metadata"].get("creationTimestamp"))
-
-    def _pods_or_none(self) -> list[dict[str, Any]]:
-        """The pods, or none while the API cannot tell: whoever asks for the status hears of that."""
-        try:
-            return self._api.pods(self._name)
-        except (RuntimeError, PermissionError, ApiException):
-            return []
 
 
 def _condition(job: dict[str, Any], kind: str) -> dict[str, Any] | None:

@@ -144,6 +144,12 @@ def test_transient_error_of_any_call_is_repeated(cluster, launch, status):
     assert_only_job(cluster, "Succeeded")
 
 
+def test_log_that_cannot_be_read_before_the_job_has_ended_is_read_after_it(cluster, launch):
+    cluster.refuse(503, verb="get", resource="pods/log", times=20)
+    assert "done" in launch("echo done").run()
+    assert_only_job(cluster, "Succeeded")
+
+
 def test_server_that_asks_for_a_pause_gets_it(cluster, launch):
     cluster.refuse(429, verb="create", resource="pytorchjobs", times=1, headers={"Retry-After": "2"})
     started = time.monotonic()
