@@ -1,0 +1,123 @@
+"""The continual-learning matrix, and what it says about learning and forgetting.
+
+`R[i][j]` is the score of the model after round i on task j, the task that round j learned; rounds and tasks are
+counted from 0, and there are T of each. The baseline `b[j]` is the score of the base model, before any round. A score
+is like an accuracy: higher is better, in whatever unit. **Of losses, give the negated ones** (`negated`): then every
+number here keeps its sign and its meaning, with nats per token as the unit: a backward transfer of -0.1 is a loss that
+rose by 0.1.
+
+What was not measured is None, and a row may end early. A number that needs a missing score is refused with its name,
+never taken from fewer tasks. The lower triangle is enough for all but forward transfer, which needs the base model's
+scores and the entries right above the diagonal: the parent of each round on the task that the round learned.
+
+Lopez-Paz & Ranzato 2017, "Gradient Episodic Memory for Continual Learning", arXiv:1706.08840, section 2.
+Their baseline has random weights; here it is the pre-trained base model. Average accuracy and backward
+transfer are also what Nayak et al., arXiv:2504.07097 (OSFT), report of a sequence of tasks.
+"""
+
+from collections.abc import Sequence
+from math import isfinite
+
+Score = float | None
+Matrix = Sequence[Sequence[Score]]
+"""T rows, one a round, of up to T scores, one a task."""
+
+
+def negated(matrix: Matrix) -> list[list[Score]]:
+    """The matrix of scores that belongs to one of losses."""
+    return [[None if value is None else -value for value in row] for row in matrix]
+
+
+def average_accuracy(matrix: Matrix) -> float:
+    """Mean score of the last model on all tasks: (1/T) sum_j R[T-1][j] (GEM, ACC, eq. 2).
+
+    Raises ValueError as every function here: for no round, for a score that is needed and missing or not a finite
+    number, and for a row with more than T scores.
+    """
+    tasks = _num_tasks(matrix)
+    return sum(_score(matrix, tasks - 1, task) for task in range(tasks)) / tasks
+
+
+def backward_transfer(matrix: Matrix) -> float | None:
+    """What later rounds did to earlier tasks: mean over j < T-1 of R[T-1][j] - R[j][j] (GEM, BWT, eq. 3).
+
+    Negative: forgetting. None after one round, which has no earlier task.
+    """
+    tasks = _num_tasks(matrix)
+    changes = [_score(matrix, tasks - 1, task) - _score(matrix, task, task) for task in range(tasks - 1)]
+    return _mean(changes)
+
+
+def forward_transfer(matrix: Matrix, baseline: Sequence[Score]) -> float | None:
+    """What earlier rounds did for a task before it was learned: mean over j > 0 of R[j-1][j] - b[j] (GEM, FWT, eq. 4).
+
+    baseline: (T,) scores of the base model; the first is not needed. None after one round.
+    """
+    tasks = _num_tasks(matrix)
+    if len(baseline) < tasks:
+        raise ValueError(f"the baseline has {len(baseline)} scores for {tasks} tasks. Measure the base model on all")
+    return _mean([_score(matrix, task - 1, task) - _baseline(baseline, task) for task in range(1, tasks)])
+
+
+def forgetting(matrix: Matrix) -> list[float]:
+    """Of each task but the last, how far the last model is below the best one since the task was learned.
+
+    f[j] = max over i in j … T-2 of R[i][j], minus R[T-1][j]; (T-1,), negative where the last model is the best
+    (Chaudhry et al. 2018, arXiv:1801.10112, who also count the models before round j; those have nothing to forget,
+    and need not be measured).
+    """
+    tasks = _num_tasks(matrix)
+    best = [max(_score(matrix, step, task) for step in range(task, tasks - 1)) for task in range(tasks - 1)]
+    return [best[task] - _score(matrix, tasks - 1, task) for task in range(tasks - 1)]
+
+
+def average_forgetting(matrix: Matrix) -> float | None:
+    """Mean of `forgetting` (Chaudhry et al. 2018); None after one round."""
+    return _mean(forgetting(matrix))
+
+
+def learning_accuracy(matrix: Matrix) -> float:
+    """Mean score on each task right after it was learned: (1/T) sum_j R[j][j] (Riemer et al. 2019, arXiv:1810.11910).
+
+    Average accuracy is learning accuracy plus (T-1)/T of backward transfer.
+    """
+    tasks = _num_tasks(matrix)
+    return sum(_score(matrix, task, task) for task in range(tasks)) / tasks
+
+
+def anchor_drift(scores: Sequence[Score], baseline: Score) -> float:
+    """How far general ability moved over all rounds: the last model's score on an anchor minus the base model's.
+
+    scores: (T,) of the model after each round, of which the last is needed. Negative: lost.
+    """
+    if not scores or scores[-1] is None or not isfinite(scores[-1]):
+        raise ValueError(f"the anchor was not measured after round {max(0, len(scores) - 1)}. Evaluate it there")
+    return scores[-1] - _baseline([baseline], 0)
+
+
+def _num_tasks(matrix: Matrix) -> int:
+    if not matrix:
+        raise ValueError("a continual-learning matrix needs at least one round")
+    for number, row in enumerate(matrix):
+        if len(row) > len(matrix):
+            raise ValueError(f"round {number} has {len(row)} scores, but there are {len(matrix)} rounds and tasks")
+    return len(matrix)
+
+
+def _score(matrix: Matrix, after: int, task: int) -> float:
+    value = matrix[after][task] if task < len(matrix[after]) else None
+    if value is None or not isfinite(value):
+        problem = "missing" if value is None else repr(value)
+        raise ValueError(f"the score of the model after round {after} on task {task} is {problem}. Evaluate it again")
+    return value
+
+
+def _baseline(baseline: Sequence[Score], task: int) -> float:
+    value = baseline[task]
+    if value is None or not isfinite(value):
+        raise ValueError(f"the score of the base model on task {task} is {value!r}. Evaluate it again")
+    return value
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
