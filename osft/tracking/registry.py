@@ -1,16 +1,36 @@
 """Model versions and their aliases.
 
-`candidate` names the newest version, `champion` the one that passed the gate. A version is never overwritten.
+`candidate` names the newest version, `champion` the last one that passed the gate, `challenger` the last one that the
+gate refused. A version is never overwritten: it lies in the artifacts of the MLflow run that registered it, `model/`
+with the checkpoint and `lineage/` with where it came from (`osft.tracking.lineage`), and a run holds one version.
+
+MLflow sets an alias unconditionally, so the champion moves by reading, setting and reading again, and a race remains:
+two runs may both read the same champion before either has set the alias. Then the later one's version stays the
+champion, and the earlier run, which may have ended before that, believes that its own is. Nothing is lost by it: the
+champion is a whole version that passed the gate against the same parent, the other one stays registered, and its
+records are not in the champion's lineage, so that the next round finds them new and learns them.
 """
 
+import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
+CHALLENGER = "challenger"
+REFUSED_TAG = "osft.refused"
+"""Why the gate refused a version."""
+MODEL = "model"
+LINEAGE = "lineage"
+_CHECKPOINT_TAG = "osft.checkpoint"
+_CONTENT_TAG = "osft.checkpoint_sha256"
+
+
+class ChampionChanged(RuntimeError):
+    """The champion is not the version that this run started from, so what the gate decided no longer holds."""
 
 
 def register(
@@ -21,11 +41,14 @@ def register(
     run_id: str,
     description: str,
     tags: dict[str, Any],
+    lineage: Path | None = None,
 ) -> int:
     """Log a checkpoint folder to a run and make it a new version of `model_name`, with the alias `candidate`.
 
-    Returns the version. Called again for the same checkpoint content (tag `osft.checkpoint`), by a retried step,
-    it returns the version that is there.
+    `lineage` is the folder that `osft.tracking.lineage.write` made; it is logged before the version exists. Returns the
+    version. Called again for the same tag `osft.checkpoint`, by a retried step, it returns the version that is there.
+
+    Raises ValueError if that version holds other bytes, or if the run holds another version's.
     """
     from mlflow.exceptions import MlflowException
 
@@ -34,36 +57,104 @@ def register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    digest = _hash_folder(checkpoint)
     for known in mlflow.search_model_versions(f"name = '{model_name}'"):
-        if known.tags.get("osft.checkpoint") == tags["osft.checkpoint"]:
-            mlflow.set_registered_model_alias(model_name, CANDIDATE, known.version)
+        if known.tags.get(_CHECKPOINT_TAG) == tags[_CHECKPOINT_TAG]:
+            if known.tags.get(_CONTENT_TAG, digest) != digest:
+                raise ValueError(
+                    f"{checkpoint} is not what version {known.version} of {model_name} was registered from, though "
+                    f"both are {tags[_CHECKPOINT_TAG]}. A version is never overwritten: start a new pipeline run"
+                )
+            # A newer candidate may have come since the first attempt.
+            newest = version_of(mlflow, model_name, CANDIDATE)
+            if newest is None or newest < int(known.version):
+                mlflow.set_registered_model_alias(model_name, CANDIDATE, known.version)
             return int(known.version)
-    mlflow.log_artifacts(run_id, str(checkpoint), "model")
+    for other in mlflow.search_model_versions(f"run_id = '{run_id}'"):
+        raise ValueError(
+            f"MLflow run {run_id} holds version {other.version} of {other.name}, which would be overwritten. "
+            "Register each version from a run of its own"
+        )
+    mlflow.log_artifacts(run_id, str(checkpoint), MODEL)
+    if lineage is not None:
+        mlflow.log_artifacts(run_id, str(lineage), LINEAGE)
     version = mlflow.create_model_version(
         model_name,
-        source=f"{mlflow.get_run(run_id).info.artifact_uri}/model",
+        source=f"{mlflow.get_run(run_id).info.artifact_uri}/{MODEL}",
         run_id=run_id,
-        tags={name: str(value) for name, value in tags.items()},
+        tags={name: str(value) for name, value in tags.items()} | {_CONTENT_TAG: digest},
         description=description,
     ).version
     mlflow.set_registered_model_alias(model_name, CANDIDATE, version)
     return int(version)
 
 
-def promote(mlflow: "MlflowClient", model_name: str, version: int) -> int | None:
-    """Point the alias `champion` at a version. Returns the version that it named before, or None."""
+def promote(
+    mlflow: "MlflowClient",
+    model_name: str,
+    version: int,
+    *,
+    expected_champion: int | Literal["any"] | None = "any",
+) -> int | None:
+    """Point the alias `champion` at a version. Returns the version that it named before, or None.
+
+    `expected_champion` is what the alias named when the run began (None: nothing); "any" asks for no check. A version
+    that is the champion already stays it, so that a step can be repeated. What race remains, the module says.
+
+    Raises ChampionChanged if the alias names another version than expected, before or right after it was set.
+    """
     previous = champion(mlflow, model_name)
+    if previous == version:
+        return previous
+    if expected_champion != "any" and previous != expected_champion:
+        raise ChampionChanged(
+            f"{model_name}: {_named(previous)} is the champion; when this run began, it was {_named(expected_champion)}"
+            f". Version {version} was not compared with the present one and is not promoted. It stays registered: "
+            "start the round again"
+        )
     mlflow.set_registered_model_alias(model_name, CHAMPION, str(version))
+    present = champion(mlflow, model_name)
+    if present != version:
+        raise ChampionChanged(
+            f"{model_name}: another run made {_named(present)} the champion at the same time as this one version "
+            f"{version}. That one stays the champion, this one stays registered: start the round again"
+        )
     return previous
+
+
+def refuse(mlflow: "MlflowClient", model_name: str, version: int, reason: str) -> None:
+    """Point the alias `challenger` at a version that the gate refused, and tag the version with the reason."""
+    mlflow.set_model_version_tag(model_name, str(version), REFUSED_TAG, reason[:5000])
+    mlflow.set_registered_model_alias(model_name, CHALLENGER, str(version))
 
 
 def champion(mlflow: "MlflowClient", model_name: str) -> int | None:
     """The version that `champion` names, or None if there is none yet."""
+    return version_of(mlflow, model_name, CHAMPION)
+
+
+def version_of(mlflow: "MlflowClient", model_name: str, alias: str) -> int | None:
+    """The version that an alias names, or None if there is no such alias or model."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return int(mlflow.get_model_version_by_alias(model_name, CHAMPION).version)
+        return int(mlflow.get_model_version_by_alias(model_name, alias).version)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def _named(version: int | str | None) -> str:
+    return "no version" if version is None else f"version {version}"
+
+
+def _hash_folder(folder: Path) -> str:
+    """SHA-256 over the relative names and the bytes of a folder's files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as content:
+                inner = hashlib.file_digest(content, "sha256").hexdigest()
+            digest.update(f"{inner} {file.relative_to(folder).as_posix()}\n".encode())
+    return digest.hexdigest()

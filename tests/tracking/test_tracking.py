@@ -73,28 +73,6 @@ def checkpoint(folder: Path, content: str) -> Path:
     return folder
 
 
-def test_versions_are_never_overwritten_and_aliases_move(mlflow, storage, tmp_path):
-    parent = pipeline_run(mlflow, storage, "run-6")
-    with runs.step_run(mlflow, parent, "register") as step:
-
-        def register(name: str) -> int:
-            folder = tmp_path / name
-            source = folder if folder.exists() else checkpoint(folder, name)
-            tags = {"osft.checkpoint": name}
-            return registry.register(mlflow, "m", source, run_id=step.run_id, description="d", tags=tags)
-
-        assert registry.champion(mlflow, "m-that-is-not-there") is None
-        assert register("first") == 1
-        assert registry.champion(mlflow, "m") is None
-        assert registry.promote(mlflow, "m", 1) is None
-        assert register("second") == 2
-        assert register("second") == 2, "a retried step registers once"
-        assert registry.champion(mlflow, "m") == 1, "the champion moves by promotion only"
-        assert int(mlflow.get_model_version_by_alias("m", "candidate").version) == 2
-        assert registry.promote(mlflow, "m", 2) == 1
-        assert registry.champion(mlflow, "m") == 2
-
-
 def metrics_line(step: int) -> str:
     numbers = {"step": step, "epoch": 0.5, "loss": 10.0 / step, "learning_rate": 0.1, "timestamp": 1.7e9 + step}
     return json.dumps(numbers | {"validation_loss": None, "checkpoints": []}) + "\n"

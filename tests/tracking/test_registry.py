@@ -1,0 +1,124 @@
+"""Versions that are never overwritten, and a champion that changes by compare-and-set."""
+
+from pathlib import Path
+
+import pytest
+
+from osft.tracking import registry, runs
+
+
+@pytest.fixture(scope="module")
+def mlflow(tmp_path_factory: pytest.TempPathFactory):
+    client = runs.client("", tmp_path_factory.mktemp("storage"))
+    client.create_experiment("e", artifact_location=tmp_path_factory.mktemp("artifacts").as_uri())
+    return client
+
+
+@pytest.fixture
+def register(mlflow, tmp_path, request):
+    """Makes a version of the test's own model, in a new run unless one is given."""
+
+    def make(name: str, content: str = "", run_id: str = "") -> int:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(content or name)
+        run_id = run_id or mlflow.create_run(mlflow.get_experiment_by_name("e").experiment_id).info.run_id
+        tags = {"osft.checkpoint": name}
+        return registry.register(mlflow, request.node.name, folder, run_id=run_id, description="d", tags=tags)
+
+    return make
+
+
+@pytest.fixture
+def model(request) -> str:
+    return request.node.name
+
+
+def content(mlflow, model: str, version: int) -> str:
+    run_id = mlflow.get_model_version(model, str(version)).run_id
+    return Path(mlflow.download_artifacts(run_id, "model/config.json")).read_text()
+
+
+def test_versions_count_up_and_the_candidate_is_the_newest(mlflow, model, register):
+    assert registry.champion(mlflow, model) is None
+    assert [register("first"), register("second")] == [1, 2]
+    assert registry.version_of(mlflow, model, "candidate") == 2
+    assert registry.champion(mlflow, model) is None, "it moves by promotion only"
+    assert content(mlflow, model, 1) == "first"
+
+
+def test_a_retried_step_registers_once_and_takes_the_alias_from_no_newer_version(mlflow, model, register):
+    register("first")
+    assert [register("second"), register("second")] == [2, 2]
+    assert register("first") == 1
+    assert registry.version_of(mlflow, model, "candidate") == 2
+
+
+def test_a_retry_sets_the_alias_that_the_first_attempt_did_not_come_to(mlflow, model, register):
+    register("first")
+    mlflow.delete_registered_model_alias(model, "candidate")
+    assert register("first") == 1
+    assert registry.version_of(mlflow, model, "candidate") == 1
+
+
+def test_other_content_under_the_same_name_is_refused_and_changes_nothing(mlflow, model, register):
+    register("first", "these bytes")
+    with pytest.raises(ValueError, match="not what version 1 of .* was registered from"):
+        register("first", "other bytes")
+    assert content(mlflow, model, 1) == "these bytes"
+    assert register("first", "these bytes") == 1
+
+
+def test_a_second_version_does_not_overwrite_the_first_ones_files_in_their_run(mlflow, model, register):
+    register("first")
+    run_id = mlflow.get_model_version(model, "1").run_id
+    with pytest.raises(ValueError, match=f"run {run_id} holds version 1"):
+        register("second", run_id=run_id)
+    assert content(mlflow, model, 1) == "first"
+
+
+def test_the_champion_moves_only_from_the_version_that_the_run_began_with(mlflow, model, register):
+    for name in ("first", "second", "third"):
+        register(name)
+    assert registry.promote(mlflow, model, 1, expected_champion=None) is None
+    assert registry.promote(mlflow, model, 2, expected_champion=1) == 1
+    with pytest.raises(registry.ChampionChanged, match="version 2 is the champion; when this run began, .* version 1"):
+        registry.promote(mlflow, model, 3, expected_champion=1)
+    with pytest.raises(registry.ChampionChanged, match="when this run began, it was no version"):
+        registry.promote(mlflow, model, 3, expected_champion=None)
+    assert registry.champion(mlflow, model) == 2
+    assert registry.promote(mlflow, model, 3) == 2, "without an expectation there is no check"
+
+
+def test_promotion_can_be_repeated(mlflow, model, register):
+    register("first")
+    register("second")
+    registry.promote(mlflow, model, 1)
+    assert registry.promote(mlflow, model, 2, expected_champion=1) == 1
+    assert registry.promote(mlflow, model, 2, expected_champion=1) == 2
+
+
+def test_a_promotion_that_another_run_overtakes_says_so(mlflow, model, register, monkeypatch):
+    for name in ("first", "second", "third"):
+        register(name)
+    registry.promote(mlflow, model, 1)
+    set_alias = mlflow.set_registered_model_alias
+
+    def overtaken(name, alias, version):
+        set_alias(name, alias, version)
+        set_alias(name, alias, "3")
+
+    monkeypatch.setattr(mlflow, "set_registered_model_alias", overtaken)
+    with pytest.raises(registry.ChampionChanged, match="another run made version 3 the champion"):
+        registry.promote(mlflow, model, 2, expected_champion=1)
+    assert registry.champion(mlflow, model) == 3
+
+
+def test_a_refused_version_is_the_challenger_with_the_reason(mlflow, model, register):
+    register("first")
+    registry.promote(mlflow, model, 1)
+    register("second")
+    registry.refuse(mlflow, model, 2, "loss of the anchor web-text +4.0%, at most +2.0%")
+    assert registry.version_of(mlflow, model, "challenger") == 2
+    assert registry.champion(mlflow, model) == 1
+    assert mlflow.get_model_version(model, "2").tags["osft.refused"].startswith("loss of the anchor web-text")
