@@ -50,6 +50,7 @@ def client(tracking_uri: str, storage_root: str | Path) -> "MlflowClient":
     """A client for `tracking_uri`, or for MLFLOW_TRACKING_URI, or for a database below `storage_root`."""
     # Nothing that MLflow would report about its use belongs outside this installation.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each small file
     from mlflow import MlflowClient
 
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(storage_root)
