@@ -96,8 +96,7 @@ def _details(entry: "Lineage") -> list[str]:
         scores = {name: values for name, values in entry.rows[-1].scores.items() if (name in tasks) == of_task}
         if scores:
             shown = (
-                f"{name} "
-                + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items() if value is not None)
+                f"{name} " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items() if value is not None)
                 for name, values in scores.items()
             )
             lines.append(f"{kind}: {' · '.join(shown)}")

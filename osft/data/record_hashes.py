@@ -51,5 +51,7 @@ def read_hashes(path: Path) -> Hashes:
     content = path.read_bytes()
     hashes = np.frombuffer(content, HASH) if len(content) % HASH.itemsize == 0 else None
     if hashes is None or not (hashes[:-1] < hashes[1:]).all():
-        raise ValueError(f"{path} is not a sorted set of {HASH.itemsize}-byte hashes: it was damaged or is another file")
+        raise ValueError(
+            f"{path} is not a sorted set of {HASH.itemsize}-byte hashes: it was damaged or is another file"
+        )
     return hashes

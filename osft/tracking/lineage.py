@@ -263,9 +263,9 @@ def known_records(mlflow: "MlflowClient", model_name: str, versions: Mapping[int
 
 
 def earlier_evaluation_sets(mlflow: "MlflowClient", model_name: str, version: int, to: Path) -> dict[str, Path]:
-    """Fetch the evaluation sets of a version and its ancestors to `to`/<task>.jsonl. Returns task -> file, oldest first.
+    """Fetch the evaluation sets of a version and its ancestors to `to`/<task>.jsonl.
 
-    What is there and equal is not fetched again. Raises LineageError as `history`, and for a file whose content is not
+    Returns task -> file, the oldest first. What is there and equal is not fetched again. Raises LineageError as `history`, and for a file whose content is not
     what its version was registered with.
     """
     found = {}
@@ -292,7 +292,9 @@ def _downloaded(mlflow: "MlflowClient", model_name: str, version: int, name: str
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        raise LineageError(f"{_name(model_name, version)} is not in the registry: it was deleted, or never made") from None
+        raise LineageError(
+            f"{_name(model_name, version)} is not in the registry: it was deleted, or never made"
+        ) from None
     path = f"{LINEAGE}/{name}"
     folder = path.rsplit("/", 1)[0]
     if not run_id or path not in {entry.path for entry in mlflow.list_artifacts(run_id, folder)}:

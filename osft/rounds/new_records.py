@@ -1,0 +1,95 @@
+"""The records of a data source that no ancestor of a model has learned, as one file addressed by their content.
+
+Records are told apart by their own content: neither the file that they stand in nor their order nor how often they
+come matters. Memory holds 24 bytes of each new line, the records themselves go through a temporary file.
+"""
+
+import hashlib
+import json
+import mmap
+import tempfile
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+
+from osft import storage
+from osft.atomic import atomic_path
+from osft.data.record_hashes import HASH, Hashes, contains, record_hash
+from osft.data.records import DataError, Record
+from osft.rounds.sources import Source
+from osft.tracking.lineage import DataManifest
+
+_CHUNK = 1 << 11
+"""Records whose hashes are looked up together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewRecords:
+    """What `find_new_records` found."""
+
+    data: DataManifest
+    location: str
+    """Path or URI of the JSON lines, in the order of their hashes; empty if there are too few."""
+    hashes: Hashes
+
+
+def find_new_records(source: Source, known: Hashes, folder: str, *, min_new_samples: int = 1) -> NewRecords:
+    """Read a source, and write its distinct records that are not in `known` to `folder`/<hash>.jsonl.
+
+    `folder` is a path or URI. With fewer than `min_new_samples` new records nothing is written. The name is the hash of
+    the records' hashes; a file that is there is left alone, and one is complete or absent.
+
+    Raises as the source: FileNotFoundError for what is not there, DataError for a bad record.
+    """
+    with tempfile.TemporaryFile() as spool:
+        hashes, bounds, num_records = _spool(source, known, spool)
+        distinct, first = np.unique(hashes, return_index=True)
+        data = source.manifest(num_records=num_records, num_new=len(distinct))
+        if len(distinct) < max(1, min_new_samples):
+            return NewRecords(data=data, location="", hashes=distinct)
+        location = storage.join(folder, f"{hashlib.sha256(distinct.tobytes()).hexdigest()[:32]}.jsonl")
+        if storage.find(location) is None:
+            with (
+                mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as records,
+                atomic_path(storage.local(location)) as temporary,
+                temporary.open("wb") as lines,
+            ):
+                for at in first.tolist():
+                    lines.write(records[bounds[at] : bounds[at + 1]])
+            storage.publish(location)
+    return NewRecords(data=data, location=location, hashes=distinct)
+
+
+def _spool(source: Source, known: Hashes, spool: IO[bytes]) -> tuple[Hashes, "array[int]", int]:
+    """Write the n records that are not known.
+
+    Returns their hashes (n,), the bounds of their lines in bytes (n + 1,), and how many records there were in all.
+    """
+    hashes, bounds, num_records = bytearray(), array("q", [0]), 0
+    for chunk in _chunks(source.records()):
+        num_records += len(chunk)
+        of_chunk = np.array([record_hash(record) for record in chunk], HASH)
+        is_known = contains(known, of_chunk)
+        hashes += of_chunk[~is_known].tobytes()
+        for record, skip in zip(chunk, is_known.tolist(), strict=True):
+            if not skip:
+                written = spool.write(json.dumps(record.to_dict(), ensure_ascii=False).encode() + b"\n")
+                bounds.append(bounds[-1] + written)
+    if not num_records:
+        raise DataError(f"{source.uri} holds no record. Give at least one")
+    spool.flush()
+    return np.frombuffer(hashes, HASH), bounds, num_records
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    for record in records:
+        chunk.append(record)
+        if len(chunk) == _CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

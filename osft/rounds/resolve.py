@@ -1,0 +1,115 @@
+"""The first step of a round: which model goes on, and whether there is something for it to learn."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from osft import storage
+from osft.data.record_hashes import NONE, Hashes
+from osft.rounds.new_records import find_new_records
+from osft.rounds.sources import open_source
+from osft.tracking import lineage, registry
+from osft.tracking.lineage import DataManifest, Lineage, check_task
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedRound:
+    """What a round starts from."""
+
+    base_model: str
+    parent_version: int | None
+    """The champion when the round began, None for the base model: `expected_champion` of `registry.promote`."""
+    parent: Lineage | None
+    model: str
+    """Path or URI of the model to train on: the champion's checkpoint, or the base model as it was given."""
+    task: str
+    """The data's name, with a number if an ancestor's task has it already: results are told apart by it."""
+    data: DataManifest
+    records: str
+    """Path or URI of the new records, JSON lines; empty if there is nothing to learn."""
+    record_hashes: Hashes
+    """(data.num_new,) of the new records."""
+    nothing_to_learn: str
+    """Why the round ends here; empty if it goes on."""
+
+
+def resolve_round(
+    mlflow: "MlflowClient",
+    *,
+    model_name: str,
+    base_model: str,
+    data_uri: str,
+    storage_root: str,
+    min_new_samples: int = 1,
+) -> ResolvedRound:
+    """Read the registry and the data, and decide what is new to the champion's lineage.
+
+    A record is known if the champion or an ancestor took it, to learn or to be measured on. What only a refused
+    version took is new. Given what is new, the file of it below `storage_root`/records is the same, whatever order and
+    files it came in. Nothing is cached: the answer changes with the registry and with the data.
+
+    Raises FileNotFoundError for missing data or a checkpoint that is gone, DataError for a bad record, LineageError for
+    a champion without a readable history, and ValueError for another base model than the champion's.
+    """
+    if isinstance(min_new_samples, bool) or not isinstance(min_new_samples, int) or min_new_samples < 1:
+        raise ValueError(f"min_new_samples must be an integer of at least 1, got {min_new_samples!r}")
+    for uri in (base_model, data_uri, storage_root):
+        storage.is_remote(uri)  # refuses credentials, before anything is written down
+    champion = registry.champion(mlflow, model_name)
+    known, tasks, parent, model = NONE, [], None, base_model
+    if champion is not None:
+        versions = lineage.history(mlflow, model_name, champion)
+        parent = versions[champion]
+        if parent.base_model != base_model:
+            raise ValueError(
+                f"{model_name} descends from {parent.base_model}, not from {base_model}. Give that base_model, or "
+                "another model_name to begin anew"
+            )
+        model = _checkpoint(parent, f"version {champion} of {model_name}")
+        known = lineage.known_records(mlflow, model_name, versions)
+        tasks = [row.task for row in parent.rows]
+    source = open_source(data_uri)
+    task = _distinct(source.name, tasks)
+    check_task(task)
+    new = find_new_records(source, known, storage.join(storage_root, "records"), min_new_samples=min_new_samples)
+    return ResolvedRound(
+        base_model=base_model,
+        parent_version=champion,
+        parent=parent,
+        model=model,
+        task=task,
+        data=new.data,
+        records=new.location,
+        record_hashes=new.hashes,
+        nothing_to_learn=_reason(new.data, min_new_samples, champion) if not new.location else "",
+    )
+
+
+def _checkpoint(parent: Lineage, version: str) -> str:
+    if storage.is_remote(parent.checkpoint):
+        complete = "config.json" in storage.files(parent.checkpoint)
+    else:
+        complete = storage.find(parent.checkpoint, marker="config.json") is not None
+    if not complete:
+        raise FileNotFoundError(
+            f"{parent.checkpoint}, the checkpoint of {version}, is gone. Put it back from model/ in the artifacts of the "
+            f"version's MLflow run"
+        )
+    return parent.checkpoint
+
+
+def _distinct(name: str, taken: list[str]) -> str:
+    """`name`, or the first of name-2, name-3, … that is not taken."""
+    number, found = 1, name
+    while found in taken:
+        number += 1
+        found = f"{name}-{number}"
+    return found
+
+
+def _reason(data: DataManifest, min_new_samples: int, champion: int | None) -> str:
+    compared = "" if champion is None else f" that version {champion} does not know"
+    wanted = f", and min_new_samples is {min_new_samples}" if data.num_new else ""
+    return f"nothing to learn: {data.uri} has {data.num_new} records{compared} ({data.num_records} in all){wanted}"

@@ -1,0 +1,126 @@
+"""Where the records of a round come from: files that a path or URI names, or a data set of the Hugging Face hub."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from osft import storage
+from osft.data.records import Record, data_files, data_name, parse_record, read_records
+from osft.tracking.lineage import DataFile, DataManifest
+
+_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+class Source(Protocol):
+    """Something that records are read from, once."""
+
+    uri: str
+
+    @property
+    def name(self) -> str:
+        """What a round that learns it is called."""
+
+    def records(self) -> Iterator[Record]:
+        """All records, validated. Raises DataError at the first bad one."""
+
+    def manifest(self, *, num_records: int, num_new: int) -> DataManifest:
+        """What was read, after `records` has ended."""
+
+
+def open_source(uri: str) -> "Source":
+    """The records of a file, glob, folder or `s3://` prefix, or of a Hugging Face data set.
+
+    A data set is `org/name` or `org/name@revision`, where no such path is; its split `train` is read.
+
+    Raises FileNotFoundError if there is neither, or the hub cannot be reached.
+    """
+    if not storage.is_remote(uri) and _DATASET_ID.fullmatch(uri) and not Path(uri).exists():
+        return HubDataset(uri)
+    return Files(uri)
+
+
+class Files:
+    """JSON lines; which files, is settled when this is made."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._files = data_files(uri)
+        self._counts: Counter[str] = Counter()
+
+    @property
+    def name(self) -> str:
+        """The file's or folder's name."""
+        return data_name(self.uri)
+
+    def records(self) -> Iterator[Record]:
+        """All records, file by file. Raises DataError at the first bad line."""
+        for file in self._files:
+            name = storage.name_of(file)
+            for record in read_records(str(file)):
+                self._counts[name] += 1
+                yield record
+
+    def manifest(self, *, num_records: int, num_new: int) -> DataManifest:
+        """The files as they are now, and what was read of each."""
+        from osft.data.dataset_folder import hash_files
+
+        files = tuple(
+            DataFile(name=name, sha256=digest, num_records=self._counts[name])
+            for name, digest in hash_files(self._files).items()
+        )
+        return DataManifest(uri=self.uri, files=files, num_records=num_records, num_new=num_new)
+
+
+class HubDataset:
+    """A data set of the Hugging Face hub at the commit that its revision names now, streamed.
+
+    Its rows are records as in JSON lines; a column that is empty in a row is not there.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._id, _, revision = uri.partition("@")
+        self._revision = self._ask_hub(lambda: _commit(self._id, revision or None))
+
+    @property
+    def name(self) -> str:
+        """The id without its owner."""
+        return self._id.split("/")[1]
+
+    def records(self) -> Iterator[Record]:
+        """All rows. Raises DataError at the first that is no record, FileNotFoundError if the hub gives none."""
+        from datasets import load_dataset
+
+        rows = self._ask_hub(lambda: load_dataset(self._id, revision=self._revision, split="train", streaming=True))
+        for number, row in enumerate(rows):
+            given = {name: value for name, value in row.items() if value is not None}
+            yield parse_record(json.dumps(given), f"{self._id}@{self._revision}:{number}")
+
+    def manifest(self, *, num_records: int, num_new: int) -> DataManifest:
+        """The commit, and what was read."""
+        file = DataFile(name=self._id, sha256="", num_records=num_records)
+        return DataManifest(
+            uri=self.uri, revision=self._revision, files=(file,), num_records=num_records, num_new=num_new
+        )
+
+    def _ask_hub(self, question: Any) -> Any:
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        try:
+            return question()
+        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"data {self.uri} is neither a file or folder nor a data set that the Hugging Face hub gives: {error}. "
+                "Without access to the hub, download the data elsewhere and give the path of the JSON lines"
+            ) from error
+
+
+def _commit(dataset: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi
+
+    found = HfApi().dataset_info(dataset, revision=revision).sha
+    assert found is not None, "the hub answers with a commit"
+    return found
