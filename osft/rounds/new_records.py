@@ -6,7 +6,7 @@ come matters. Memory holds 24 bytes of each new line, the records themselves go 
 
 import hashlib
 import json
-import mmap
+import os
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -52,13 +52,9 @@ def find_new_records(source: Source, known: Hashes, folder: str, *, min_new_samp
             return NewRecords(data=data, location="", hashes=distinct)
         location = storage.join(folder, f"{hashlib.sha256(distinct.tobytes()).hexdigest()[:32]}.jsonl")
         if storage.find(location) is None:
-            with (
-                mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ) as records,
-                atomic_path(storage.local(location)) as temporary,
-                temporary.open("wb") as lines,
-            ):
+            with atomic_path(storage.local(location)) as temporary, temporary.open("wb") as lines:
                 for at in first.tolist():
-                    lines.write(records[bounds[at] : bounds[at + 1]])
+                    lines.write(os.pread(spool.fileno(), bounds[at + 1] - bounds[at], bounds[at]))
             storage.publish(location)
     return NewRecords(data=data, location=location, hashes=distinct)
 

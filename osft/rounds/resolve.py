@@ -94,8 +94,8 @@ def _checkpoint(parent: Lineage, version: str) -> str:
         complete = storage.find(parent.checkpoint, marker="config.json") is not None
     if not complete:
         raise FileNotFoundError(
-            f"{parent.checkpoint}, the checkpoint of {version}, is gone. Put it back from model/ in the artifacts of the "
-            f"version's MLflow run"
+            f"{parent.checkpoint}, the checkpoint of {version}, is gone. Put it back from model/ in the artifacts of "
+            "the version's MLflow run"
         )
     return parent.checkpoint
 

@@ -265,8 +265,9 @@ def known_records(mlflow: "MlflowClient", model_name: str, versions: Mapping[int
 def earlier_evaluation_sets(mlflow: "MlflowClient", model_name: str, version: int, to: Path) -> dict[str, Path]:
     """Fetch the evaluation sets of a version and its ancestors to `to`/<task>.jsonl.
 
-    Returns task -> file, the oldest first. What is there and equal is not fetched again. Raises LineageError as `history`, and for a file whose content is not
-    what its version was registered with.
+    Returns task -> file, the oldest first. What is there and equal is not fetched again.
+
+    Raises LineageError as `history`, and for a file whose content is not what its version was registered with.
     """
     found = {}
     for number, lineage in history(mlflow, model_name, version).items():
