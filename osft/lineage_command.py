@@ -19,14 +19,14 @@ _REFERENCE = re.compile(r"(?P<model>.+?)(?:@(?P<alias>[^@/]+)|/(?P<version>[0-9]
 
 def lineage(
     version: Annotated[
-        str, typer.Argument(metavar="MODEL@ALIAS|MODEL/VERSION", help="A registered version.", show_default=False)
+        str, typer.Argument(metavar="VERSION", help="MODEL@ALIAS or MODEL/VERSION, as registered.", show_default=False)
     ],
     storage_root: Annotated[
         Path | None, typer.Option(help="Folder with the runs' own MLflow database.", show_default=False)
     ] = None,
     tracking_uri: Annotated[
-        str, typer.Option(help="The tracking server; else MLFLOW_TRACKING_URI.", show_default=False)
-    ] = "",
+        str | None, typer.Option(help="The tracking server; else MLFLOW_TRACKING_URI.", show_default=False)
+    ] = None,
 ) -> None:
     """Show how a model version came to be: every round back to the base model, and what each one scored."""
     try:
@@ -40,7 +40,7 @@ def lineage(
     output.print(tree, soft_wrap=True)
 
 
-def _client(tracking_uri: str, storage_root: Path | None) -> Any:
+def _client(tracking_uri: str | None, storage_root: Path | None) -> Any:
     from osft.tracking import runs
 
     if not tracking_uri and storage_root is not None:
@@ -50,7 +50,7 @@ def _client(tracking_uri: str, storage_root: Path | None) -> Any:
             raise FileNotFoundError(f"{storage_root} holds no mlflow/mlflow.db. Give --tracking-uri, or another folder")
     if not tracking_uri and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise ValueError("give --storage-root or --tracking-uri, or set MLFLOW_TRACKING_URI")
-    return runs.client(tracking_uri, storage_root or "")
+    return runs.client(tracking_uri or "", storage_root or "")
 
 
 def _resolve(mlflow: Any, reference: str) -> tuple[str, int]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from osft import storage
+from osft import examples, storage
 from osft.data.record_hashes import NONE, Hashes
 from osft.rounds.new_records import find_new_records
 from osft.rounds.sources import open_source
@@ -48,7 +48,8 @@ def resolve_round(
 
     A record is known if the champion or an ancestor took it, to learn or to be measured on. What only a refused
     version took is new. Given what is new, the file of it below `storage_root`/records is the same, whatever order and
-    files it came in. Nothing is cached: the answer changes with the registry and with the data.
+    files it came in. An `example:` data set is fetched first. Nothing is cached: the answer changes with the registry
+    and with the data.
 
     Raises FileNotFoundError for missing data or a checkpoint that is gone, DataError for a bad record, LineageError for
     a champion without a readable history, and ValueError for another base model than the champion's.
@@ -70,7 +71,7 @@ def resolve_round(
         model = _checkpoint(parent, f"version {champion} of {model_name}")
         known = lineage.known_records(mlflow, model_name, versions)
         tasks = [row.task for row in parent.rows]
-    source = open_source(data_uri)
+    source = open_source(examples.resolve(data_uri, storage.join(storage_root, "examples")))
     task = _distinct(source.name, tasks)
     check_task(task)
     new = find_new_records(source, known, storage.join(storage_root, "records"), min_new_samples=min_new_samples)

@@ -107,11 +107,9 @@ class HubDataset:
         )
 
     def _ask_hub(self, question: Any) -> Any:
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
         try:
             return question()
-        except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        except Exception as error:  # those of the HTTP client, which is another one in each generation of the hub's
             raise FileNotFoundError(
                 f"data {self.uri} is neither a file or folder nor a data set that the Hugging Face hub gives: {error}. "
                 "Without access to the hub, download the data elsewhere and give the path of the JSON lines"

@@ -175,12 +175,16 @@ def test_a_bad_record_is_named_and_leaves_nothing(resolve, tmp_path):
 def test_missing_data_is_refused(resolve, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         resolve(tmp_path / "nothing.jsonl")
+    with pytest.raises(ValueError, match="example:no-such-data"):
+        resolve("example:no-such-data")
     with pytest.raises(ValueError, match="must not hold credentials"):
         resolve("s3://id:secret@bucket/data")
 
 
-def test_a_data_set_of_a_hub_that_is_not_there_is_refused_with_the_remedy(resolve, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_data_set_of_a_hub_that_is_not_there_is_refused_with_the_remedy(resolve, monkeypatch, offline):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(FileNotFoundError, match=r"data org/name@v1 is neither a file .* give the path"):
         resolve("org/name@v1")
 

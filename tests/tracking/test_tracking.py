@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from osft.tracking import registry, runs
+from osft.data.record_hashes import NONE
+from osft.tracking import lineage, registry, runs
 from osft.tracking.live_metrics import LiveMetrics
 from osft.training.callbacks import Follower
+from tests.tracking.rounds import a_lineage
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,16 @@ def test_real_server_takes_runs_versions_and_metrics_after_an_outage(server, tmp
         folder = checkpoint(tmp_path / "checkpoint", "{}")
         tags = {"osft.checkpoint": "1"}
         assert registry.register(mlflow, "m", folder, run_id=step.run_id, description="d", tags=tags) == 1
-    assert registry.promote(mlflow, "m", 1) is None
+    assert registry.promote(mlflow, "m", 1, expected_champion=None) is None
     assert registry.champion(mlflow, "m") == 1
     assert mlflow.get_run(step.run_id).info.status == "FINISHED"
     assert (tmp_path / "a").exists(), "the checkpoint went to the server's artifacts"
+    with pytest.raises(lineage.LineageError, match="version 1 of m has no lineage.json"):
+        lineage.read(mlflow, "m", 1)
+    written = lineage.write(tmp_path / "lineage", a_lineage(), record_hashes=NONE, held_out=folder / "config.json")
+    with runs.step_run(mlflow, parent, "register") as step:
+        beside = {"run_id": step.run_id, "lineage": tmp_path / "lineage"}
+        assert registry.register(mlflow, "m", folder, description="d", tags={"osft.checkpoint": "2"}, **beside) == 2
+    assert lineage.read(mlflow, "m", 2) == written
+    (stored,) = lineage.earlier_evaluation_sets(mlflow, "m", 2, tmp_path / "sets").values()
+    assert stored.read_text() == "{}"
