@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,19 @@ def arithmetic(count: int, seed: int = 0) -> list[dict]:
 @pytest.fixture(scope="session")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("chats") / "larger-number.jsonl", arithmetic(120))
+
+
+@pytest.fixture(scope="session")
+def registry_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A storage root whose MLflow database all tests share that give their models names of their own."""
+    return tmp_path_factory.mktemp("registry")
+
+
+@pytest.fixture(scope="session")
+def mlflow(registry_root: Path) -> Any:
+    from osft.tracking import runs
+
+    return runs.client("", registry_root)
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,10 @@ import pytest
 from osft.data.record_hashes import record_hash, union
 from osft.data.records import DataError, read_records
 from osft.rounds.resolve import ResolvedRound, resolve_round
-from osft.tracking import registry, runs
+from osft.tracking import registry
 from osft.tracking.lineage import LineageError
 from tests.conftest import arithmetic, write_jsonl
-from tests.tracking.rounds import a_lineage, register_round
-
-
-@pytest.fixture(scope="module")
-def mlflow(tmp_path_factory: pytest.TempPathFactory):
-    return runs.client("", tmp_path_factory.mktemp("storage"))
+from tests.tracking.rounds import a_lineage, new_run, register_round
 
 
 @pytest.fixture
@@ -153,8 +148,7 @@ def test_a_champion_without_its_checkpoint_is_refused(resolve, champion, tmp_pat
 
 
 def test_a_champion_without_lineage_is_refused(resolve, mlflow, tmp_path, request):
-    experiment = mlflow.create_experiment("bare", artifact_location=(tmp_path / "artifacts").as_uri())
-    run_id = mlflow.create_run(experiment).info.run_id
+    run_id = new_run(mlflow, tmp_path / "checkpoint")
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     tags = {"osft.checkpoint": "c"}

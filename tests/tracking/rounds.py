@@ -40,25 +40,28 @@ def register_round(mlflow: Any, folder: Path, entry: Lineage, records: list[dict
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text(str(folder))
     taken = write_jsonl(folder / "taken.jsonl", records + held_out)
-    hashes = union([[record_hash(record) for record in read_records(str(taken))]]) if records or held_out else []
     lineage.write(
         folder / "lineage",
         entry,
-        record_hashes=union([hashes] if len(hashes) else []),
+        record_hashes=union([[record_hash(record) for record in read_records(str(taken))]]),
         held_out=write_jsonl(folder / "held_out.jsonl", held_out),
     )
-    experiment = mlflow.get_experiment_by_name("rounds")
-    experiment_id = (
-        experiment.experiment_id
-        if experiment
-        else mlflow.create_experiment("rounds", artifact_location=(folder.parent / "artifacts").as_uri())
-    )
+    run_id = new_run(mlflow, folder)
     return registry.register(
         mlflow,
         entry.model_name,
         checkpoint,
-        run_id=mlflow.create_run(experiment_id).info.run_id,
+        run_id=run_id,
         description="d",
         tags={"osft.checkpoint": str(folder)},
         lineage=folder / "lineage",
     )
+
+
+def new_run(mlflow: Any, folder: Path) -> str:
+    """A run whose artifacts lie beside `folder`."""
+    name = str(folder.parent)
+    known = mlflow.get_experiment_by_name(name)
+    artifacts = (folder.parent / "artifacts").as_uri()
+    experiment = known.experiment_id if known else mlflow.create_experiment(name, artifact_location=artifacts)
+    return mlflow.create_run(experiment).info.run_id

@@ -11,20 +11,10 @@ from osft import cli
 from osft.data.record_hashes import contains, read_hashes, record_hash
 from osft.data.records import read_records
 from osft.evaluation import matrix
-from osft.tracking import lineage, registry, runs
+from osft.tracking import lineage, registry
 from osft.tracking.lineage import LineageError
 from tests.conftest import arithmetic, write_jsonl
-from tests.tracking.rounds import a_lineage, register_round
-
-
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("storage")
-
-
-@pytest.fixture(scope="module")
-def mlflow(storage):
-    return runs.client("", storage)
+from tests.tracking.rounds import a_lineage, new_run, register_round
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +119,7 @@ def test_a_version_that_does_not_go_on_from_its_parent_is_refused(mlflow, tmp_pa
 
 
 def test_a_version_without_lineage_is_refused(mlflow, tmp_path):
-    experiment = mlflow.create_experiment("bare", artifact_location=(tmp_path / "artifacts").as_uri())
-    run_id = mlflow.create_run(experiment).info.run_id
+    run_id = new_run(mlflow, tmp_path / "checkpoint")
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     tags = {"osft.checkpoint": "c"}
@@ -196,8 +185,8 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_the_command_prints_the_history_as_a_tree(storage, three_rounds):
-    code, output, _ = invoke("three@champion", "--storage-root", storage)
+def test_the_command_prints_the_history_as_a_tree(registry_root, three_rounds):
+    code, output, _ = invoke("three@champion", "--storage-root", registry_root)
     assert code == 0
     lines = output.splitlines()
     assert lines[0] == "org/base"
@@ -205,7 +194,7 @@ def test_the_command_prints_the_history_as_a_tree(storage, three_rounds):
     assert "    └── three version 2 (champion)  second: 50% größer?" in lines
     assert "        ├── data: second: 50% größer?.jsonl, 2 new of 3 records" in lines
     assert "version 3" not in output
-    assert "version 3 (candidate, challenger)" in invoke("three/3", "--storage-root", storage)[1]
+    assert "version 3 (candidate, challenger)" in invoke("three/3", "--storage-root", registry_root)[1]
 
 
 @pytest.mark.parametrize(
@@ -216,8 +205,8 @@ def test_the_command_prints_the_history_as_a_tree(storage, three_rounds):
         ("three/9", "version 9"),
     ],
 )
-def test_the_command_refuses_what_names_no_version(storage, three_rounds, reference, problem):
-    code, _, errors = invoke(reference, "--storage-root", storage)
+def test_the_command_refuses_what_names_no_version(registry_root, three_rounds, reference, problem):
+    code, _, errors = invoke(reference, "--storage-root", registry_root)
     assert (code, problem in errors) == (2, True)
 
 

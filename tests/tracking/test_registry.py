@@ -4,14 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from osft.tracking import registry, runs
-
-
-@pytest.fixture(scope="module")
-def mlflow(tmp_path_factory: pytest.TempPathFactory):
-    client = runs.client("", tmp_path_factory.mktemp("storage"))
-    client.create_experiment("e", artifact_location=tmp_path_factory.mktemp("artifacts").as_uri())
-    return client
+from osft.tracking import registry
+from tests.tracking.rounds import new_run
 
 
 @pytest.fixture
@@ -22,7 +16,7 @@ def register(mlflow, tmp_path, request):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(content or name)
-        run_id = run_id or mlflow.create_run(mlflow.get_experiment_by_name("e").experiment_id).info.run_id
+        run_id = run_id or new_run(mlflow, folder)
         tags = {"osft.checkpoint": name}
         return registry.register(mlflow, request.node.name, folder, run_id=run_id, description="d", tags=tags)
 
