@@ -19,9 +19,8 @@ class Source(Protocol):
 
     uri: str
 
-    @property
-    def name(self) -> str:
-        """What a round that learns it is called."""
+    def name(self, files: frozenset[str]) -> str:
+        """What a round that learns records of these files is called."""
 
     def records(self) -> Iterator[Record]:
         """All records, validated. Raises DataError at the first bad one."""
@@ -50,10 +49,9 @@ class Files:
         self._files = data_files(uri)
         self._counts: Counter[str] = Counter()
 
-    @property
-    def name(self) -> str:
-        """The file's or folder's name."""
-        return data_name(self.uri)
+    def name(self, files: frozenset[str]) -> str:
+        """The file's name, or for records of several files the folder's."""
+        return data_name(next(iter(files)) if len(files) == 1 else self.uri)
 
     def records(self) -> Iterator[Record]:
         """All records, file by file. Raises DataError at the first bad line."""
@@ -85,8 +83,7 @@ class HubDataset:
         self._id, _, revision = uri.partition("@")
         self._revision = self._ask_hub(lambda: _commit(self._id, revision or None))
 
-    @property
-    def name(self) -> str:
+    def name(self, files: frozenset[str]) -> str:
         """The id without its owner."""
         return self._id.split("/")[1]
 
