@@ -1,1 +1,1 @@
-"""The component `prepare_data`."""
+"""The component `resolve_round`."""

@@ -36,9 +36,12 @@ def open_source(uri: str) -> "Source":
 
     Raises FileNotFoundError if there is neither, or the hub cannot be reached.
     """
-    if not storage.is_remote(uri) and _DATASET_ID.fullmatch(uri) and not Path(uri).exists():
-        return HubDataset(uri)
-    return Files(uri)
+    return HubDataset(uri) if is_hub_dataset(uri) else Files(uri)
+
+
+def is_hub_dataset(uri: str) -> bool:
+    """Whether `open_source` asks the Hugging Face hub for it."""
+    return not storage.is_remote(uri) and bool(_DATASET_ID.fullmatch(uri)) and not Path(uri).exists()
 
 
 class Files:

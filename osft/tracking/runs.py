@@ -117,3 +117,14 @@ def step_run(mlflow: "MlflowClient", parent_run_id: str, step: str) -> Iterator[
         mlflow.set_terminated(parent_run_id, "FAILED")
         raise
     mlflow.set_terminated(run_id, "FINISHED")
+
+
+def step_seconds(mlflow: "MlflowClient", parent_run_id: str) -> dict[str, float]:
+    """How long each step of a pipeline run took that has ended well; of one that was retried, its last attempt."""
+    parent = mlflow.get_run(parent_run_id)
+    found = mlflow.search_runs(
+        [parent.info.experiment_id],
+        filter_string=f"tags.`{_PARENT_TAG}` = '{parent_run_id}' AND attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time ASC"],
+    )
+    return {run.info.run_name: (run.info.end_time - run.info.start_time) / 1000 for run in found}

@@ -1,0 +1,88 @@
+"""What a round found, learned and forgot, as tables in the terminal."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from osft.evaluation.report import format_number
+
+
+def show_round(console: Console, folder: Path) -> None:
+    """Print what is in a round's folder: scores, the decision, the version; or that there was nothing to learn."""
+    resolved = _read(folder / "round.json")
+    if resolved["nothing_to_learn"]:
+        console.print(f"round:   {resolved['nothing_to_learn']}", soft_wrap=True)
+        return
+    evaluation, registered = _read(folder / "evaluation.json"), _read(folder / "version.json")
+    console.print(_scores(evaluation))
+    decision = evaluation["decision"]
+    console.print(f"gate:    {'passed' if decision['promote'] else 'refused'}")
+    for rule in decision["rules"]:
+        if not rule["passed"]:
+            console.print(f"         {rule_text(rule)}", soft_wrap=True)
+    aliases = "candidate and champion" if decision["promote"] else "candidate and challenger; the champion did not move"
+    console.print(
+        f"version: {registered['model_name']} {registered['version']} ({aliases}), `make ui` shows it in MLflow"
+    )
+    console.print(f"report:  {folder / 'report.html'}", soft_wrap=True)
+
+
+def show_matrix(console: Console, evaluation: dict[str, Any]) -> None:
+    """Print the continual-learning matrix up to a round, and what it says."""
+    matrix = evaluation["matrix"]
+    tasks = [row["task"] for row in matrix["rounds"]]
+    kind, unit = ("accuracy", 100) if "accuracy" in matrix["metrics"] else ("loss", 1)
+    block, digits = matrix["metrics"][kind], 1 if unit == 100 else 3
+    shown = f"{kind}, {'%' if unit == 100 else 'nats per token'}"
+    table = Table(title=f"continual-learning matrix: {shown}, on held-out data")
+    table.add_column("model", no_wrap=True)
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for name, scores in [("base", block["baseline"])] + [
+        (f"after {task}", row) for task, row in zip(tasks, block["rows"], strict=True)
+    ]:
+        values = [*scores, *[None] * (len(tasks) - len(scores))]
+        table.add_row(name, *(format_number(None if v is None else unit * v, digits) for v in values))
+    console.print(table)
+    for name in ("average_accuracy", "backward_transfer", "forward_transfer", "average_forgetting"):
+        value = block[name]
+        if value is not None:
+            console.print(f"{name.replace('_', ' ') + ':':20}{format_number(unit * value, digits)}")
+
+
+def rule_text(rule: dict[str, Any]) -> str:
+    """One rule of the gate in words."""
+    scale, suffix = (100, " %") if rule["relative"] or rule["metric"] == "accuracy" else (1, "")
+    value, bound = (f"{scale * rule[key]:.2f}{suffix}" for key in ("value", "bound"))
+    tolerance = f" ± {scale * rule['stderr']:.2f}{suffix}" if rule["stderr"] is not None else ""
+    return (
+        f"{rule['rule']} of {rule['subject']} ({rule['metric']}, against {rule['against']}): {value}{tolerance}, "
+        f"must be {rule['comparison']} {bound}"
+    )
+
+
+def _scores(evaluation: dict[str, Any]) -> Table:
+    models, reference = list(evaluation["models"]), evaluation["reference"]
+    table = Table(title=f"{evaluation['task']}: {' -> '.join(models)}, on held-out data")
+    for column in ("evaluation set", "role"):
+        table.add_column(column, no_wrap=True)
+    for column in ("loss", "change", "accuracy"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, described in evaluation["sets"].items():
+        scores = [evaluation["results"][model][name] for model in models]
+        change = evaluation["changes"][reference][name]["loss"]["relative"]
+        accuracy = "-"
+        if scores[-1]["accuracy"] is not None:
+            accuracy = " -> ".join(f"{score['accuracy']:.0%}" for score in scores)
+            accuracy += f" ± {scores[-1]['accuracy_stderr']:.0%}"
+        losses = " -> ".join(f"{score['loss']:.3f}" for score in scores)
+        table.add_row(name, described["role"], losses, "-" if change is None else f"{change:+.1%}", accuracy)
+    return table
+
+
+def _read(file: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return value
