@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from osft.orchestration import CompiledPipeline, connect, create_schedule, parse_trigger
+from osft.orchestration import CompiledPipeline, connect, create_schedule, parse_trigger, upload
 from osft.tracking import lineage, registry, runs
 from pipelines.continual_learning.pipeline import YAML
 from tests.conftest import write_jsonl
@@ -61,13 +61,9 @@ class Night:
             "storage_root": str(self.root),
             "gate": {"max_forgetting": {"bound": 0.2}},
         }
-        create_schedule(
-            connect(server.address),
-            "nightly",
-            CompiledPipeline.read(YAML),
-            arguments=parameters,
-            trigger=parse_trigger(cron="0 0 3 * * *"),
-        )
+        client = connect(server.address)
+        pipeline = upload(client, CompiledPipeline.read(YAML))
+        create_schedule(client, "nightly", pipeline, parse_trigger(cron="0 0 3 * * *"), parameters)
         self.mlflow = runs.client("", self.root)
 
     def fire(self) -> None:
