@@ -194,7 +194,7 @@ def one_round(
         "target_patterns": target_patterns,
         "rank_allocation": rank_allocation,
     }
-    with dsl.If(resolved.outputs["learn"] == True, name="something-new"):  # noqa: E712 (kfp overloads ==)
+    with dsl.If(resolved.outputs["Output"] == True, name="something-new"):  # noqa: E712 (kfp overloads ==)
         prepared = prepare_data(
             base_model=base_model,
             model=resolved.outputs["model"],
@@ -207,7 +207,11 @@ def one_round(
             **common,
         )
         factors = precompute_svd(
-            model_path=prepared.outputs["model_path"], data_path=prepared.outputs["data_path"], **subspace, **common
+            model_path=prepared.outputs["model_path"],
+            data_path=prepared.outputs["data_path"],
+            accelerators=f"{svd_gpus} x {gpu_resource}",
+            **subspace,
+            **common,
         )
         trained = train_osft(
             model_path=prepared.outputs["model_path"],
@@ -245,6 +249,7 @@ def one_round(
             max_anchor_samples=max_anchor_samples,
             gate=gate,
             lm_eval_tasks=lm_eval_tasks,
+            accelerators=f"{evaluation_gpus} x {gpu_resource}",
             **common,
         )
         registered = register_model(
@@ -264,6 +269,7 @@ def one_round(
                 **common,
             )
     steps = [resolved, prepared, factors, trained, evaluated, registered, promoted]
+    # Inside of dsl.If, the compiler hands on what a step's arguments name, so these two name their resources there too.
     for step, gpus in ((factors, svd_gpus), (evaluated, evaluation_gpus)):
         step.set_accelerator_type(gpu_resource).set_accelerator_limit(gpus)
     for step in steps:

@@ -124,7 +124,7 @@ def test_compiled_steps_find_and_prepare_data_in_the_steps_image(steps_image, st
     given = {"base_model": model, "anchor_uris": anchors, "data_uri": f"{MOUNT}/chats.jsonl", "gate": {}}
     names = {"model_name": "m", "min_new_samples": 1, "mlflow_experiment": "e", "pipeline_name": "test"}
     resolved = run_step(steps_image, storage, "resolve-round", where | given | names)
-    assert (resolved["learn"], resolved["task"], resolved["model"]) == (True, "chats", model)
+    assert (resolved["Output"], resolved["task"], resolved["model"]) == (True, "chats", model)
     limits = {"max_seq_len": 512, "validation_fraction": 0.1, "max_train_samples": 0, "max_validation_samples": 0}
     handed = {name: resolved[name] for name in ("model", "records", "mlflow_run_id")}
     prepared = run_step(

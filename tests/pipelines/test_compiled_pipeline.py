@@ -115,7 +115,7 @@ def condition(dag: dict) -> tuple[str, dict]:
 def test_only_the_first_step_runs_without_news_and_promotion_is_behind_the_gate(spec):
     news, learning = condition(spec["root"]["dag"])
     assert [name for name in spec["root"]["dag"]["tasks"] if not name.startswith("condition")] == ["resolve-round"]
-    assert "resolve-round-learn" in news
+    assert "resolve-round-Output" in news
     assert "== true" in news
     inner = spec["components"][learning]["dag"]
     gate, behind = condition(inner)
