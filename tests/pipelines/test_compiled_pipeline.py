@@ -177,7 +177,7 @@ def test_server_refuses_what_is_not_a_pipeline(tmp_path):
 
 def test_every_component_is_described_and_its_readme_is_current():
     found = readme.components()
-    assert len(found) == 6
+    assert len(found) == 7
     for file, component in found.items():
         assert file.read_text() == readme.render(component)
         spec = component.component_spec
