@@ -27,7 +27,6 @@ from osft import examples, storage
 from osft.atomic import atomic_path
 from osft.config import SubspaceConfig, TrainConfig
 from osft.tracking import registry, runs
-from osft.tracking.live_metrics import LiveMetrics
 
 if TYPE_CHECKING:
     from osft.training.job import Launcher, Limits
@@ -199,7 +198,7 @@ def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Pa
         job, limits = _training_job(round, config, where)
         Path(manifest_file).write_text(job.describe(), encoding="utf-8")
         step.log_artifact(Path(manifest_file))
-        run_job(job, limits=limits, output=folder, callbacks=[LiveMetrics(step.client, step.run_id)])
+        run_job(job, limits=limits, output=folder, callbacks=[step.live_metrics()])
         summary = _read_json(storage.join(folder, "training.json"))
         step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
         step.log_artifact(storage.local(storage.join(folder, "training.json")))

@@ -15,6 +15,7 @@ import pytest
 from osft.data.record_hashes import NONE
 from osft.tracking import lineage, registry, runs
 from osft.tracking.live_metrics import LiveMetrics
+from osft.tracking.outbox import MetricOutbox
 from osft.training.callbacks import Follower
 from tests.tracking.rounds import a_lineage
 
@@ -82,7 +83,7 @@ def metrics_line(step: int) -> str:
 
 def follow(mlflow, run_id: str, file: Path) -> Follower:
     """What training does with the callback: reads the file while it grows."""
-    live = LiveMetrics(mlflow, run_id, interval_seconds=0.05)
+    live = LiveMetrics(MetricOutbox(mlflow, run_id, interval_seconds=0.05))
     return Follower(file.parent, [live], after=0, interval_seconds=0.05)
 
 
