@@ -102,8 +102,8 @@ def _number(value: float | None) -> str:
 
 
 def _name(path: str) -> str:
-    """The last part of a path or URI: who reads the page does not know the volume."""
-    return path.rstrip("/").rpartition("/")[2] or path
+    """The last part of a path or URI (who reads the page does not know the volume), or a Hugging Face id as it is."""
+    return path.rstrip("/").rpartition("/")[2] if path.startswith("/") or "://" in path else path
 
 
 def _text(text: str) -> str:

@@ -56,7 +56,7 @@ class MetricOutbox:
             if self._send() is _Answer.REFUSED:
                 return
         while self._send() is _Answer.NONE:
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(min(self._interval, _RETRY_SECONDS))
 
     def _send(self) -> "_Answer":
         """Send all that is pending."""

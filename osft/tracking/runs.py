@@ -283,15 +283,15 @@ def recorded(mlflow: "MlflowClient", run_id: str, parent_run_id: str = "") -> It
 
     Raises ConnectionError, if the block has not raised, where the last metrics could not be sent.
     """
+    wait_seconds = float(os.environ.get("OSFT_MLFLOW_WAIT_SECONDS") or _WAIT_SECONDS)
     outbox = MetricOutbox(mlflow, run_id)
     try:
         with system_metrics(outbox):
             yield StepRun(mlflow, run_id, parent_run_id, outbox)
     except BaseException as error:
-        outbox.close(_WAIT_AFTER_FAILURE_SECONDS)
+        outbox.close(min(wait_seconds, _WAIT_AFTER_FAILURE_SECONDS))
         _record_failure(mlflow, run_id, parent_run_id, error)
         raise
-    wait_seconds = float(os.environ.get("OSFT_MLFLOW_WAIT_SECONDS") or _WAIT_SECONDS)
     unsent = outbox.close(wait_seconds)
     if unsent:
         raise ConnectionError(
