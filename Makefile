@@ -23,7 +23,7 @@ SET     ?=
 IMAGE   ?=
 TRAINING_IMAGE ?=
 
-.PHONY: help setup run test test-slow test-cluster test-images lint format compile check-compiled check-manifests bench ui images sbom clean
+.PHONY: help setup run test test-slow test-cluster test-mlflow test-images lint format compile check-compiled check-manifests bench ui images sbom clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -55,6 +55,9 @@ test-slow: setup ## Run the tests that `make test` leaves out: several nodes, ma
 
 test-cluster: setup ## Run the training step on a stand-in cluster whose pods are real processes, and break it
 	$(BIN)/python -m pytest -m cluster
+
+test-mlflow: setup ## Run the tests against a real MLflow server on PostgreSQL (in Debian the package postgresql), and break it
+	$(BIN)/python -m pytest -m mlflow_server
 
 lint: setup ## Check style, types and that the compiled YAML is current
 	$(BIN)/ruff check .
