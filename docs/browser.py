@@ -34,37 +34,38 @@ class Page:
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self._to, self._from, self._buffer, self._last, self._session = to_browser, from_browser, b"", 0, ""
-        target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
-            self._call(f"{domain}.enable")
+            self.call(f"{domain}.enable")
 
     def open(self, file: Path, *, width: int, height: int = 900) -> None:
         """Load an HTML file in a window of a width in CSS pixels, and wait until it is drawn."""
-        self._call(
+        self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 720
         )
         already = len(self.events)
-        self._call("Page.navigate", url=file.resolve().as_uri())
+        self.call("Page.navigate", url=file.resolve().as_uri())
         while not any(method == "Page.loadEventFired" for method, _ in self.events[already:]):
             self._receive()
         self.evaluate("document.fonts.ready.then(() => new Promise(requestAnimationFrame))")
 
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression, a promise's result. Raises PageError if it throws."""
-        found = self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in found:
             raise PageError(f"the page's script failed: {found['exceptionDetails']}")
         return found["result"].get("value")
 
     def screenshot(self, *, height: int | None = None) -> bytes:
         """The page as PNG, down to `height` in CSS pixels, all of it by default."""
-        size = self._call("Page.getLayoutMetrics")["cssContentSize"]
+        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": min(height or size["height"], size["height"])}
-        shot = self._call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip | {"scale": 1})
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip | {"scale": 1})
         return base64.b64decode(shot["data"])
 
-    def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """The answer to a command of the DevTools protocol. Raises PageError if it is refused."""
         self._last += 1
         message = {"id": self._last, "method": method, "params": parameters}
         if self._session:

@@ -17,7 +17,10 @@ SCRIPT = "<script>alert(1)</script>"
 
 
 def new_evaluation(rounds: int = 1, *, benchmarks: bool = False) -> dict[str, Any]:
-    """`evaluation.json` of the last of some rounds, promoted if there are few. The first round has no champion and no matrix."""
+    """`evaluation.json` of the last of some rounds, promoted if they are few.
+
+    The first round has no champion and no matrix.
+    """
     tasks = [TASKS[i] if i < len(TASKS) else f"domain-{i + 1}" for i in range(rounds)]
     models = {"base": {"path": "/models/base", "version": None}, "candidate": {"path": "/runs/3/out", "version": None}}
     if rounds > 1:
@@ -55,7 +58,7 @@ def new_evaluation(rounds: int = 1, *, benchmarks: bool = False) -> dict[str, An
         "examples": [
             {
                 "set": task,
-                "prompt": f"Is this headline sarcastic? “Area man wins {i + 3} raffles”\nAnswer with one word. {SCRIPT}",
+                "prompt": f"Is this headline sarcastic? “Area man wins {i + 3} raffles”\nOne word, please. {SCRIPT}",
                 "reference": "sarcastic",
                 "answers": dict.fromkeys(models, "serious, I would say, for there is no obvious joke in it")
                 | {"candidate": " sarcastic\n"},

@@ -4,7 +4,7 @@ import pytest
 
 from osft.evaluation import matrix as measures
 from osft.evaluation.report import render_report
-from osft.evaluation.report.heat_map import DIVERGING, SEQUENTIAL, ink_on
+from osft.evaluation.report.heat_map import DIVERGING, SEQUENTIAL, Scale, heat_map, ink_on
 from osft.evaluation.report.rounds import anchor_drifts, measures_by_round
 from tests.evaluation.html_page import Page
 from tests.evaluation.round_report import TASKS, new_evaluation
@@ -37,19 +37,24 @@ def test_heat_map_names_its_rounds_and_tasks(page):
 
 
 def test_better_than_the_base_model_is_blue_and_worse_is_orange():
-    evaluation = new_evaluation(3)
-    evaluation["matrix"]["metrics"]["loss"]["rows"][2][0] = 9.999
-    cells = re.findall(
-        r'<path[^>]*style="fill:(#\w{6})[^>]*>|>(\d\.\d{3})</text>', plot(render_report(evaluation), "matrix-loss")
-    )
-    colors = {number: before[0] for before, (_, number) in zip(cells, cells[1:], strict=False) if number}
-    if not any(colors.values()):  # cells are drawn before their texts
-        fills, numbers = [c for c, _ in cells if c], [n for _, n in cells if n]
-        colors = dict(zip(numbers, fills[-len(numbers) :], strict=True))
-    red, _, blue = (int(colors["9.999"][i : i + 2], 16) for i in (1, 3, 5))
-    assert red > 1.3 * blue
-    red, _, blue = (int(colors["0.800"][i : i + 2], 16) for i in (1, 3, 5))
-    assert blue > 1.3 * red
+    white, worse, better = fills([[0.0, -0.1, 0.5]])
+    assert (white, min(worse), min(better)) == ((255, 255, 255), worse[2], better[0])
+    assert worse[0] > 1.5 * worse[2]
+    assert better[2] > 1.5 * better[0]
+
+
+def test_cell_that_was_not_measured_has_no_color_of_its_own():
+    assert len(fills([[0.0, None, 0.5]])) == 2
+
+
+def fills(cells: list[list[float | None]]) -> list[tuple[int, ...]]:
+    """Red, green and blue of the cells, in their order."""
+    scale = Scale(label="", low=-0.1, high=0.5, center=0.0, write=str)
+    texts = [["" if value is None else f"{value}" for value in row] for row in cells]
+    columns = [str(i) for i in range(len(cells[0]))]
+    svg = heat_map("test", "test", cells, texts, rows=["only"], columns=columns, scale=scale).svg
+    colors = re.findall(r'style="fill:#(\w{6});stroke:#dfe4e9', svg)
+    return [tuple(bytes.fromhex(color)) for color in colors]
 
 
 def test_numbers_are_readable_on_every_color_of_a_heat_map():

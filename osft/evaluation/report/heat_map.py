@@ -56,7 +56,7 @@ def heat_map(
     from matplotlib.patches import Rectangle
 
     colors = SEQUENTIAL if scale.center is None else DIVERGING
-    colormap = LinearSegmentedColormap.from_list("report", colors, N=64)
+    colormap = LinearSegmentedColormap.from_list("report", colors, N=65)  # odd, so that the middle is white
     norm: Any = Normalize(scale.low, scale.high)
     if scale.center is not None:
         norm = TwoSlopeNorm(scale.center, scale.low, scale.high)
