@@ -29,7 +29,7 @@ class PageError(RuntimeError):
 
 
 class Page:
-    """An open page. `events` are what the browser reported of it so far, as (method, parameters)."""
+    """A page, `events` being what the browser reported of it since it was opened: (method, parameters)."""
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -44,9 +44,9 @@ class Page:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 720
         )
-        already = len(self.events)
+        self.events.clear()
         self.call("Page.navigate", url=file.resolve().as_uri())
-        while not any(method == "Page.loadEventFired" for method, _ in self.events[already:]):
+        while not any(method == "Page.loadEventFired" for method, _ in self.events):
             self._receive()
         self.evaluate("document.fonts.ready.then(() => new Promise(requestAnimationFrame))")
 

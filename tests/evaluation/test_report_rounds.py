@@ -123,6 +123,14 @@ def test_matrix_with_gaps_renders_and_says_what_is_unknown():
     assert "– average loss" in Page(render_report(evaluation)).text["rounds"]
 
 
+def test_row_that_ends_early_is_a_row_with_gaps(page):
+    evaluation = new_evaluation(3)
+    for block in evaluation["matrix"]["metrics"].values():
+        block["rows"] = [[value for value in row if value is not None] for row in block["rows"]]
+    assert [len(row) for row in block["rows"]] == [2, 3, 3]
+    assert render_report(evaluation).split('id="results"')[0] == page.split('id="results"')[0]
+
+
 def test_drift_is_relative_for_losses_and_a_difference_for_accuracies():
     anchors = {
         "web": {"loss": {"baseline": 2.0, "values": [2.02, None, 2.1]}},

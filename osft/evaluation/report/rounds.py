@@ -25,7 +25,9 @@ DIGITS = {"loss": 3, "accuracy": 1}
 def matrix_blocks(matrix: dict[str, Any]) -> list[dict[str, Any]]:
     """Per metric of a matrix of several rounds: its numbers as text, the heat map and the plots over rounds."""
     blocks = []
-    for metric, block in matrix["metrics"].items():
+    for metric, measured in matrix["metrics"].items():
+        block = measured | {"rows": [_whole_row(row, matrix) for row in measured["rows"]]}
+        block["baseline"] = _whole_row(measured["baseline"], matrix)
         history = measures_by_round(block, metric)
         plots = [_average_plot(history["average"], metric), _transfer_plot(history, metric)]
         if block["forgetting"]:
@@ -34,7 +36,8 @@ def matrix_blocks(matrix: dict[str, Any]) -> list[dict[str, Any]]:
             plots.append(_drift_plot(drift, metric))
         names = row_names(matrix["rounds"])
         blocks.append(
-            {
+            block
+            | {
                 "metric": metric,
                 "unit": UNITS[metric],
                 "heat_map": _matrix_plot(matrix["rounds"], names, block, metric).svg,
@@ -43,7 +46,6 @@ def matrix_blocks(matrix: dict[str, Any]) -> list[dict[str, Any]]:
                 "plots": plots,
                 "tiles": _tiles(block, metric),
             }
-            | block
         )
     return blocks
 
@@ -54,6 +56,11 @@ def row_names(rounds: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"{number} {r['task']}{version}" for number, (r, version) in enumerate(zip(rounds, versions, strict=True), 1)
     ]
+
+
+def _whole_row(row: Sequence[Score], matrix: dict[str, Any]) -> list[Score]:
+    """A score or None for every task: a row ends with what was measured."""
+    return [*row, *[None] * (len(matrix["rounds"]) - len(row))]
 
 
 def measures_by_round(block: dict[str, Any], metric: str) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def _tiles(block: dict[str, Any], metric: str) -> list[tuple[str, str, str]]:
 
     average = block["average_accuracy"]
     if metric == "loss" and average is not None:
-        average = abs(average)  # computed on negated losses
+        average = -average  # computed on negated losses
     return [
         (text(average, signed=False), f"average {metric}", "of the candidate on all tasks"),
         (text(block["backward_transfer"]), "backward transfer", "of later rounds to earlier tasks, below 0 is worse"),
@@ -128,7 +135,6 @@ def _tiles(block: dict[str, Any], metric: str) -> list[tuple[str, str, str]]:
 def _matrix_plot(rounds: Sequence[dict[str, Any]], names: Sequence[str], block: dict[str, Any], metric: str) -> Plot:
     """Rounds x tasks, coloured by the change against the base model."""
     values = [block["baseline"], *block["rows"]]
-    values = [[row[j] if j < len(row) else None for j in range(len(rounds))] for row in values]
 
     def change(value: Score, base: Score) -> float | None:
         """Above 0: better than the base model. Logarithmic for losses, where 1 -> 0.1 is as much as 10 -> 1."""

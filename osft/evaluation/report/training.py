@@ -44,13 +44,13 @@ def cost_of(
 def _training_tiles(training: dict[str, Any], train_seconds: float, hours: float) -> list[tuple[str, str]]:
     processes = training["world_size"]
     unit = "CPU process-hours" if training["device"] == "cpu" else "GPU-hours"
-    held = f"{processes} {'process' if processes == 1 else 'processes'} for {format_duration(3600 * hours)}"
+    held = f"{unit}: {processes} {'process' if processes == 1 else 'processes'} for {format_duration(3600 * hours)}"
     throughput = training["tokens"] / train_seconds if train_seconds else None
     return [
         (format_duration(train_seconds), "training time"),
         (format_number(training["tokens"]), f"tokens in {format_number(training['steps'])} steps"),
         (format_number(throughput), "tokens per second"),
-        (f"{processes * hours:.3g} {unit}", held),
+        (f"{processes * hours:.3g}", held),
         (f"{training['peak_memory_bytes'] / 2**30:.2f} GiB", "peak memory of a process"),
     ]
 
