@@ -38,7 +38,10 @@ def test_dry_run_shows_the_parameters_and_leaves_nothing(tmp_path):
 def test_bad_parameter_or_task_is_refused(tmp_path):
     for given, problem in (
         (["--set", "epochs=2"], "unknown parameter 'epochs'. Did you mean 'num_epochs'?"),
-        (["--set", 'gate={"min_gain": {"bound": "a"}}'], "bound of the gate rule min_gain must be a number, at least 0, got 'a'"),
+        (
+            ["--set", 'gate={"min_gain": {"bound": "a"}}'],
+            "bound of the gate rule min_gain must be a number, at least 0",
+        ),
         (["--tasks", "sarcasm"], "there is no example:sarcasm"),
     ):
         result = CliRunner().invoke(app, [*given, "--storage", str(tmp_path / "runs")])
