@@ -49,7 +49,7 @@ class Schedule:
 
     @property
     def state(self) -> str:
-        """"enabled" or "paused"."""
+        """ "enabled" or "paused"."""
         return "enabled" if self.enabled else "paused"
 
 
