@@ -129,13 +129,11 @@ def evaluate(
     try:
         from osft.evaluation.evaluate import evaluate as compare
         from osft.evaluation.evaluate import load_set
-        from osft.models import model_folder
 
         roles = ["new task"] + ["anchor"] * (len(data) - 1)
         sets = [load_set(uri, role, max_samples=max_samples) for uri, role in zip(data, roles, strict=True)]
-        found = compare(
-            model_folder(base), model_folder(checkpoint), sets, num_examples=0, trust_remote_code=trust_remote_code
-        )
+        models = {"base": base, "candidate": checkpoint}
+        found = compare(models, sets, num_examples=0, trust_remote_code=trust_remote_code)
     except (ValueError, FileNotFoundError) as error:
         raise refused(error) from None
     table = Table("data", "role", "loss before", "after", "change", "accuracy before", "after")

@@ -75,7 +75,6 @@ def check(arguments: dict[str, Any]) -> None:
     from osft.checkpoint import CheckpointReader
     from osft.config import TrainConfig
     from osft.data.records import check_names, read_records
-    from osft.evaluation.gate import GateRules
     from osft.examples import SCHEME
     from osft.models import empty_model
     from osft.parameters import parameters
@@ -87,7 +86,6 @@ def check(arguments: dict[str, Any]) -> None:
     settings |= {name: arguments[name] or None for name in ("target_patterns", "nproc_per_node")}
     settings |= {"model_path": model, "data_path": arguments["data_uri"], "ckpt_output_dir": arguments["storage_root"]}
     training = TrainConfig.from_parameters(settings | arguments["more_training_settings"])
-    GateRules.from_parameters(arguments["gate"])
     check_names([arguments["data_uri"], *arguments["anchor_uris"]])
     for uri in (arguments["data_uri"], *arguments["anchor_uris"]):
         if not uri.startswith(SCHEME) and not is_hub_dataset(uri):

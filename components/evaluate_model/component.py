@@ -19,6 +19,7 @@ def evaluate_model(
     max_anchor_samples: int,
     gate: dict,
     lm_eval_tasks: list,
+    accelerators: str,
     storage_root: str,
     mlflow_tracking_uri: str,
     mlflow_run_id: str,
@@ -41,6 +42,7 @@ def evaluate_model(
         max_anchor_samples: Use at most this many records of each anchor; 0 uses all.
         gate: Rules that the candidate must pass.
         lm_eval_tasks: Tasks of lm-evaluation-harness to compare the models on.
+        accelerators: What the step's pod asks for, such as "1 x nvidia.com/gpu", for the record.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
@@ -75,6 +77,7 @@ def evaluate_model(
         max_anchor_samples=max_anchor_samples,
         gate=gate,
         lm_eval_tasks=lm_eval_tasks,
+        accelerators=accelerators,
     )
     for model, scores in evaluation["results"].items():
         for name, score in scores.items():

@@ -23,7 +23,7 @@ def resolve_round(
 ) -> NamedTuple(
     "Resolved",
     [
-        ("learn", bool),
+        ("Output", bool),  # kfp.local evaluates conditions on outputs of this name only
         ("model", str),
         ("records", str),
         ("task", str),
@@ -47,7 +47,7 @@ def resolve_round(
         pipeline_name: Name that the MLflow run gets.
 
     Returns:
-        learn: False if there is nothing to learn; the run ends then.
+        Output: False if there is nothing to learn; the run ends then.
         model: The champion's checkpoint, or the base model.
         records: File of the new records.
         task: Name of the new task.
@@ -71,7 +71,7 @@ def resolve_round(
         experiment=mlflow_experiment,
         run_name=pipeline_name,
     )
-    outputs = namedtuple("Resolved", ["learn", "model", "records", "task", "parent_version", "mlflow_run_id"])
+    outputs = namedtuple("Resolved", ["Output", "model", "records", "task", "parent_version", "mlflow_run_id"])
     return outputs(
         not found.nothing_to_learn, found.model, found.records, found.task, found.parent_version or 0, mlflow_run_id
     )

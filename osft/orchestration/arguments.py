@@ -35,7 +35,7 @@ def pipeline_arguments(
     the pipeline.
 
     Raises FileNotFoundError if there is no such file; ValueError for text that is not YAML, an unknown name, a value of
-    another type, and settings that no PyTorchJob can have, which would be noticed only when the round comes to train.
+    another type, and settings that no PyTorchJob or gate can have, which would be noticed only when the round runs.
     """
     given = read_file(file, "parameter") if file else {}
     refuse_unknown(given, known)
@@ -47,6 +47,7 @@ def pipeline_arguments(
         refuse_unknown([name], known)
         arguments[name] = _parsed(name, text, known[name]["parameterType"])
     _check_training_job(arguments)
+    _check_gate(arguments)
     return arguments
 
 
@@ -60,6 +61,15 @@ def _check_training_job(arguments: Mapping[str, Any]) -> None:
         PyTorchJobSettings.from_parameters(arguments.get("pytorchjob", {}))
     except ValueError as error:
         raise ValueError(f"pytorchjob: {str(error).removeprefix('pytorchjob ')}") from None
+
+
+def _check_gate(arguments: Mapping[str, Any]) -> None:
+    from osft.evaluation.gate import GateRules
+
+    try:
+        GateRules.from_parameters(arguments.get("gate"))
+    except ValueError as error:
+        raise ValueError(f"gate: {error}") from None
 
 
 def refuse_missing(known: Mapping[str, Mapping[str, Any]], arguments: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from osft import storage
@@ -29,19 +28,21 @@ def evaluate_model(
     max_anchor_samples: int,
     gate: Mapping[str, Any],
     lm_eval_tasks: Sequence[str] = (),
+    accelerators: str = "",
 ) -> dict[str, Any]:
     """Measure base, champion and candidate on the new task, on every earlier one and on the anchors, and decide.
 
     Writes `evaluation.json` and `report.html` to the round's folder.
     """
     from osft.evaluation.evaluate import evaluate, load_set
-    from osft.evaluation.gate import GateRules, decide
+    from osft.evaluation.gate import GateRules, MeasuredVersion, decide
     from osft.evaluation.report import render_report
     from osft.subspace.factor_store import load_factor_set
 
     rules = GateRules.from_parameters(gate)
     with round.step("evaluate_model") as step:
-        step.log_params({"gate": json.dumps(asdict(rules)), "max_anchor_samples": max_anchor_samples})
+        step.log_params({"gate": json.dumps(rules.to_parameters()), "max_anchor_samples": max_anchor_samples})
+        step.log_params({"lm_eval_tasks": list(lm_eval_tasks), "accelerators": accelerators})
         sets = [load_set(storage.join(data_path, "validation.jsonl"), "new task", name=task)]
         models, versions, parent = {"base": base_model_path}, list[int](), None
         if parent_version is not None:
@@ -62,8 +63,9 @@ def evaluate_model(
         if parent_version is not None:
             evaluation["models"]["champion"]["version"] = parent_version
         evaluation["matrix"] = _matrix(evaluation, parent, versions)
-        known = {version: row.scores for version, row in zip(versions, parent.rows, strict=True)} if parent else {}
-        evaluation["decision"] = decide(evaluation, rules, history=known)
+        known = zip(versions, parent.rows, strict=True) if parent else ()
+        earlier_versions = [MeasuredVersion(version, row.task, row.scores) for version, row in known]
+        evaluation["decision"] = decide(evaluation, rules, history=earlier_versions)
         evaluation_file = round.write(EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
         for model, scores in evaluation["results"].items():
             for name, score in scores.items():

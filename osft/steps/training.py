@@ -28,7 +28,9 @@ class LauncherSettings:
     """With the credentials of an s3:// storage root."""
 
 
-def precompute_svd(round: Round, *, model_path: str, data_path: str, subspace: SubspaceConfig) -> str:
+def precompute_svd(
+    round: Round, *, model_path: str, data_path: str, subspace: SubspaceConfig, accelerators: str = ""
+) -> str:
     """Decompose the target weights that the store does not hold yet. Returns the path or URI of the set's manifest.
 
     The prepared data is looked at with `rank_allocation="adaptive"` only.
@@ -38,7 +40,7 @@ def precompute_svd(round: Round, *, model_path: str, data_path: str, subspace: S
 
     store = storage.join(round.storage_root, "factors")
     with round.step("precompute_svd") as step:
-        step.log_params(asdict(subspace))
+        step.log_params(asdict(subspace) | {"accelerators": accelerators})
         factors = compute_factors(model_folder(model_path), data_path, store, subspace)
         step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
         step.log_params({"factors": factors.key})

@@ -14,7 +14,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from kfp import compiler, dsl, kubernetes
 from kfp.dsl.base_component import BaseComponent
 
@@ -194,7 +196,7 @@ def one_round(
         "target_patterns": target_patterns,
         "rank_allocation": rank_allocation,
     }
-    with dsl.If(resolved.outputs["learn"] == True, name="something-new"):  # noqa: E712 (kfp overloads ==)
+    with dsl.If(resolved.outputs["Output"] == True, name="something-new"):  # noqa: E712 (kfp overloads ==)
         prepared = prepare_data(
             base_model=base_model,
             model=resolved.outputs["model"],
@@ -207,7 +209,11 @@ def one_round(
             **common,
         )
         factors = precompute_svd(
-            model_path=prepared.outputs["model_path"], data_path=prepared.outputs["data_path"], **subspace, **common
+            model_path=prepared.outputs["model_path"],
+            data_path=prepared.outputs["data_path"],
+            accelerators=f"{svd_gpus} x {gpu_resource}",
+            **subspace,
+            **common,
         )
         trained = train_osft(
             model_path=prepared.outputs["model_path"],
@@ -245,6 +251,7 @@ def one_round(
             max_anchor_samples=max_anchor_samples,
             gate=gate,
             lm_eval_tasks=lm_eval_tasks,
+            accelerators=f"{evaluation_gpus} x {gpu_resource}",
             **common,
         )
         registered = register_model(
@@ -264,6 +271,7 @@ def one_round(
                 **common,
             )
     steps = [resolved, prepared, factors, trained, evaluated, registered, promoted]
+    # Inside of dsl.If, the compiler hands on what a step's arguments name, so these two name their resources there too.
     for step, gpus in ((factors, svd_gpus), (evaluated, evaluation_gpus)):
         step.set_accelerator_type(gpu_resource).set_accelerator_limit(gpus)
     for step in steps:
@@ -305,15 +313,21 @@ def main() -> None:
     """Write the YAML files, or with `--check [FOLDER]` fail if they are not what this file compiles to."""
     committed = Path(sys.argv[2]) if sys.argv[2:] else YAML.parent
     for file, pipeline in ((YAML, continual_learning), (YAML_S3, continual_learning_s3)):
-        if sys.argv[1:2] != ["--check"]:
-            compiler.Compiler().compile(pipeline, str(file))
-            print(f"wrote {file}")
-            continue
         with tempfile.TemporaryDirectory() as folder:
             compiled = Path(folder) / file.name
             compiler.Compiler().compile(pipeline, str(compiled))
-            if compiled.read_text(encoding="utf-8") != (committed / file.name).read_text(encoding="utf-8"):
+            current = _documents(compiled) == _documents(committed / file.name)
+            if sys.argv[1:2] != ["--check"]:
+                if not current:
+                    file.write_bytes(compiled.read_bytes())
+                print(f"{file} {'is current' if current else 'is written'}")
+            elif not current:
                 sys.exit(f"{committed / file.name} is stale: run `make compile` and commit it")
+
+
+def _documents(file: Path) -> list[Any]:
+    """What is in a YAML file: the compiler's comment has a mapping's keys in another order each time."""
+    return list(yaml.safe_load_all(file.read_text(encoding="utf-8"))) if file.is_file() else []
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from osft.orchestration import CompiledPipeline, connect, create_schedule, parse_trigger
+from osft.orchestration import CompiledPipeline, connect, create_schedule, parse_trigger, upload
 from osft.tracking import lineage, registry, runs
 from pipelines.continual_learning.pipeline import YAML
 from tests.conftest import write_jsonl
@@ -23,16 +23,14 @@ from tests.training.in_process import run_in_process
 MODEL = "nightly"
 
 
-def questions(name: str, count: int, *, start: int = 0, wrong: bool = False) -> list[dict]:
-    """A task of its own vocabulary, with a rule that a tiny model learns: which of two numbers is larger."""
+def questions(name: str, count: int, *, start: int = 0, answers: tuple[str, str] = ("first", "second")) -> list[dict]:
+    """Which of two numbers of something is larger."""
     records = []
     for number in range(start, start + count):
         first, second = (number * 37) % 100, (number * 59 + 11) % 100
-        content = [{"role": "user", "content": f"{name} {first} or {second}?"}]
-        answer = "first" if (first > second) != wrong else "second"
-        records.append(
-            {"messages": [*content, {"role": "assistant", "content": answer}], "choices": ["first", "second"]}
-        )
+        question = {"role": "user", "content": f"{name} {first} or {second}?"}
+        answer = {"role": "assistant", "content": answers[first < second]}
+        records.append({"messages": [question, answer], "choices": list(answers)})
     return records
 
 
@@ -59,15 +57,11 @@ class Night:
             "nproc_per_node": 1,
             "validation_fraction": 0.25,
             "storage_root": str(self.root),
-            "gate": {"max_forgetting": {"bound": 0.2}},
+            "gate": {"max_forgetting": {"bound": 0.1}},
         }
-        create_schedule(
-            connect(server.address),
-            "nightly",
-            CompiledPipeline.read(YAML),
-            arguments=parameters,
-            trigger=parse_trigger(cron="0 0 3 * * *"),
-        )
+        client = connect(server.address)
+        pipeline = upload(client, CompiledPipeline.read(YAML))
+        create_schedule(client, "nightly", pipeline, parse_trigger(cron="0 0 3 * * *"), parameters)
         self.mlflow = runs.client("", self.root)
 
     def fire(self) -> None:
@@ -132,11 +126,12 @@ def test_five_scheduled_rounds(night, capsys):
     assert night.registry() == {"champion": 2, "candidate": 2, "challenger": None, "versions": 2}
 
     # Poisoned: answers that contradict what was learned. The gate refuses, the champion does not move.
-    night.arrive("poisoned", questions("apples", 60, start=60, wrong=True))
+    night.arrive("poisoned", questions("apples", 60, start=60, answers=("neither", "both")))
     night.fire()
     assert night.registry() == {"champion": 2, "candidate": 3, "challenger": 3, "versions": 3}
     reason = night.newest().tags[registry.REFUSED_TAG]
-    assert "apples" in reason
+    assert "apples lost" in reason
+    assert "pears lost" in reason
     (night.inbox / "poisoned.jsonl").unlink()  # a person looks at it and takes it away
 
     # Two runs overlap: the second one begins and ends while the first one is about to promote.
