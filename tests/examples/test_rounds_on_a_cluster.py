@@ -67,7 +67,7 @@ def test_server_holds_the_pipeline_of_the_checkout_once(server):
 
 def test_server_holds_one_schedule_which_is_paused_and_pinned(server):
     (schedule,) = server.recurring_runs.values()
-    assert (schedule["display_name"], schedule["status"]) == ("notebook-weekly", "DISABLED")
+    assert (schedule["display_name"], schedule["status"]) == ("notebook", "DISABLED")
     assert schedule["trigger"] == {"cron_schedule": {"cron": "0 0 3 1,15 * *"}}
     assert (schedule["no_catchup"], schedule["max_concurrency"]) == (True, "1")
     assert schedule["runtime_config"]["parameters"] == PARAMETERS
@@ -80,13 +80,13 @@ def test_the_schedule_of_latest_left_the_version_open(server):
         for body in posted_schedules(server)
     }
     (pinned,) = server.versions
-    assert versions == {"notebook-weekly": pinned, "notebook-every-6-hours": None}
+    assert versions == {"notebook": pinned, "notebook-latest": None}
 
 
 def test_the_same_schedule_again_sent_nothing(notebook, server):
     assert shown(notebook, "schedule").endswith("created enabled cron 0 0 3 * * 1\n")
     assert re.findall("created|unchanged|replaced", shown(notebook, "again")) == ["unchanged", "replaced"]
-    assert [body["display_name"] for body in posted_schedules(server)].count("notebook-weekly") == 2
+    assert [body["display_name"] for body in posted_schedules(server)].count("notebook") == 2
 
 
 def test_pause_outlives_the_same_schedule_again(notebook):
