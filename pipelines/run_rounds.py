@@ -13,10 +13,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from pipelines import run_local
-from pipelines.show_round import show_matrix, show_round
+from pipelines.show_round import show_history, show_round
 
 PARAMETERS = Path(__file__).parents[1] / "examples" / "rounds.yaml"
 TASKS = ("film-reviews", "sarcasm-headlines", "science-questions")
@@ -54,7 +53,11 @@ def main(
     began = time.monotonic()
     show_round(console, run_local.run(arguments, storage))
     console.print(f"it took {time.monotonic() - began:.0f} s")
-    show_history(arguments, storage, [folder for folder in rounds if (folder / "evaluation.json").is_file()])
+    from osft.tracking import runs
+
+    mlflow = runs.client(arguments["mlflow_tracking_uri"], storage.absolute())
+    learned = [folder for folder in rounds if (folder / "evaluation.json").is_file()]
+    show_history(console, learned, arguments["model_name"], mlflow)
 
 
 def round_arguments(storage: Path, settings: list[str]) -> dict[str, Any]:
@@ -89,38 +92,6 @@ def arrive(storage: Path, task: str, samples: int) -> None:
     ordered = [line for _, line in sorted(zip(hashes, lines, strict=True))]
     with atomic_path(file) as temporary:
         temporary.write_text("".join(ordered[: samples or None]), encoding="utf-8")
-
-
-def show_history(arguments: dict[str, Any], storage: Path, rounds: list[Path]) -> None:
-    """Print the decisions, the matrix and where the champion comes from."""
-    import json
-
-    from osft.lineage_command import tree_of
-    from osft.tracking import lineage, registry, runs
-
-    evaluations = [json.loads((folder / "evaluation.json").read_text(encoding="utf-8")) for folder in rounds]
-    decisions = Table("round", "decision", "rule", "number", "bound", title="decisions of the gate")
-    for number, evaluation in enumerate(evaluations, start=1):
-        decision = evaluation["decision"]
-        for rule in decision["rules"]:
-            scale = 100 if rule["relative"] or rule["metric"] == "accuracy" else 1
-            decisions.add_row(
-                f"{number} {evaluation['task']}",
-                "promote" if decision["promote"] else "refuse",
-                f"{rule['rule']} {rule['subject']}",
-                f"{scale * rule['value']:.2f}{' %' * (scale == 100)}",
-                f"{rule['comparison']} {scale * rule['bound']:.2f}{' %' * (scale == 100)}",
-            )
-    console.rule("all rounds")
-    if evaluations:
-        console.print(decisions)
-        show_matrix(console, evaluations[-1])
-    mlflow, model = runs.client(arguments["mlflow_tracking_uri"], storage.absolute()), arguments["model_name"]
-    champion = registry.champion(mlflow, model)
-    if champion is not None:
-        console.print(tree_of(mlflow, model, lineage.history(mlflow, model, champion)))
-    if rounds:
-        console.print(f"report:  {rounds[-1] / 'report.html'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

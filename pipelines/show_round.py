@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from osft.evaluation.report import format_number
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 def show_round(console: Console, folder: Path) -> None:
@@ -53,15 +56,43 @@ def show_matrix(console: Console, evaluation: dict[str, Any]) -> None:
             console.print(f"{name.replace('_', ' ') + ':':20}{format_number(unit * value, digits)}")
 
 
+def show_history(console: Console, rounds: list[Path], model_name: str, mlflow: "MlflowClient") -> None:
+    """Print the decisions of rounds that ended, the matrix after the last one, and where the champion comes from."""
+    from osft.lineage_command import tree_of
+    from osft.tracking import lineage, registry
+
+    console.rule("all rounds")
+    evaluations = [_read(folder / "evaluation.json") for folder in rounds]
+    table = Table("round", "rule", "number", "bound", "", title="decisions of the gate")
+    for number, evaluation in enumerate(evaluations, start=1):
+        decision = evaluation["decision"]
+        for rule in decision["rules"]:
+            value, bound = _amount(rule, "value"), f"{rule['comparison']} {_amount(rule, 'bound')}"
+            passed = "passed" if rule["passed"] else "failed"
+            table.add_row(f"{number} {evaluation['task']}", f"{rule['rule']} {rule['subject']}", value, bound, passed)
+        table.add_row("", "[bold]decision", "", "", "[bold]" + ("promote" if decision["promote"] else "refuse"))
+        table.add_section()
+    if evaluations:
+        console.print(table)
+        show_matrix(console, evaluations[-1])
+        console.print(f"report:  {rounds[-1] / 'report.html'}", soft_wrap=True)
+    champion = registry.champion(mlflow, model_name)
+    if champion is not None:
+        console.print(tree_of(mlflow, model_name, lineage.history(mlflow, model_name, champion)), soft_wrap=True)
+
+
 def rule_text(rule: dict[str, Any]) -> str:
     """One rule of the gate in words."""
-    scale, suffix = (100, " %") if rule["relative"] or rule["metric"] == "accuracy" else (1, "")
-    value, bound = (f"{scale * rule[key]:.2f}{suffix}" for key in ("value", "bound"))
-    tolerance = f" ± {scale * rule['stderr']:.2f}{suffix}" if rule["stderr"] is not None else ""
+    tolerance = "" if rule["stderr"] is None else f" ± {_amount(rule, 'stderr')}"
     return (
-        f"{rule['rule']} of {rule['subject']} ({rule['metric']}, against {rule['against']}): {value}{tolerance}, "
-        f"must be {rule['comparison']} {bound}"
+        f"{rule['rule']} of {rule['subject']} ({rule['metric']}, against {rule['against']}): "
+        f"{_amount(rule, 'value')}{tolerance}, must be {rule['comparison']} {_amount(rule, 'bound')}"
     )
+
+
+def _amount(rule: dict[str, Any], key: str) -> str:
+    in_percent = rule["relative"] or rule["metric"] == "accuracy"
+    return f"{100 * rule[key]:.2f} %" if in_percent else f"{rule[key]:.4f}"
 
 
 def _scores(evaluation: dict[str, Any]) -> Table:

@@ -1,5 +1,6 @@
 """Base, champion and candidate on the new task, on all earlier tasks, on the anchors and on public benchmarks."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +27,11 @@ class EvaluationSet:
     should not forget."""
     source: str
     records: tuple[Record, ...]
+
+    @property
+    def digest(self) -> str:
+        """Hash of the records' contents, in their order."""
+        return hashlib.sha256("".join(record.content_hash for record in self.records).encode()).hexdigest()
 
 
 def load_set(uri: str, role: str, *, name: str = "", max_samples: int = 0) -> EvaluationSet:

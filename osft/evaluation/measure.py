@@ -78,7 +78,7 @@ class MeasuredModel:
         """The model, in evaluation mode on its device, and its tokenizer."""
         trust = self._trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=self._dtype, trust_remote_code=trust)
+        model: Any = AutoModelForCausalLM.from_pretrained(self._folder, dtype=self._dtype, trust_remote_code=trust)
         return model.to(self._device).eval(), tokenizer
 
     @cached_property

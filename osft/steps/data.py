@@ -11,6 +11,7 @@ from osft.rounds.resolve import ResolvedRound
 from osft.rounds.resolve import resolve_round as resolve
 from osft.steps.round import ROUND_FILE, Round
 from osft.tracking import runs
+from osft.tracking.runs import Outcome
 
 
 def resolve_round(
@@ -68,8 +69,10 @@ def resolve_round(
         step.log_metrics({"records": found.data.num_records, "new_records": found.data.num_new})
         print(f"round: {found.nothing_to_learn or _described(found, model_name)}", flush=True)
         if found.nothing_to_learn:
-            mlflow.set_tag(parent, "osft.outcome", "nothing to learn")
+            step.tag_round(model_name=model_name, outcome=Outcome.NOTHING_TO_LEARN)
             mlflow.set_terminated(parent, "FINISHED")
+        else:
+            step.tag_round(model_name=model_name, task=found.task, parent_version=found.parent_version)
     return found, parent
 
 
@@ -127,6 +130,15 @@ def prepare_data(
             validation_fraction=validation_fraction,
             max_train_samples=max_train_samples,
             max_validation_samples=max_validation_samples,
+        )
+        resolved = round.resolved()
+        step.log_dataset(
+            name=resolved.task,
+            digest=prepared.key,
+            source=resolved.data.uri,
+            num_records=prepared.statistics["num_train_samples"],
+            context="training",
+            to_parent=True,
         )
         step.log_params(prepared.statistics["settings"])
         step.log_metrics({k: v for k, v in prepared.statistics.items() if isinstance(v, int)})

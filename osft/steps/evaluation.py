@@ -54,6 +54,15 @@ def evaluate_model(
             )
             sets += [load_set(str(file), "earlier task", name=name) for name, file in earlier.items()]
         sets += [load_set(path, "anchor", max_samples=max_anchor_samples) for path in anchor_paths]
+        for one in sets:
+            step.log_dataset(
+                name=one.name,
+                digest=one.digest,
+                source=one.source,
+                num_records=len(one.records),
+                context="evaluation",
+                to_parent=True,
+            )
         evaluation = evaluate(
             models | {"candidate": checkpoint_path},
             sets,

@@ -9,9 +9,11 @@ from osft import storage
 from osft.data.record_hashes import RECORDS_FILE, read_hashes
 from osft.rounds.resolve import ResolvedRound
 from osft.steps.evaluation import next_scores
-from osft.steps.round import EVALUATION_FILE, ROUND_FILE, VERSION_FILE, Round, read_json
-from osft.tracking import lineage, registry
+from osft.steps.round import EVALUATION_FILE, VERSION_FILE, Round, read_json
+from osft.tracking import lineage, registry, runs
+from osft.tracking.description import describe_version
 from osft.tracking.lineage import Lineage
+from osft.tracking.runs import Outcome
 
 
 def register_model(
@@ -22,8 +24,16 @@ def register_model(
     Its alias is `candidate`, and `challenger` if the gate refused it.
     """
     evaluation = read_json(round.address(EVALUATION_FILE))
-    resolved = ResolvedRound.from_json(storage.fetch(round.address(ROUND_FILE)).read_text(encoding="utf-8"))
+    resolved = round.resolved()
     decision = evaluation["decision"]
+    tags = {
+        "osft.checkpoint": f"{round.pipeline_run_id}/{Path(checkpoint_path).name}",
+        "osft.base_model": resolved.base_model,
+        runs.PIPELINE_RUN_TAG: round.pipeline_run_id,
+        runs.TASK_TAG: resolved.task,
+        runs.PARENT_VERSION_TAG: resolved.parent_version or "none",
+        runs.DECISION_TAG: "promote" if decision["promote"] else "refuse",
+    }
     with round.step("register_model") as step:
         folder = round.folder / "lineage"
         data = storage.fetch(data_path)
@@ -38,20 +48,18 @@ def register_model(
             model_name,
             storage.fetch(checkpoint_path, marker="config.json"),
             run_id=step.run_id,
-            description=_description(evaluation),
-            tags={
-                "osft.checkpoint": f"{round.pipeline_run_id}/{Path(checkpoint_path).name}",
-                "osft.pipeline_run_id": round.pipeline_run_id,
-                "osft.task": evaluation["task"],
-                "osft.base_model": resolved.base_model,
-                "osft.parent_version": resolved.parent_version or "none",
-                "osft.decision": "promote" if decision["promote"] else "refuse",
-            },
+            description=describe_version(evaluation, parent_version=resolved.parent_version),
+            tags=tags,
             lineage=folder,
         )
         step.log_params({"model_name": model_name, "model_version": version})
         round.write(VERSION_FILE, json.dumps({"model_name": model_name, "version": version}, indent=2) + "\n")
         print(f"registry: {model_name} version {version} is the candidate", flush=True)
+        step.tag_round(
+            model_version=version,
+            decision=tags[runs.DECISION_TAG],
+            outcome=None if decision["promote"] else Outcome.REFUSED,
+        )
         if not decision["promote"]:
             registry.refuse(step.client, model_name, version, decision["reason"])
             print(f"registry: the gate refused it, it is the challenger: {decision['reason']}", flush=True)
@@ -71,6 +79,7 @@ def promote_model(round: Round, *, model_name: str, version: int, parent_version
             registry.refuse(step.client, model_name, version, str(error))
             raise
         step.log_params({"model_name": model_name, "model_version": version, "previous_champion": previous})
+        step.tag_round(outcome=Outcome.PROMOTED)
         print(f"registry: {model_name} version {version} is the champion, before it was {previous}", flush=True)
         step.client.set_terminated(round.mlflow_run_id, "FINISHED")
 
@@ -104,10 +113,3 @@ def _lineage(
         baseline=baseline,
         rows=rows,
     )
-
-
-def _description(evaluation: dict[str, Any]) -> str:
-    reference = evaluation["reference"]
-    changes = {name: change["loss"]["relative"] for name, change in evaluation["changes"][reference].items()}
-    described = ", ".join(f"{name} {change:+.1%}" for name, change in changes.items() if change is not None)
-    return f"OSFT of {evaluation['models'][reference]['path']} on {evaluation['task']}. Change of loss: {described}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from osft import storage
 from osft.atomic import atomic_path
+from osft.rounds.resolve import ResolvedRound
 from osft.tracking import runs
 
 ROUND_FILE, EVALUATION_FILE, VERSION_FILE = "round.json", "evaluation.json", "version.json"
@@ -52,6 +53,10 @@ class Round:
     def step(self, name: str) -> Any:
         """The context of one step: a nested MLflow run (`osft.tracking.runs.StepRun`)."""
         return runs.step_run(self.mlflow(), self.mlflow_run_id, name)
+
+    def resolved(self) -> ResolvedRound:
+        """What `resolve_round` decided."""
+        return ResolvedRound.from_json(storage.fetch(self.address(ROUND_FILE)).read_text(encoding="utf-8"))
 
     def mlflow(self) -> Any:
         """A client of the tracking server."""

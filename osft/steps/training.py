@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from osft import storage
 from osft.config import SubspaceConfig, TrainConfig
 from osft.steps.round import Round, read_json
-from osft.tracking.live_metrics import LiveMetrics
 
 if TYPE_CHECKING:
     from osft.training.job import Launcher, Limits
@@ -61,7 +60,7 @@ def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Pa
         job, limits = _training_job(round, config, where)
         Path(manifest_file).write_text(job.describe(), encoding="utf-8")
         step.log_artifact(Path(manifest_file))
-        run_job(job, limits=limits, output=folder, callbacks=[LiveMetrics(step.client, step.run_id)])
+        run_job(job, limits=limits, output=folder, callbacks=[step.live_metrics()])
         summary = read_json(storage.join(folder, "training.json"))
         step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
         step.log_artifact(storage.local(storage.join(folder, "training.json")))

@@ -4,6 +4,7 @@ The schedule is created on the stand-in of the Pipelines API with the function t
 start is started here from what was posted: its pipeline version, its parameters.
 """
 
+import io
 import json
 import threading
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from osft.orchestration import CompiledPipeline, connect, create_schedule, parse_trigger, upload
 from osft.tracking import lineage, registry, runs
 from pipelines.continual_learning.pipeline import YAML
+from pipelines.show_round import show_history
 from tests.conftest import write_jsonl
 from tests.pipelines.in_process import run_pipeline, run_steps_in_process
 from tests.pipelines.kfp_server import KfpServer
@@ -175,3 +178,11 @@ def test_five_scheduled_rounds(night, capsys):
     matrix, baseline = history[7].matrix("loss")
     assert all(score is not None for row in range(4) for score in matrix[row][: row + 1])
     assert None not in baseline
+
+    # What `make rounds` prints of it.
+    printed = Console(file=io.StringIO(), width=200)
+    rounds = [night.root / "rounds" / entry.pipeline_run_id for entry in history.values()]
+    show_history(printed, rounds, MODEL, night.mlflow)
+    text = printed.file.getvalue()
+    for words in ("after grapes", "backward transfer", "nightly version 7 (candidate, champion)", "min_gain plums"):
+        assert words in text
