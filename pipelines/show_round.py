@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from osft.evaluation.report import format_number
+from osft.evaluation.report.formats import format_number
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

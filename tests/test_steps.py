@@ -213,7 +213,9 @@ def test_data_address_with_credentials_is_not_written_down(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("anchor", ["other/larger-number.jsonl", "numbers.jsonl"])
-def test_anchor_with_the_name_of_a_task_is_refused_before_anything_is_computed(tmp_path, chats, anchor, monkeypatch):
+def test_anchor_with_the_name_of_a_task_is_refused_before_anything_is_computed(
+    tmp_path, chats, anchor, monkeypatch, registry_root
+):
     """The new task's, or that of an earlier one."""
     monkeypatch.setenv("OSFT_SCRATCH", str(tmp_path / "scratch"))
     file = tmp_path / anchor
@@ -225,4 +227,4 @@ def test_anchor_with_the_name_of_a_task_is_refused_before_anything_is_computed(t
             "osft.steps.data.resolve", lambda *arguments, **given: replace(RESOLVED, earlier_tasks=("numbers",))
         )
     with pytest.raises(DataError, match=r"has the name of a task of tiny.*leave it out of anchor_uris"):
-        begin((str(tmp_path), "1", ""), "org/model", str(chats), str(file))
+        begin((str(tmp_path), anchor, runs.local_tracking_uri(registry_root)), "org/model", str(chats), str(file))

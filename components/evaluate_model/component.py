@@ -19,6 +19,8 @@ def evaluate_model(
     max_anchor_samples: int,
     gate: dict,
     lm_eval_tasks: list,
+    lm_eval_folder: str,
+    max_lm_eval_samples: int,
     accelerators: str,
     storage_root: str,
     mlflow_tracking_uri: str,
@@ -42,6 +44,8 @@ def evaluate_model(
         max_anchor_samples: Use at most this many records of each anchor; 0 uses all.
         gate: Rules that the candidate must pass.
         lm_eval_tasks: Tasks of lm-evaluation-harness to compare the models on.
+        lm_eval_folder: Folder with YAML files of tasks of one's own.
+        max_lm_eval_samples: Ask only the first so many questions of each; 0 asks all.
         accelerators: What the step's pod asks for, such as "1 x nvidia.com/gpu", for the record.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
@@ -77,6 +81,8 @@ def evaluate_model(
         max_anchor_samples=max_anchor_samples,
         gate=gate,
         lm_eval_tasks=lm_eval_tasks,
+        lm_eval_folder=lm_eval_folder,
+        max_lm_eval_samples=max_lm_eval_samples,
         accelerators=accelerators,
     )
     for model, scores in evaluation["results"].items():

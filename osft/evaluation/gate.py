@@ -184,9 +184,9 @@ def _outcome(
 ) -> dict[str, Any]:
     """One rule's numbers and whether they pass."""
     higher = rule.metric != "loss" if higher is None else higher
-    gained = (after - before.value) * (1 if higher else -1)
     is_gain = name == "min_gain"
-    value, stderr = gained if is_gain else -gained, before.change_stderr
+    value = after - before.value if higher == is_gain else before.value - after
+    stderr = before.change_stderr
     if rule.relative:
         whole = abs(before.value)
         value, stderr = _share(value, whole), None if stderr is None or not whole else stderr / whole

@@ -28,6 +28,8 @@ def evaluate_model(
     max_anchor_samples: int,
     gate: Mapping[str, Any],
     lm_eval_tasks: Sequence[str] = (),
+    lm_eval_folder: str = "",
+    max_lm_eval_samples: int = 0,
     accelerators: str = "",
 ) -> dict[str, Any]:
     """Measure base, champion and candidate on the new task, on every earlier one and on the anchors, and decide.
@@ -42,7 +44,7 @@ def evaluate_model(
     rules = GateRules.from_parameters(gate)
     with round.step("evaluate_model") as step:
         step.log_params({"gate": json.dumps(rules.to_parameters()), "max_anchor_samples": max_anchor_samples})
-        step.log_params({"lm_eval_tasks": list(lm_eval_tasks), "accelerators": accelerators})
+        step.log_params({"lm_eval_tasks": lm_eval_tasks, "accelerators": accelerators})
         sets = [load_set(storage.join(data_path, "validation.jsonl"), "new task", name=task)]
         models, versions, parent = {"base": base_model_path}, list[int](), None
         if parent_version is not None:
@@ -67,6 +69,8 @@ def evaluate_model(
             models | {"candidate": checkpoint_path},
             sets,
             benchmarks=lm_eval_tasks,
+            benchmark_folder=lm_eval_folder or None,
+            max_benchmark_samples=max_lm_eval_samples,
             score_store=storage.join(round.storage_root, "scores"),
         )
         if parent_version is not None:
@@ -118,8 +122,5 @@ def _matrix(evaluation: Mapping[str, Any], parent: Lineage | None, versions: Seq
 
     baseline, rows = next_scores(evaluation, parent)
     anchors = [name for name, described in evaluation["sets"].items() if described["role"] == "anchor"]
-    return matrix.describe(
-        baseline,
-        [(row.task, version, row.scores) for row, version in zip(rows, [*versions, None], strict=True)],
-        anchors=anchors,
-    )
+    rounds = [(row.task, version) for row, version in zip(rows, [*versions, None], strict=True)]
+    return matrix.describe(rounds, baseline, [row.scores for row in rows], anchors=anchors)

@@ -261,7 +261,7 @@ def step_run(mlflow: "MlflowClient", parent_run_id: str, step: str) -> Iterator[
     parent = mlflow.get_run(parent_run_id)
     if parent.info.status != "RUNNING":  # a step that is retried after it failed
         mlflow.update_run(parent_run_id, status="RUNNING")
-    if OUTCOME_TAG in parent.data.tags:
+    if parent.data.tags.get(OUTCOME_TAG) == Outcome.FAILED:
         mlflow.delete_tag(parent_run_id, OUTCOME_TAG)
     tags = {_PARENT_TAG: parent_run_id}
     if PIPELINE_RUN_TAG in parent.data.tags:

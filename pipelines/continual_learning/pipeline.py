@@ -114,6 +114,8 @@ def one_round(
     max_anchor_samples: int = 32,
     gate: dict = DEFAULT_GATE,
     lm_eval_tasks: list = [],  # noqa: B006
+    lm_eval_folder: str = "",
+    max_lm_eval_samples: int = 0,
     mlflow_tracking_uri: str = "",
     mlflow_experiment: str = "osft-continual-learning",
     storage_root: str = STORAGE_MOUNT,
@@ -164,6 +166,8 @@ def one_round(
             forgetting of an earlier one, most drift of an anchor from the base model, most loss in an lm-eval task.
             What is left out keeps its default; null turns a rule off.
         lm_eval_tasks: Tasks of lm-evaluation-harness, such as ["arc_easy"], that the models are compared on.
+        lm_eval_folder: Folder with YAML files of such tasks of your own, whose data may be local.
+        max_lm_eval_samples: Ask only the first so many questions of each; 0 asks all.
         mlflow_tracking_uri: MLflow server; empty uses MLFLOW_TRACKING_URI, or else a database below storage_root.
         mlflow_experiment: MLflow experiment of the run.
         storage_root: Folder that all steps share, or an s3:// prefix (then mlflow_tracking_uri is needed).
@@ -251,6 +255,8 @@ def one_round(
             max_anchor_samples=max_anchor_samples,
             gate=gate,
             lm_eval_tasks=lm_eval_tasks,
+            lm_eval_folder=lm_eval_folder,
+            max_lm_eval_samples=max_lm_eval_samples,
             accelerators=f"{evaluation_gpus} x {gpu_resource}",
             **common,
         )

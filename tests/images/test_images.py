@@ -140,6 +140,10 @@ def test_compiled_steps_find_and_prepare_data_in_the_steps_image(steps_image, st
     assert os.stat(dataset / "dataset.json").st_uid == int(USER)
 
 
+def test_training_image_can_run_public_benchmarks(training_image):
+    run_in(training_image, "python3", "-c", "import lm_eval.models.huggingface")
+
+
 def test_two_processes_train_in_the_training_image(training_image, storage):
     settings = {
         "model_path": f"{MOUNT}/model",

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from osft.orchestration import CompiledPipeline, connect, create_schedule, parse_trigger, upload
-from osft.tracking import lineage, registry, runs
+from osft.tracking import lineage, registry
 from pipelines.continual_learning.pipeline import YAML
 from pipelines.show_round import show_history
 from tests.conftest import write_jsonl
@@ -40,7 +40,7 @@ def questions(name: str, count: int, *, start: int = 0, answers: tuple[str, str]
 class Night:
     """A schedule, the inbox that it reads, and what its runs left."""
 
-    def __init__(self, folder: Path, server: KfpServer, model_folder: Path, monkeypatch: Any) -> None:
+    def __init__(self, folder: Path, server: KfpServer, model_folder: Path, mlflow: Any, monkeypatch: Any) -> None:
         self.folder, self.server = folder, server
         self.root, self.inbox = folder / "root", folder / "inbox"
         self.inbox.mkdir()
@@ -60,12 +60,13 @@ class Night:
             "nproc_per_node": 1,
             "validation_fraction": 0.25,
             "storage_root": str(self.root),
+            "mlflow_tracking_uri": mlflow.tracking_uri,
             "gate": {"max_forgetting": {"bound": 0.1}},
         }
         client = connect(server.address)
         pipeline = upload(client, CompiledPipeline.read(YAML))
         create_schedule(client, "nightly", pipeline, parse_trigger(cron="0 0 3 * * *"), parameters)
-        self.mlflow = runs.client("", self.root)
+        self.mlflow = mlflow
 
     def fire(self) -> None:
         """What the server does at three in the morning. Raises RuntimeError if a step fails."""
@@ -100,10 +101,10 @@ class Night:
 
 
 @pytest.fixture
-def night(tmp_path, model_folder, monkeypatch):
+def night(tmp_path, model_folder, mlflow, monkeypatch):
     run_in_process(monkeypatch)
     with KfpServer() as server:
-        yield Night(tmp_path, server, model_folder, monkeypatch)
+        yield Night(tmp_path, server, model_folder, mlflow, monkeypatch)
 
 
 def test_five_scheduled_rounds(night, capsys):

@@ -70,6 +70,7 @@ class TrackingServer:
             "MLFLOW_AUTH_ADMIN_PASSWORD": self.password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_urlsafe(16),
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a fresh server is busy with its job runners for a minute
         }
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -115,6 +115,15 @@ def test_round_is_found_by_task_version_and_kubeflow_run(mlflow, new_round):
     assert found(mlflow, "tags.`osft.outcome` = 'nothing to learn'") == {other}
 
 
+def test_outcome_of_a_round_outlives_its_later_steps(mlflow, new_round):
+    parent = new_round("refused, then registered")
+    with runs.step_run(mlflow, parent, "evaluate") as step:
+        step.tag_round(outcome=Outcome.REFUSED)
+    with runs.step_run(mlflow, parent, "register"):
+        pass
+    assert mlflow.get_run(parent).data.tags["osft.outcome"] == "refused"
+
+
 def log_dataset(mlflow, new_round, source: str) -> tuple[Any, Any]:
     """A data set logged to a step and its round. Returns what both have."""
     parent = new_round(f"data of {source}".replace("'", ""))
