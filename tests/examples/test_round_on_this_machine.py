@@ -10,7 +10,7 @@ from osft.tracking import registry, runs
 from tests.conftest import write_jsonl
 from tests.examples.conftest import Execute, shown
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def letters(count: int) -> list[dict]:
@@ -37,6 +37,7 @@ def notebook(execute: Execute, storage: Path, model_folder: Path, chats: Path) -
         "model_name": "notebook",
         "effective_batch_size": 8,
         "learning_rate": 0.02,
+        "num_epochs": 8,
         "nproc_per_node": 1,
         "gate": json.dumps({"max_drift": {"bound": 10}, "max_forgetting": {"bound": 10}}),
     }
@@ -50,7 +51,7 @@ def notebook(execute: Execute, storage: Path, model_folder: Path, chats: Path) -
     return execute(
         "round_on_this_machine.ipynb",
         "\n".join([*given, f"STORAGE = Path({str(storage)!r})"]),
-        seconds_a_cell=300,
+        seconds_a_cell=600,
         HF_HUB_OFFLINE="1",
     )
 
