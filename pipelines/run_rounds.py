@@ -7,6 +7,7 @@ Every round runs the same compiled pipeline with the same parameters, those of `
 what has arrived in the inbox since: before each round one more task's file does. A last round finds nothing new.
 """
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,11 +88,10 @@ def arrive(storage: Path, task: str, samples: int) -> None:
     if file.is_file():
         return
     source = Path(examples.resolve(f"{examples.SCHEME}{task}", storage / "examples"))
-    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
-    hashes = [record.content_hash for record in read_records(str(source))]
-    ordered = [line for _, line in sorted(zip(hashes, lines, strict=True))]
+    records = sorted(read_records(str(source)), key=lambda record: record.content_hash)[: samples or None]
     with atomic_path(file) as temporary:
-        temporary.write_text("".join(ordered[: samples or None]), encoding="utf-8")
+        lines = (json.dumps(record.to_dict(), ensure_ascii=False) + "\n" for record in records)
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

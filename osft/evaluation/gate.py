@@ -100,9 +100,10 @@ def decide(
     `subject`, `metric`, `against`, `before`, `after`, `value` (gained or lost, a share or absolute), `stderr` (of
     `value`), `standard_errors`, `relative`, `bound`, `comparison` and `passed`.
 
-    An earlier task is compared with each version since it was learned; the one against which the candidate lost most
-    is reported. The reference is measured on the same records now, so its standard error is that of the paired
-    difference; that of another version is the root of the sum of both squared errors.
+    An earlier task is compared with each version since it was learned; the one against which the candidate lost most,
+    less the standard errors, is reported. The reference is measured on the same records now, so its standard error is
+    that of the paired difference; that of another version is the root of the sum of both squared errors. A share's
+    standard error takes the value before as exact.
 
     Raises ValueError for a rule on the accuracy of a set that has none.
     """

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from osft.evaluation.gate import GateRules
 from osft.parameters import read_file, refuse_unknown
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -47,7 +48,7 @@ def pipeline_arguments(
         refuse_unknown([name], known)
         arguments[name] = _parsed(name, text, known[name]["parameterType"])
     _check_training_job(arguments)
-    _check_gate(arguments)
+    GateRules.from_parameters(arguments.get("gate"))
     return arguments
 
 
@@ -61,15 +62,6 @@ def _check_training_job(arguments: Mapping[str, Any]) -> None:
         PyTorchJobSettings.from_parameters(arguments.get("pytorchjob", {}))
     except ValueError as error:
         raise ValueError(f"pytorchjob: {str(error).removeprefix('pytorchjob ')}") from None
-
-
-def _check_gate(arguments: Mapping[str, Any]) -> None:
-    from osft.evaluation.gate import GateRules
-
-    try:
-        GateRules.from_parameters(arguments.get("gate"))
-    except ValueError as error:
-        raise ValueError(f"gate: {error}") from None
 
 
 def refuse_missing(known: Mapping[str, Mapping[str, Any]], arguments: Mapping[str, Any]) -> None:

@@ -189,6 +189,7 @@ def test_nan_of_the_champion_or_the_candidate_is_never_forgiven():
     history = [version(1, "earlier", 2.0), CHAMPION]
     assert not forgotten(history, champion=NAN, standard_errors=0)["passed"]
     assert not forgotten(history, after=NAN)["passed"]
+    assert not forgotten([version(1, "earlier", 2.0, stderr=NAN), CHAMPION], after=2.0, standard_errors=1)["passed"]
 
 
 def test_task_that_is_remembered_better_than_ever_passes():
@@ -296,6 +297,7 @@ def test_rules_are_made_again_from_their_own_parameters():
         ({"max_drift": {"bound": -0.1}}, "bound of the gate rule max_drift must be a number, at least 0, got -0.1"),
         ({"max_drift": {"bound": "2%"}}, "must be a number, at least 0, got '2%'"),
         ({"max_drift": {"bound": NAN}}, "must be a number, at least 0, got nan"),
+        ({"max_drift": {"bound": math.inf}}, "must be a number, at least 0, got inf"),
         ({"max_drift": {"bound": True}}, "must be a number, at least 0, got True"),
         ({"max_drift": {"standard_errors": -1}}, "standard_errors of the gate rule max_drift must be"),
         ({"max_drift": {"relative": 1}}, "relative of the gate rule max_drift must be true or false, got 1"),

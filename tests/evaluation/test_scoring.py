@@ -1,6 +1,7 @@
 """Scores equal what the model says, computed the slow way."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,8 +140,10 @@ def test_one_record_has_no_standard_error():
     assert changes(one, one)["accuracy"]["stderr"] is None
 
 
-def test_accuracy_of_one_model_only_is_not_compared():
-    assert changes(BEFORE, scores([1.0] * 3, [1] * 3, [True] * 3))["accuracy"] is None
+def test_accuracy_of_one_model_only_or_of_another_kind_is_not_compared():
+    chosen = scores([1.0] * 3, [1] * 3, [True] * 3)
+    assert changes(BEFORE, chosen)["accuracy"] is None
+    assert changes(replace(chosen, accuracy_kind="exact match"), chosen)["accuracy"] is None
 
 
 def test_scores_of_different_records_are_not_compared():
