@@ -101,9 +101,9 @@ def decide(
     `value`), `standard_errors`, `relative`, `bound`, `comparison` and `passed`.
 
     An earlier task is compared with each version since it was learned; the one against which the candidate lost most,
-    less the standard errors, is reported. The reference is measured on the same records now, so its standard error is that of the paired
-    difference; that of another version is the root of the sum of both squared errors. A share's standard error takes
-    the value before as exact.
+    less the standard errors, is reported. The reference is measured on the same records now, so its standard error is
+    that of the paired difference; that of another version is the root of the sum of both squared errors. A share's
+    standard error takes the value before as exact.
 
     Raises ValueError for a rule on the accuracy of a set that has none.
     """
