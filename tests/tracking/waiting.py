@@ -19,8 +19,11 @@ class LeavingClient(MlflowClient):
     """A client of a real database that takes no writes while it is away, as after all repetitions over HTTP."""
 
     away = False
+    batches = 0
+    """How many it was asked to take."""
 
     def log_batch(self, *arguments: Any, **named: Any) -> None:
+        self.batches += 1
         self._answer()
         super().log_batch(*arguments, **named)
 
