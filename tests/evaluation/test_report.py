@@ -77,6 +77,13 @@ def test_rule_that_takes_an_error_off_says_what_it_compared(page):
     ]
 
 
+def test_rule_that_needs_an_error_that_is_unknown_says_so(evaluation):
+    unknown = rule("min_gain", "news", 0.2, 0.15, passed=False, stderr=None, standard_errors=2)
+    evaluation["decision"]["rules"] = [unknown]
+    measured = Page(render_report(evaluation)).row("Gain on the new task min_gain")[5]
+    assert measured == "gained 20.00 % compared: with an unknown standard error"
+
+
 def test_rule_in_the_unit_of_its_metric_shows_no_percent(evaluation):
     numbers = {"before": 0.61, "after": 0.64, "relative": False, "metric": "acc", "stderr": None}
     evaluation["decision"]["rules"] = [

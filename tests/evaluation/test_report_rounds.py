@@ -43,6 +43,13 @@ def test_better_than_the_base_model_is_blue_and_worse_is_orange():
     assert better[2] > 1.5 * better[0]
 
 
+def test_scale_of_the_matrix_leads_from_the_worst_to_the_best_change_of_each_metric(page):
+    ticks = {
+        name: re.findall(r">([+−]?\d+)(?:\s%)?</text>", plot(page, name)) for name in ("matrix-loss", "matrix-accuracy")
+    }
+    assert ticks == {"matrix-loss": ["+11", "0", "−74"], "matrix-accuracy": ["−10", "0", "+39"]}
+
+
 def test_cell_that_was_not_measured_has_no_color_of_its_own():
     assert len(fills([[0.0, None, 0.5]])) == 2
 

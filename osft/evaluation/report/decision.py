@@ -57,7 +57,7 @@ def _in_words(rule: dict[str, Any]) -> RuleInWords:
         before=format_number(rule["before"], 4),
         after=format_number(rule["after"], 4),
         measured=measured,
-        compared=beyond if errors and rule["stderr"] else "",
+        compared="" if not errors else "with an unknown standard error" if rule["stderr"] is None else beyond,
         bound=f"{'gain' if gain else 'lose'} {rule['comparison']} {_amount(bound, rule['relative'])}",
         passed=rule["passed"],
     )

@@ -57,11 +57,12 @@ def _training_tiles(training: dict[str, Any], train_seconds: float, hours: float
 
 def _curve(metrics: list[dict[str, Any]], field: str, title: str) -> Plot:
     """One curve from zero upwards."""
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     with plot_style():
         figure, axes = _panel()
         _draw(axes, metrics, [line[field] for line in metrics])
+        axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}" if value < 1 else f"{value:,.0f}"))
         axes.set_ylim(bottom=0)
         return to_svg(figure, field.replace("_", "-"), title)
