@@ -25,11 +25,7 @@ IMAGE   ?=
 TRAINING_IMAGE ?=
 REPORT  ?=
 
-<<<<<<< HEAD
-.PHONY: help setup run rounds compare test test-slow test-cluster test-mlflow test-images lint format compile check-compiled check-manifests bench ui images sbom clean
-=======
-.PHONY: help setup run test test-slow test-cluster test-images test-report screenshot lint format compile check-compiled check-manifests bench ui images sbom clean
->>>>>>> helper-report
+.PHONY: help setup run rounds compare test test-slow test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench ui images sbom clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -65,10 +61,9 @@ test-slow: setup ## Run the tests that `make test` leaves out: several nodes, ma
 test-cluster: setup ## Run the training step on a stand-in cluster whose pods are real processes, and break it
 	$(BIN)/python -m pytest -m cluster
 
-<<<<<<< HEAD
 test-mlflow: setup ## Run the tests against a real MLflow server on PostgreSQL (in Debian the package postgresql), and break it
 	$(BIN)/python -m pytest -m mlflow_server
-=======
+
 test-report: setup ## Open a report in a real browser, on a large and a small screen (needs Debian's chromium)
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { echo "test-report needs Chromium: the package chromium of Debian, or its program in CHROMIUM" >&2; exit 1; }
 	$(BIN)/python -m pytest -m browser tests/evaluation
@@ -76,7 +71,6 @@ test-report: setup ## Open a report in a real browser, on a large and a small sc
 screenshot: setup ## Take the picture of a report for the README: REPORT=runs/rounds/…/report.html
 	@test -n '$(REPORT)' || { echo "name the report: make screenshot REPORT=runs/rounds/…/report.html" >&2; exit 1; }
 	$(BIN)/python -m docs.screenshot '$(REPORT)' docs/report.png --height 2150
->>>>>>> helper-report
 
 lint: setup ## Check style, types and that the compiled YAML is current
 	$(BIN)/ruff check .
