@@ -1,5 +1,6 @@
 """The notebooks of `examples/`, executed by a real kernel."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,8 +40,9 @@ def execute(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Execute]:
 
 
 def shown(notebook: NotebookNode, cell_id: str) -> str:
-    """The text that a cell has printed and displayed."""
+    """The text that a cell has printed and displayed, without its colours."""
     (cell,) = [cell for cell in notebook.cells if cell.id == cell_id]
-    return "".join(
+    texts = [
         output.text if output.output_type == "stream" else output.data.get("text/plain", "") for output in cell.outputs
-    )
+    ]
+    return re.sub(r"\x1b\[[0-9;]*m", "", "".join(texts))
