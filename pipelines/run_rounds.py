@@ -7,7 +7,6 @@ Every round runs the same compiled pipeline with the same parameters, those of `
 what has arrived in the inbox since: before each round one more task's file does. A last round finds nothing new.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from osft import examples
 from pipelines import run_local
 from pipelines.show_round import show_history, show_round
 
@@ -71,27 +71,11 @@ def round_arguments(storage: Path, settings: list[str]) -> dict[str, Any]:
 def play(arguments: dict[str, Any], storage: Path, task: str, samples: int) -> Path:
     """Let a task's records arrive and run a round. Returns the round's folder."""
     console.rule(task)
-    arrive(storage, task, samples)
+    examples.few_records(f"{examples.SCHEME}{task}", storage / "examples", storage / "inbox", samples)
     run_local.check(arguments)
     folder = run_local.run(arguments, storage)
     show_round(console, folder)
     return folder
-
-
-def arrive(storage: Path, task: str, samples: int) -> None:
-    """Put the records of an example with the smallest content hashes into the inbox; a file that is there stays."""
-    from osft import examples
-    from osft.atomic import atomic_path
-    from osft.data.records import read_records
-
-    file = storage / "inbox" / f"{task}.jsonl"
-    if file.is_file():
-        return
-    source = Path(examples.resolve(f"{examples.SCHEME}{task}", storage / "examples"))
-    records = sorted(read_records(str(source)), key=lambda record: record.content_hash)[: samples or None]
-    with atomic_path(file) as temporary:
-        lines = (json.dumps(record.to_dict(), ensure_ascii=False) + "\n" for record in records)
-        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ class GateRules:
 
     @classmethod
     def from_parameters(cls, given: Mapping[str, Any] | None) -> "GateRules":
-        """The default rules, changed key by key: `{"min_gain": {"bound": 0.1}, "max_drift": None}`; None turns off.
+        """The default rules, changed key by key: `{"min_gain": {"bound": 0.1}, "max_drift": False}`.
+
+        False turns a rule off; so does None, which kfp.local cannot hand on.
 
         Raises ValueError that names the rule and the key for what is unknown, or cannot be.
         """
@@ -62,13 +64,13 @@ class GateRules:
         changed: dict[str, Rule | None] = {}
         for name, keys in given.items():
             default = getattr(cls(), name)
-            changed[name] = None if keys is None else _rule(name, default, keys)
+            changed[name] = None if keys is None or keys is False else _rule(name, default, keys)
         return cls(**changed)
 
     def to_parameters(self) -> dict[str, Any]:
         """The rules as `from_parameters` takes them."""
         rules = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: None if rule is None else _keys(rule) for name, rule in rules.items()}
+        return {name: False if rule is None else _keys(rule) for name, rule in rules.items()}
 
 
 class MeasuredVersion(NamedTuple):
@@ -258,7 +260,9 @@ def _keys(rule: Rule) -> dict[str, Any]:
 def _rule(name: str, default: Rule, given: Any) -> Rule:
     """`default` with the keys that are given. Raises ValueError for what cannot be."""
     if not isinstance(given, Mapping):
-        raise ValueError(f"gate rule {name} must hold {', '.join(_keys(default))}, or be null to be off, got {given!r}")
+        raise ValueError(
+            f"gate rule {name} must hold {', '.join(_keys(default))}, or be false to be off, got {given!r}"
+        )
     refuse_unknown(map(str, given), _keys(default), kind=f"key of the gate rule {name}")
     for key, value in given.items():
         where = f"{key} of the gate rule {name}"

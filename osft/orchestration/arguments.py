@@ -48,7 +48,8 @@ def pipeline_arguments(
         refuse_unknown([name], known)
         arguments[name] = _parsed(name, text, known[name]["parameterType"])
     _check_training_job(arguments)
-    GateRules.from_parameters(arguments.get("gate"))
+    if "gate" in arguments:
+        arguments["gate"] = GateRules.from_parameters(arguments["gate"]).to_parameters()
     return arguments
 
 

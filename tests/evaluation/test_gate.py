@@ -302,7 +302,7 @@ def test_rules_are_made_again_from_their_own_parameters():
         ({"max_drift": {"standard_errors": -1}}, "standard_errors of the gate rule max_drift must be"),
         ({"max_drift": {"relative": 1}}, "relative of the gate rule max_drift must be true or false, got 1"),
         ({"min_gain": {"bound": 1}}, "no loss can fall by its whole"),
-        ({"min_gain": 0.1}, "gate rule min_gain must hold metric, bound, relative, standard_errors, or be null"),
+        ({"min_gain": 0.1}, "gate rule min_gain must hold metric, bound, relative, standard_errors, or be false"),
         (["min_gain"], "gate must hold rules"),
     ],
 )

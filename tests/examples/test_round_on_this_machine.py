@@ -58,7 +58,7 @@ def notebook(execute: Execute, parameters: str) -> NotebookNode:
 
 
 def test_records_are_shown(notebook):
-    assert shown(notebook, "records").startswith("120 records\n")
+    assert shown(notebook, "records").startswith("120 records in larger-number.jsonl\n")
     assert '"choices"' in shown(notebook, "records")
 
 

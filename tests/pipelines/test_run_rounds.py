@@ -5,20 +5,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from osft import examples
-from osft.data.records import read_records
-from pipelines.run_rounds import app, arrive, round_arguments
-from tests.conftest import arithmetic, write_jsonl
-
-
-def test_records_with_the_smallest_hashes_arrive_and_stay(tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "numbers.jsonl", arithmetic(30))
-    monkeypatch.setattr(examples, "resolve", lambda uri, cache: {"example:numbers": str(source)}[uri])
-    arrive(tmp_path, "numbers", 10)
-    arrived = [record.content_hash for record in read_records(str(tmp_path / "inbox" / "numbers.jsonl"))]
-    assert arrived == sorted(record.content_hash for record in read_records(str(source)))[:10]
-    arrive(tmp_path, "numbers", 20)  # a second run goes on with what is there
-    assert len((tmp_path / "inbox" / "numbers.jsonl").read_text().splitlines()) == 10
+from pipelines.run_rounds import app, round_arguments
 
 
 def test_every_round_has_the_parameters_of_the_file_and_those_that_are_given():
