@@ -69,7 +69,7 @@ def resolve(uri: str, cache: str | Path, report: Callable[[str], None] = print) 
 
 
 def few_records(uri: str, cache: str | Path, folder: Path, num_records: int) -> Path:
-    """Some records of a data set, those with the smallest hashes, as a file of its name in `folder`: as new data arrives.
+    """Some records of a data set, those with the smallest hashes, as a file of its name in `folder`.
 
     `uri` as in `resolve`, or a local path. 0 takes all. A file that is there stays as it is.
     """
