@@ -96,8 +96,9 @@ def _amount(rule: dict[str, Any], key: str) -> str:
 
 
 def _scores(evaluation: dict[str, Any]) -> Table:
-    models, reference = list(evaluation["models"]), evaluation["reference"]
-    table = Table(title=f"{evaluation['task']}: {' -> '.join(models)}, on held-out data")
+    reference = evaluation["reference"]
+    models = (reference, "candidate")
+    table = Table(title=f"{evaluation['task']}: {reference} -> candidate, on held-out data")
     for column in ("evaluation set", "role"):
         table.add_column(column, no_wrap=True)
     for column in ("loss", "change", "accuracy"):

@@ -11,7 +11,7 @@ from pipelines.run_rounds import app, round_arguments
 def test_every_round_has_the_parameters_of_the_file_and_those_that_are_given():
     found = round_arguments(Path("runs"), ["num_epochs=2"])
     assert found["num_epochs"] == 2
-    assert found["max_train_samples"] == 256
+    assert found["max_train_samples"] == 0
     assert found["data_uri"] == f"{Path('runs').absolute()}/inbox/*.jsonl"
 
 
