@@ -26,7 +26,7 @@ from datetime import date
 from functools import partial
 from itertools import product, zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -285,7 +285,7 @@ def main(
         typer.Option(help="METHOD=RATE,RATE; repeatable. Methods that are not named are left out."),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Sample orders, 0 to this; 0: one on a CPU, three on a GPU.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = DEFAULTS.device,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What computes.")] = DEFAULTS.device,
     train_samples: Annotated[int, typer.Option(help="Of each task.", min=1)] = DEFAULTS.train_samples,
     selection_samples: Annotated[
         int, typer.Option(help="Held-out records of each task that choose the learning rate.", min=1)
@@ -300,7 +300,7 @@ def main(
     ] = DEFAULTS.unfreeze_rank_ratio,
     lora_rank: Annotated[int, typer.Option(help="Of LoRA; alpha is twice the rank.", min=1)] = DEFAULTS.lora_rank,
     checkpoint_dtype: Annotated[
-        str, typer.Option(help="float32 or bfloat16: in which the model is kept between tasks.")
+        Literal["float32", "bfloat16"], typer.Option(help="In which the model is kept between tasks.")
     ] = DEFAULTS.checkpoint_dtype,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.", min=0)] = 0,
     storage: Annotated[Path, typer.Option(help="Folder for what the runs need and leave.")] = Path("runs/compare"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import sqrt
+from operator import ge, lt
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -73,10 +74,6 @@ def average_seeds(summaries: Sequence[Summary], method: str, rate: float) -> Sum
     averaged: Summary = {"method": method, "learning_rate": rate, "seeds": len(runs)}
     for kind in ("accuracy", "loss"):
         averaged[kind] = {name: mean(run[kind][name] for run in runs) for name in MEASURES}
-        matrices = [run[kind]["matrix"] for run in runs]
-        averaged[kind]["matrix"] = [
-            [mean(scores) for scores in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)
-        ]
     averaged["errors"] = {name: sqrt(mean(run["errors"][name] ** 2 for run in runs)) for name in MEASURES}
     plain = ("selection_loss", "selection_accuracy", "anchor_drift", "step_seconds", "load_seconds", "peak_bytes")
     averaged |= {name: mean(run[name] for run in runs) for name in plain}
@@ -109,6 +106,33 @@ def compare_with_ours(best: dict[str, Summary]) -> list[str]:
     return sentences
 
 
+def judge(best: dict[str, Summary]) -> dict[str, dict[str, Any]]:
+    """What is expected of OSFT beside full fine-tuning: the difference in points, and whether it is as expected."""
+    if not {"osft", "full"} <= set(best):
+        return {}
+    expected = {
+        "OSFT forgets less than full fine-tuning": ("forgetting", lt),
+        "OSFT learns no less than full fine-tuning": ("learning", ge),
+    }
+    ours, full = best["osft"], best["full"]
+    return {
+        sentence: {
+            "difference": 100 * (ours["accuracy"][name] - full["accuracy"][name]),
+            "standard_error": 100 * sqrt(ours["errors"][name] ** 2 + full["errors"][name] ** 2),
+            "met": holds(ours["accuracy"][name], full["accuracy"][name]),
+        }
+        for sentence, (name, holds) in expected.items()
+    }
+
+
+def _verdict(sentence: str, found: dict[str, Any]) -> str:
+    unclear = abs(found["difference"]) <= found["standard_error"]
+    return (
+        f"{sentence}: {found['difference']:+.1f} ± {found['standard_error']:.1f} points, "
+        f"{'met' if found['met'] else 'NOT met'}{', within the standard error' if unclear else ''}"
+    )
+
+
 # ---- writing ----
 
 
@@ -118,7 +142,8 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     summaries = [summarize(run, tasks, base) for run in result["runs"]]
     chosen = choose_rates(summaries)
     best = {method: average_seeds(summaries, method, rate) for method, rate in chosen.items()}
-    result |= {"summaries": summaries, "chosen_rates": chosen}
+    expected = judge(best)
+    result |= {"summaries": summaries, "chosen_rates": chosen, "expected": expected}
     name = f"compare_{result['settings']['device']}"
     write_json(folder / f"{name}.json", result)
     plot(summaries, chosen, folder / f"{name}.svg")
@@ -131,6 +156,9 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
         f"![Forgetting against learning]({name}.svg)",
         "",
         *[f"- {sentence}" for sentence in compare_with_ours(best)],
+        "",
+        *(["Expected:", "", *[f"- {_verdict(*item)}" for item in expected.items()], ""] if expected else []),
+        "How it was measured:",
         "",
         *[f"- {note}" for note in _notes(result)],
         "",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -44,13 +44,13 @@ class Settings:
     """Chats with choices, learned one after the other."""
     anchor: str = "example:web-text"
     """Of what the base model was trained on, as far as that is known; measured, never trained."""
-    train_samples: int = 192
+    train_samples: int = 160
     """Of each task."""
-    selection_samples: int = 64
+    selection_samples: int = 24
     """Held-out records of each task that choose the learning rate."""
-    report_samples: int = 96
+    report_samples: int = 64
     """Held-out records of each task that the results are measured on. None of them is a selection record."""
-    anchor_samples: int = 32
+    anchor_samples: int = 12
     batch_size: int = 8
     """Samples of an optimizer step."""
     warmup_steps: int = 2
@@ -59,9 +59,9 @@ class Settings:
     unfreeze_rank_ratio: float = 0.25
     lora_rank: int = 16
     lora_alpha: int = 32
-    checkpoint_dtype: str = "float32"
+    checkpoint_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which the model is kept between tasks, whatever dtype the base model comes in."""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
