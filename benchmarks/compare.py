@@ -52,6 +52,9 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "cpu": {"osft": (2e-4, 5e-4), "full": (3e-5, 1e-4), "lora": (3e-4, 1e-3)},
     "cuda": {"osft": (1e-4, 2e-4, 5e-4), "full": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)},
 }
+"""On a CPU the first of each is one that was tried on sarcasm headlines alone, 24 steps of 8 samples. On 64 held-out
+records OSFT 2e-4 gave 63 % and 0.204 nats, full fine-tuning 3e-5 47 % and 0.224, LoRA 3e-4 45 % and 0.225. The second
+is about three times as high. On a GPU: what is usual for each, nothing was tried."""
 SEEDS = {"cpu": 1, "cuda": 3}
 RESULTS = Path(__file__).parent / "results"
 
