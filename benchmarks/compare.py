@@ -159,8 +159,9 @@ def _tell(clock: Clock, title: str, work_of_a_step: float) -> Callable[[StepMetr
 
 
 def _remove_what_is_used_up(folder: Path, *, keep: Path) -> None:
-    """Models that were learned on, factors, and what a killed process left half-way."""
-    for path in [*folder.glob("model-*"), *folder.glob("factors"), *folder.glob("*.incomplete-*")]:
+    """Models that were learned on and what was measured beside them, factors, and what a killed process left."""
+    used_up = ("model-*", "trained-*", "factors", "*.incomplete-*")
+    for path in [found for pattern in used_up for found in folder.glob(pattern)]:
         if path != keep:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

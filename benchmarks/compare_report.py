@@ -271,30 +271,37 @@ def _notes(result: dict[str, Any]) -> list[str]:
 
 
 def plot(summaries: Sequence[Summary], chosen: dict[str, float], file: Path) -> None:
-    """Forgetting against learning, of accuracy and of loss: a mark a run, filled at the chosen rate."""
+    """Forgetting against learning, of accuracy and of loss: a mark a run, with its rate, filled at the chosen one."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     panels = (
-        ("accuracy", 100, "learning accuracy, points", "forgetting, points"),
-        ("loss", 1, "minus the loss after learning, nats", "rise of the loss until the end, nats"),
+        ("accuracy", 100, 100, "learning accuracy, points (right is better)", "forgetting, points (down is better)"),
+        ("loss", -1, 1, "loss after learning, nats (right is better)", "its rise until the end, nats (down is better)"),
     )
     colors = dict(zip(METHODS, ("#1f77b4", "#d62728", "#2ca02c"), strict=True))
     with matplotlib.rc_context({"svg.hashsalt": "osft", "font.size": 9}):
-        figure = Figure(figsize=(9.0, 4.0), layout="constrained")
-        for axes, (kind, scale, learned, forgotten) in zip(figure.subplots(1, 2), panels, strict=True):
+        figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+        for axes, (kind, learning_scale, scale, learned, forgotten) in zip(figure.subplots(1, 2), panels, strict=True):
             axes.axhline(0, color="#999999", linewidth=0.8)
             for summary in summaries:
                 method, rate = summary["method"], summary["learning_rate"]
-                x, y = scale * summary[kind]["learning"], scale * summary[kind]["forgetting"]
-                best = rate == chosen[method]
-                errors = [scale * summary["errors"][name] for name in ("learning", "forgetting")]
-                if kind == "accuracy" and best:
-                    axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], color=colors[method], alpha=0.35, linewidth=1)
-                axes.plot(x, y, "o", color=colors[method], markerfacecolor=colors[method] if best else "white")
-                axes.annotate(f"{METHODS[method]} {rate:g}", (x, y), xytext=(5, 5), textcoords="offset points", size=7)
-            axes.set_xlabel(f"{learned} (right is better)")
-            axes.set_ylabel(f"{forgotten} (down is better)")
-            axes.margins(0.25, 0.2)
+                x, y = learning_scale * summary[kind]["learning"], scale * summary[kind]["forgetting"]
+                best, color = rate == chosen[method], colors[method]
+                if kind == "accuracy":
+                    errors = [scale * summary["errors"][name] for name in ("learning", "forgetting")]
+                    axes.errorbar(x, y, xerr=errors[0], yerr=errors[1], color=color, alpha=0.3, linewidth=1)
+                axes.plot(x, y, "o", color=color, markerfacecolor=color if best else "white")
+                axes.annotate(f"{rate:g}", (x, y), xytext=(4, 4), textcoords="offset points", size=8, color=color)
+            axes.set_xlabel(learned)
+            axes.set_ylabel(forgotten)
+            axes.margins(0.15)
+            if learning_scale < 0:
+                axes.invert_xaxis()
+        handles = [
+            Line2D([], [], marker="o", linestyle="", color=colors[method], label=METHODS[method]) for method in chosen
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
         with atomic_path(file) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})

@@ -103,7 +103,7 @@ def test_methods_begin_a_sequence_alike_and_continue_from_their_own_model(result
 def test_only_the_last_model_of_a_run_is_kept(result, storage):
     assert len(list(storage.glob("runs/*"))) == 3
     for folder in storage.glob("runs/*"):
-        assert [path.name for path in folder.iterdir() if path.is_dir()] == ["model-1"]
+        assert sorted(path.name for path in folder.iterdir()) == ["model-1", "round-0.json", "round-1.json", "run.json"]
 
 
 def test_what_is_there_is_not_computed_again(settings, result, storage, capfd):
@@ -284,4 +284,4 @@ def test_report_shows_the_chosen_rates_and_all_runs(result, tmp_path):
     assert "learning accuracy 85.0 against 85.0 points (+0.0 ± 3.0)" in text
     assert "- OSFT forgets less than full fine-tuning: +0.0 ± 6.0 points, NOT met, within the standard error" in text
     assert "- OSFT learns no less than full fine-tuning: +0.0 ± 3.0 points, met, within the standard error" in text
-    assert "full fine-tuning 1e-05" in (tmp_path / "compare_cpu.svg").read_text()
+    assert "full fine-tuning" in (tmp_path / "compare_cpu.svg").read_text()
