@@ -46,6 +46,7 @@ from benchmarks.sequence import (
 )
 from osft.atomic import exclusive, write_json
 from osft.console import refused
+from osft.data.records import Record
 from osft.training.loop import StepMetrics
 
 RATES: dict[str, dict[str, tuple[float, ...]]] = {
@@ -257,11 +258,18 @@ def compare(
         "machine": describe_machine(settings.device) | {"threads": torch.get_num_threads()},
         "settings": described,
         "tasks": [task.name for task in materials.tasks],
+        "most_frequent_answer": {task.name: most_frequent_share(task.report) for task in materials.tasks},
         "base": base,
         "runs": [asdict(run) | {"rounds": results_of(folder, len(materials.tasks))} for run, folder in runs],
     }
     write_report(result, results)
     return result
+
+
+def most_frequent_share(records: Sequence[Record]) -> float:
+    """The accuracy of always giving the answer that most of the records have."""
+    answers = [record.messages[-1]["content"] for record in records]
+    return max(map(answers.count, answers)) / len(answers)
 
 
 def print_plan(runs: Sequence[tuple[Run, Path]], materials: Materials, seconds: float) -> None:

@@ -230,7 +230,9 @@ def _matrix_rows(result: dict[str, Any], summaries: Sequence[Summary], chosen: d
     tasks = result["tasks"]
     scores = [result["base"]["report"][task] for task in tasks]
     cells = [f"{_points(score['accuracy'])} ({score['loss']:.3f})" for score in scores]
-    rows = [["base model", *cells, f"{result['base']['anchor']['loss']:.3f}"]]
+    shares = [_points(result["most_frequent_answer"][task]) for task in tasks]
+    rows = [["always the most frequent answer", *shares, "–"]]
+    rows += [["base model", *cells, f"{result['base']['anchor']['loss']:.3f}"]]
     for summary in summaries:
         if summary["learning_rate"] != chosen[summary["method"]]:
             continue

@@ -114,6 +114,12 @@ def test_what_is_there_is_not_computed_again(settings, result, storage, capfd):
     assert "learned" not in capfd.readouterr().err
 
 
+def test_most_frequent_answer_is_what_a_model_without_a_clue_gets(settings, storage, result):
+    for task in gather(settings, storage, print).tasks:
+        first = sum(record.messages[-1]["content"] == "first" for record in task.report)
+        assert result["most_frequent_answer"][task.name] == max(first, 4 - first) / 4
+
+
 def test_dry_run_computes_nothing(settings, tmp_path, capsys):
     assert compare(settings, RATES, 2, tmp_path, tmp_path / "results", dry_run=True) == {}
     assert "6 runs of 2 rounds: which, say" in capsys.readouterr().out
@@ -275,11 +281,13 @@ def test_rate_is_chosen_by_the_selection_records_over_all_seeds():
 
 def test_report_shows_the_chosen_rates_and_all_runs(result, tmp_path):
     runs = [made_run("osft", 1e-4, 0, 0.2), made_run("osft", 2e-4, 0, 0.1), made_run("full", 1e-5)]
-    made = result | {"runs": runs, "tasks": ["A", "B"], "base": BASE}
+    frequent = {"A": 0.55, "B": 0.5}
+    made = result | {"runs": runs, "tasks": ["A", "B"], "base": BASE, "most_frequent_answer": frequent}
     write_report(made, tmp_path)
     text = (tmp_path / "compare_cpu.md").read_text()
     assert "| OSFT, complement | 0.0002 | 85.0 ± 2.1 | 75.0 ± 2.1 | -20.0 ± 4.2 | 20.0 ± 4.2 |" in text
     assert "| OSFT, complement, seed 0, after B | 70.0 (0.500) | 80.0 (0.300) | 3.250 |" in text
+    assert "| always the most frequent answer | 55.0 | 50.0 | – |" in text
     assert text.count("| OSFT, complement | 0.0001 | 0 |") == 1
     assert "learning accuracy 85.0 against 85.0 points (+0.0 ± 3.0)" in text
     assert "- OSFT forgets less than full fine-tuning: +0.0 ± 6.0 points, NOT met, within the standard error" in text
