@@ -106,6 +106,25 @@ def compare_with_ours(best: dict[str, Summary]) -> list[str]:
     return sentences
 
 
+def beyond_guessing(result: dict[str, Any], summaries: Sequence[Summary], chosen: dict[str, float]) -> str:
+    """Which tasks each method learned at its chosen rate: by more than a standard error above the most frequent
+    answer, right after learning, with every seed. What was not learned cannot be forgotten."""
+    found = []
+    for method, rate in chosen.items():
+        learned = []
+        for index, task in enumerate(result["tasks"]):
+            share = result["most_frequent_answer"][task]
+            error = sqrt(share * (1 - share) / result["base"]["report"][task]["num_samples"])
+            scores = [summary["accuracy"]["matrix"][index][index] for summary in _of(summaries, method, rate)]
+            if min(scores) > share + error:
+                learned.append(task)
+        found.append(f"{METHODS[method]}: {', '.join(learned) or 'none'}")
+    return (
+        "Tasks that were learned, by more than a standard error above always giving the most frequent answer: "
+        f"{'; '.join(found)}. On the others only the form of the answer was learned, and nothing else can be forgotten."
+    )
+
+
 def judge(best: dict[str, Summary]) -> dict[str, dict[str, Any]]:
     """What is expected of OSFT beside full fine-tuning: the difference in points, and whether it is as expected."""
     if not {"osft", "full"} <= set(best):
@@ -156,6 +175,7 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
         f"![Forgetting against learning]({name}.svg)",
         "",
         *[f"- {sentence}" for sentence in compare_with_ours(best)],
+        f"- {beyond_guessing(result, summaries, chosen)}",
         "",
         *(["Expected:", "", *[f"- {_verdict(*item)}" for item in expected.items()], ""] if expected else []),
         "How it was measured:",

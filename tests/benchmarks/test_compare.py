@@ -233,7 +233,7 @@ def test_rates_that_cannot_be_are_refused(entry):
 
 
 def scored(accuracy: float, loss: float) -> dict[str, Any]:
-    return {"accuracy": accuracy, "loss": loss, "accuracy_stderr": 0.03}
+    return {"accuracy": accuracy, "loss": loss, "accuracy_stderr": 0.03, "num_samples": 100}
 
 
 def made_run(method: str = "osft", rate: float = 1e-4, seed: int = 0, selection_loss: float = 0.5) -> dict[str, Any]:
@@ -281,13 +281,14 @@ def test_rate_is_chosen_by_the_selection_records_over_all_seeds():
 
 def test_report_shows_the_chosen_rates_and_all_runs(result, tmp_path):
     runs = [made_run("osft", 1e-4, 0, 0.2), made_run("osft", 2e-4, 0, 0.1), made_run("full", 1e-5)]
-    frequent = {"A": 0.55, "B": 0.5}
+    frequent = {"A": 0.55, "B": 0.78}
     made = result | {"runs": runs, "tasks": ["A", "B"], "base": BASE, "most_frequent_answer": frequent}
     write_report(made, tmp_path)
     text = (tmp_path / "compare_cpu.md").read_text()
     assert "| OSFT, complement | 0.0002 | 85.0 ± 2.1 | 75.0 ± 2.1 | -20.0 ± 4.2 | 20.0 ± 4.2 |" in text
     assert "| OSFT, complement, seed 0, after B | 70.0 (0.500) | 80.0 (0.300) | 3.250 |" in text
-    assert "| always the most frequent answer | 55.0 | 50.0 | – |" in text
+    assert "| always the most frequent answer | 55.0 | 78.0 | – |" in text
+    assert "most frequent answer: OSFT, complement: A; full fine-tuning: A. On the others" in text
     assert text.count("| OSFT, complement | 0.0001 | 0 |") == 1
     assert "learning accuracy 85.0 against 85.0 points (+0.0 ± 3.0)" in text
     assert "- OSFT forgets less than full fine-tuning: +0.0 ± 6.0 points, NOT met, within the standard error" in text
