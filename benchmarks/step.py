@@ -10,11 +10,8 @@ process each. Leak: the largest share of the update that lies in the frozen dire
 model, against an independent float64 SVD.
 """
 
-import ctypes
-import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -22,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -31,6 +27,14 @@ import torch
 import typer
 
 from benchmarks.contestants import METHODS, RATIO, Settings, build, prepare, stepper, train_config
+from benchmarks.machine import (
+    allocated_memory,
+    describe_machine,
+    peak_memory,
+    reset_peak_memory,
+    resident,
+    return_freed_memory,
+)
 from osft.atomic import write_json
 from osft.subspace import select_targets
 
@@ -72,19 +76,6 @@ def measure_seconds(folder: Path, settings: Settings, progress: Callable[[str], 
 # ---- memory ----
 
 
-def _resident() -> dict[str, int]:
-    """Resident bytes of this process: now, their peak, and what of them is mapped files (the kernel can drop those)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    values = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmHWM", "RssFile"))}
-    return {name: 1024 * int(value) for name, value in values.items()}
-
-
-def _return_freed_memory() -> None:
-    gc.collect()
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 def measure_memory(method: str, folder: Path, settings: Settings) -> dict[str, int]:
     """Peak bytes of a training step above what the process held before the model was built.
 
@@ -97,22 +88,19 @@ def measure_memory(method: str, folder: Path, settings: Settings) -> dict[str, i
     cuda = settings.device == "cuda"
     if cuda:
         torch.cuda.init()
-    _return_freed_memory()
-    before = torch.cuda.memory_allocated() if cuda else _resident()["VmRSS"]
-    files_before = 0 if cuda else _resident()["RssFile"]
+    return_freed_memory()
+    before = allocated_memory(settings.device)
+    files_before = 0 if cuda else resident()["RssFile"]
     model = build(method, folder, settings)
     config = train_config(folder, method)
     step = stepper(model, config, settings)
     step(1, 64)  # puts the optimizer's moments in place
-    _return_freed_memory()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    at_rest = torch.cuda.memory_allocated() if cuda else _resident()["VmRSS"]
+    return_freed_memory()
+    reset_peak_memory(settings.device)
+    at_rest = allocated_memory(settings.device)
     step(settings.micro_batches, settings.tokens)
-    peak = torch.cuda.max_memory_allocated() if cuda else _resident()["VmHWM"]
-    files = 0 if cuda else _resident()["RssFile"] - files_before
+    peak = peak_memory(settings.device)
+    files = 0 if cuda else resident()["RssFile"] - files_before
     return {"peak_bytes": peak - before, "at_rest_bytes": at_rest - before, "mapped_file_bytes": files}
 
 
@@ -176,20 +164,6 @@ def _frozen_directions(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 # ---- the report ----
-
-
-def describe_machine(settings: Settings) -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
-    processor = platform.processor()
-    if Path("/proc/cpuinfo").is_file():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        processor = models[0].partition(":")[2].strip() if models else processor
-    return {
-        "processor": processor,
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if settings.device == "cuda" else None,
-        **{package: version(package) for package in ("torch", "transformers", "peft")},
-    }
 
 
 def _ratios(methods: dict[str, dict[str, Any]], method: str, reference: str) -> dict[str, float]:
@@ -360,7 +334,7 @@ def main(
     targets = evaluate(methods)
     result = {
         "date": date.today().isoformat(),
-        "machine": describe_machine(settings),
+        "machine": describe_machine(settings.device),
         "settings": {**asdict(settings), "unfreeze_rank_ratio": RATIO, "leak_steps": LEAK_STEPS},
         "methods": methods,
         "targets": targets,
