@@ -17,6 +17,8 @@ from osft.training import TrainResult
 from pipelines.run_local import YAML, app, without_retries
 from tests.conftest import arithmetic, write_jsonl
 
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parents[2]
 
 

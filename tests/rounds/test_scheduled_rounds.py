@@ -107,7 +107,9 @@ def night(tmp_path, model_folder, mlflow, monkeypatch):
         yield Night(tmp_path, server, model_folder, mlflow, monkeypatch)
 
 
-def test_five_scheduled_rounds(night, capsys):
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_scheduled_rounds(night):
     # New data: the base model learns it and becomes the champion.
     night.arrive("apples", questions("apples", 60))
     night.fire()
