@@ -20,10 +20,12 @@ MODEL   ?=
 DATA    ?=
 STORAGE ?= runs
 SET     ?=
+SAMPLES ?= 352
 IMAGE   ?=
 TRAINING_IMAGE ?=
+REPORT  ?=
 
-.PHONY: help setup run test test-slow test-cluster test-images lint format compile check-compiled check-manifests bench ui images sbom clean
+.PHONY: help setup run rounds compare test test-slow test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench ui images sbom clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +46,9 @@ endif
 run: setup ## Run the pipeline here: MODEL=… DATA=… STORAGE=… SET='num_epochs=2 seed=1'
 	$(BIN)/python -m pipelines.run_local --storage '$(STORAGE)' $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(foreach s,$(SET),--set '$(s)')
 
+rounds: setup ## Run three rounds on three real tasks here, as a schedule would: STORAGE=… SAMPLES=352 SET='…'
+	$(BIN)/python -m pipelines.run_rounds --storage '$(STORAGE)' --samples '$(SAMPLES)' $(foreach s,$(SET),--set '$(s)')
+
 ui: setup ## Open MLflow on what `make run` left
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(STORAGE))/mlflow/mlflow.db
 
@@ -55,6 +60,17 @@ test-slow: setup ## Run the tests that `make test` leaves out: several nodes, ma
 
 test-cluster: setup ## Run the training step on a stand-in cluster whose pods are real processes, and break it
 	$(BIN)/python -m pytest -m cluster
+
+test-mlflow: setup ## Run the tests against a real MLflow server on PostgreSQL (in Debian the package postgresql), and break it
+	$(BIN)/python -m pytest -m mlflow_server
+
+test-report: setup ## Open a report in a real browser, on a large and a small screen (needs Debian's chromium)
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || { echo "test-report needs Chromium: the package chromium of Debian, or its program in CHROMIUM" >&2; exit 1; }
+	$(BIN)/python -m pytest -m browser tests/evaluation
+
+screenshot: setup ## Take the picture of a report for the README: REPORT=runs/rounds/…/report.html
+	@test -n '$(REPORT)' || { echo "name the report: make screenshot REPORT=runs/rounds/…/report.html" >&2; exit 1; }
+	$(BIN)/python -m docs.screenshot '$(REPORT)' docs/report.png --height 2150
 
 lint: setup ## Check style, types and that the compiled YAML is current
 	$(BIN)/ruff check .
@@ -78,6 +94,9 @@ check-compiled: setup
 
 bench: setup ## Measure one training step of ours, of full fine-tuning and of PEFT's OSF (under five minutes)
 	$(BIN)/python -m benchmarks.step
+
+compare: setup ## Compare OSFT with full fine-tuning and LoRA over a sequence of tasks (hours; goes on where it was)
+	$(BIN)/python -m benchmarks.compare
 
 images: ## Build the images with Docker, Podman or Buildah: TAG=… TRAINING_TAG=… BASE=… (images/README.md lists the settings)
 	@images/build

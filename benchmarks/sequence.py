@@ -26,7 +26,7 @@ from osft.data.dataset_folder import hash_files, load_split
 from osft.data.prepare import prepare
 from osft.data.records import DataError, Record, data_name
 from osft.evaluation.evaluate import load_set
-from osft.evaluation.scoring import score_set
+from osft.evaluation.scoring import score_records
 from osft.models import model_folder
 from osft.subspace import factor_store, select_targets
 from osft.training.loop import StepMetrics, run
@@ -232,7 +232,8 @@ def score_model(
     model.to(settings.device).eval()
 
     def score(records: tuple[Record, ...], name: str) -> dict[str, Any]:
-        return score_set(model, tokenizer, records, max_tokens=settings.max_tokens, description=name).to_dict()
+        scores = score_records(model, tokenizer, records, max_tokens=settings.max_tokens, description=name)
+        return scores.summary().to_dict()
 
     scores: dict[str, Any] = {"report": {task.name: score(task.report, task.name) for task in tasks}}
     if selection:

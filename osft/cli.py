@@ -123,19 +123,39 @@ def evaluate(
         ),
     ],
     max_samples: Annotated[int, typer.Option(min=0, help="Records of each; 0: all.")] = 0,
+    benchmarks: Annotated[
+        list[str] | None,
+        typer.Option("--benchmark", help="A task, group or tag of the lm-evaluation-harness. Repeatable."),
+    ] = None,
+    benchmark_folder: Annotated[
+        str | None, typer.Option(help="Folder or URI of YAML files with tasks of one's own.", show_default=False)
+    ] = None,
+    gate: Annotated[
+        Path | None, typer.Option(metavar="GATE.YAML", help="Decide by these rules; the rest are the defaults.")
+    ] = None,
+    score_store: Annotated[
+        str | None, typer.Option(help="Folder or URI: what it holds is not measured again.", show_default=False)
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in training.")] = False,
 ) -> None:
     """Compare a tuned model with the one that it came from: loss in nats per token, and accuracy of tasks."""
     try:
         from osft.evaluation.evaluate import evaluate as compare
         from osft.evaluation.evaluate import load_set
-        from osft.models import model_folder
+        from osft.evaluation.gate import GateRules, decide
 
+        rules = GateRules.from_parameters(read_file(gate, "gate")) if gate else None
         roles = ["new task"] + ["anchor"] * (len(data) - 1)
-        sets = [load_set(uri, role, max_samples=max_samples) for uri, role in zip(data, roles, strict=True)]
         found = compare(
-            model_folder(base), model_folder(checkpoint), sets, num_examples=0, trust_remote_code=trust_remote_code
+            {"base": base, "candidate": checkpoint},
+            [load_set(uri, role, max_samples=max_samples) for uri, role in zip(data, roles, strict=True)],
+            benchmarks=benchmarks or (),
+            benchmark_folder=benchmark_folder,
+            score_store=score_store,
+            num_examples=0,
+            trust_remote_code=trust_remote_code,
         )
+        decision = decide(found, rules) if rules else None
     except (ValueError, FileNotFoundError) as error:
         raise refused(error) from None
     table = Table("data", "role", "loss before", "after", "change", "accuracy before", "after")
@@ -145,6 +165,14 @@ def evaluate(
         accuracies = ["-" if s["accuracy"] is None else f"{s['accuracy']:.1%}" for s in (before, after)]
         table.add_row(name, described["role"], *losses, *accuracies)
     output.print(table)
+    if found["benchmarks"]:
+        table = Table("benchmark", "metric", "before", "after")
+        for name, task in found["benchmarks"]["tasks"].items():
+            values = [found["benchmarks"]["results"][model][name]["value"] for model in ("base", "candidate")]
+            table.add_row(name, task["metric"], *(f"{value:.4f}" for value in values))
+        output.print(table)
+    if decision:
+        output.print(Text("gate: promote" if decision["promote"] else f"gate: refuse: {decision['reason']}"))
 
 
 def read_parameters(config_file: Path | None, settings: list[str]) -> dict[str, Any]:

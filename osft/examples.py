@@ -27,6 +27,7 @@ from typing import Any
 
 from osft import storage
 from osft.atomic import atomic_path
+from osft.data.records import data_name, read_records
 
 SCHEME = "example:"
 
@@ -65,6 +66,19 @@ def resolve(uri: str, cache: str | Path, report: Callable[[str], None] = print) 
         convert(wheel, temporary)
     storage.publish(address, marker=marker)
     return address
+
+
+def few_records(uri: str, cache: str | Path, folder: Path, num_records: int) -> Path:
+    """Some records of a data set, those with the smallest hashes, as a file of its name in `folder`.
+
+    `uri` as in `resolve`, or a local path. 0 takes all. A file that is there stays as it is.
+    """
+    file = folder / f"{data_name(uri)}.jsonl"
+    if not file.is_file():
+        records = sorted(read_records(resolve(uri, cache)), key=lambda record: record.content_hash)
+        with atomic_path(file) as temporary:
+            _write((record.to_dict() for record in records[: num_records or None]), temporary)
+    return file
 
 
 class _fetched:

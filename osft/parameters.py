@@ -144,14 +144,14 @@ def _fit(value: Any, wanted: Any) -> tuple[bool, Any]:
     return False, value
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError at the first name that is not known, with the nearest one that is."""
+def refuse_unknown(names: Iterable[str], known: Iterable[str], *, kind: str = "parameter") -> None:
+    """Raise ValueError at the first name that is not known, with the nearest one that is; `kind` is what it names."""
     known = list(known)
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(known)}"
-            raise ValueError(f"unknown parameter {name!r}. {hint}")
+            raise ValueError(f"unknown {kind} {name!r}. {hint}")
 
 
 def read_file(file: Path, kind: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ What lies below a storage root or an output folder, whichever it is, path or URI
     data/<hash>/                   prepare_data, osft()                dataset.json
     factors/weights/<key>          precompute_svd, osft()              a file: when it is there
     factors/sets/<key>.json        precompute_svd, osft()              when it is there; its weights came before
+    scores/<key>.json              evaluate_model                      when it is there and its hash is right
     <run>/config.json              node 0, at the start                when it is there
     <run>/hf_format/samples_<n>/   rank 0                              config.json
     <run>/state/step-<n>/          every rank its own files            position.json, by rank 0 after all the others

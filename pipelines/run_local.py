@@ -7,7 +7,6 @@ It executes `pipelines/continual_learning/continual_learning.yaml` itself with k
 of its own, with the code that a pod would run. Only a step that fails is not tried again.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,9 +14,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from osft.orchestration import CompiledPipeline, pipeline_arguments
+from pipelines.show_round import show_round
 
 YAML = Path(__file__).parent / "continual_learning" / "continual_learning.yaml"
 console = Console()
@@ -47,17 +46,21 @@ def main(
     if dry_run:
         console.print_json(data=arguments)
         return
-    round_folder = run(arguments, storage)
-    show(round_folder)
+    show_round(console, run(arguments, storage))
 
 
-def local_arguments(model: str, data: str, settings: list[str], storage: Path) -> dict[str, Any]:
-    """All pipeline parameters: the defaults of the YAML, then what was given. Raises ValueError for a bad one."""
+def local_arguments(
+    model: str, data: str, settings: list[str], storage: Path, file: Path | None = None
+) -> dict[str, Any]:
+    """All pipeline parameters: the defaults of the YAML, then the `file`'s, then what was given.
+
+    Raises ValueError for a bad one.
+    """
     known = CompiledPipeline.read(YAML).parameters
     arguments = {name: described["defaultValue"] for name, described in known.items()}
     arguments["storage_root"] = str(storage.absolute())
     given = [f"base_model={model}"] * bool(model) + [f"data_uri={data}"] * bool(data) + settings
-    arguments |= pipeline_arguments(known, settings=given)
+    arguments |= pipeline_arguments(known, file, given)
     for name, described in known.items():
         if described["parameterType"] == "NUMBER_INTEGER":
             arguments[name] = int(arguments[name])  # the YAML has 16.0
@@ -72,10 +75,10 @@ def check(arguments: dict[str, Any]) -> None:
     from osft.checkpoint import CheckpointReader
     from osft.config import TrainConfig
     from osft.data.records import check_names, read_records
-    from osft.evaluation.gate import GateRules
     from osft.examples import SCHEME
     from osft.models import empty_model
     from osft.parameters import parameters
+    from osft.rounds.sources import is_hub_dataset
     from osft.subspace import select_targets, unfrozen_rank
 
     model = arguments["base_model"]
@@ -83,12 +86,9 @@ def check(arguments: dict[str, Any]) -> None:
     settings |= {name: arguments[name] or None for name in ("target_patterns", "nproc_per_node")}
     settings |= {"model_path": model, "data_path": arguments["data_uri"], "ckpt_output_dir": arguments["storage_root"]}
     training = TrainConfig.from_parameters(settings | arguments["more_training_settings"])
-    GateRules(
-        min_task_improvement=arguments["min_task_improvement"], max_anchor_increase=arguments["max_anchor_increase"]
-    )
     check_names([arguments["data_uri"], *arguments["anchor_uris"]])
     for uri in (arguments["data_uri"], *arguments["anchor_uris"]):
-        if not uri.startswith(SCHEME):
+        if not uri.startswith(SCHEME) and not is_hub_dataset(uri):
             for _ in read_records(uri, allow_text=uri != arguments["data_uri"]):
                 pass
     if Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -123,38 +123,6 @@ def without_retries(pipeline: str) -> str:
         for task in dag["tasks"].values():
             task.pop("retryPolicy", None)
     return yaml.safe_dump_all(documents, sort_keys=False)
-
-
-def show(round_folder: Path) -> None:
-    """Print the table of what was learned and forgotten."""
-    evaluation = json.loads((round_folder / "evaluation.json").read_text(encoding="utf-8"))
-    registered = json.loads((round_folder / "version.json").read_text(encoding="utf-8"))
-    table = Table(title=f"{evaluation['task']}: base model -> candidate, on held-out data")
-    for column in ("evaluation set", "role"):
-        table.add_column(column, no_wrap=True)
-    for column in ("loss", "change", "accuracy"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, described in evaluation["sets"].items():
-        base, candidate = (evaluation["results"][model][name] for model in ("base", "candidate"))
-        accuracy = "-"
-        if base["accuracy"] is not None:
-            accuracy = f"{base['accuracy']:.0%} -> {candidate['accuracy']:.0%} ± {candidate['accuracy_stderr']:.0%}"
-        change = candidate["loss"] / base["loss"] - 1
-        losses = f"{base['loss']:.3f} -> {candidate['loss']:.3f}"
-        table.add_row(name, described["role"], losses, f"{change:+.1%}", accuracy)
-    console.print(table)
-    decision = evaluation["decision"]
-    aliases = "candidate and champion" if decision["promote"] else "candidate; the champion did not move"
-    console.print(f"gate:    {'passed' if decision['promote'] else 'refused'}")
-    for rule in decision["rules"]:
-        if not rule["passed"]:
-            console.print(
-                f"         {rule['name']}: {rule['value']:+.1%}, allowed {rule['comparison']} {rule['bound']:+.1%}"
-            )
-    console.print(
-        f"version: {registered['model_name']} {registered['version']} ({aliases}), `make ui` shows it in MLflow"
-    )
-    console.print(f"report:  {round_folder / 'report.html'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

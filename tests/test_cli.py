@@ -205,3 +205,24 @@ def test_evaluation_of_a_model_against_itself_shows_no_change(model_folder, tmp_
         (line,) = [line for line in output.splitlines() if re.match(rf"\W+{name} ", line)]
         assert role in line
         assert "+0.00%" in line
+
+
+def test_evaluation_decides_by_the_rules_of_a_file(model_folder, tmp_path):
+    new = write_jsonl(tmp_path / "new.jsonl", arithmetic(4))
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("min_gain: {bound: 0.1}\n")
+    store = tmp_path / "scores"
+    code, output, _ = invoke("evaluate", model_folder, model_folder, new, "--gate", gate, "--score-store", store)
+    assert code == 0
+    assert "gate: refuse: min_gain: new gained 0.0% in loss against base, at least 10.0%" in output
+    gate.write_text("min_gain: null\n")
+    code, output, _ = invoke("evaluate", model_folder, model_folder, new, "--gate", gate, "--score-store", store)
+    assert (code, output.splitlines()[-1]) == (0, "gate: promote")
+
+
+def test_gate_that_cannot_be_is_refused_before_anything_is_read(tmp_path):
+    gate = tmp_path / "gate.yaml"
+    gate.write_text("min_gains: {bound: 0.1}\n")
+    code, _, error = invoke("evaluate", "./no-model", "./no-model", "./no-data", "--gate", gate)
+    assert code == 2
+    assert "unknown gate rule 'min_gains'. Did you mean 'min_gain'?" in error

@@ -10,6 +10,7 @@ import pytest
 
 from osft import examples
 from osft.data.records import read_records
+from tests.conftest import arithmetic, write_jsonl
 
 
 def make_wheel(folder: Path, name: str, files: dict[str, str | bytes]) -> Path:
@@ -97,3 +98,13 @@ def test_unknown_example_is_refused_with_what_there_is(tmp_path):
 
 def test_other_uris_are_left_alone(tmp_path):
     assert examples.resolve("org/model", tmp_path) == "org/model"
+
+
+def test_few_records_are_those_with_the_smallest_hashes_and_stay(tmp_path):
+    source = write_jsonl(tmp_path / "numbers.jsonl", arithmetic(30))
+    file = examples.few_records(str(source), tmp_path, tmp_path / "inbox", 10)
+    assert file == tmp_path / "inbox" / "numbers.jsonl"
+    hashes = [record.content_hash for record in read_records(str(file))]
+    assert hashes == sorted(record.content_hash for record in read_records(str(source)))[:10]
+    examples.few_records(str(source), tmp_path, tmp_path / "inbox", 20)  # a second run goes on with what is there
+    assert len(file.read_text().splitlines()) == 10

@@ -4,17 +4,31 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from osft import steps
 from osft.config import SubspaceConfig
-from osft.tracking import runs
-from tests.conftest import write_jsonl
+from osft.data.records import DataError
+from osft.rounds.resolve import ResolvedRound
+from osft.tracking import lineage, runs
+from osft.tracking.lineage import DataManifest
+from tests.conftest import arithmetic, write_jsonl
 from tests.object_store import SECRET
 from tests.training.in_process import run_in_process
 
+RESOLVED = ResolvedRound(
+    base_model="org/model",
+    parent_version=1,
+    model="/checkpoint",
+    task="new",
+    earlier_tasks=(),
+    data=DataManifest(uri="d", files=(), num_records=1, num_new=1),
+    records="r.jsonl",
+    nothing_to_learn="",
+)
 QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25)
 
 
@@ -26,29 +40,43 @@ def new_pod(root: str, run_id: str, tracking: str, mlflow_run_id: str = "") -> s
     )
 
 
-def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) -> dict:
-    """The steps up to training, `where` as in `new_pod`. Returns what they hand on."""
-    prepared = steps.prepare_data(
+def begin(where: tuple[str, str, str], base_model: str, data: str, anchor: str) -> tuple[ResolvedRound, str]:
+    """The first step, `where` as in `new_pod`."""
+    return steps.resolve_round(
         new_pod(*where),
+        model_name="tiny",
         base_model=base_model,
         data_uri=data,
         anchor_uris=[anchor],
+        gate={"min_gain": {"bound": 0.0}, "max_drift": None, "max_forgetting": None},
+        min_new_samples=1,
         experiment="tiny",
         run_name=where[1],
+    )
+
+
+def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) -> dict:
+    """The steps up to training. Returns what they hand on."""
+    resolved, parent = begin(where, base_model, data, anchor)
+    prepared = steps.prepare_data(
+        new_pod(*where, parent),
+        base_model=base_model,
+        model=resolved.model,
+        records=resolved.records,
+        anchor_uris=[anchor],
         max_seq_len=128,
         validation_fraction=0.2,
         max_train_samples=0,
         max_validation_samples=0,
     )
-    parent, model = prepared.mlflow_run_id, prepared.model_path
     factors = steps.precompute_svd(
-        new_pod(*where, parent), model_path=model, data_path=prepared.data_path, subspace=QUARTER
+        new_pod(*where, parent), model_path=prepared.model_path, data_path=prepared.data_path, subspace=QUARTER
     )
     summary = steps.train_osft(
         new_pod(*where, parent),
         steps.LauncherSettings(),
         manifest_file=Path(os.environ["OSFT_SCRATCH"]).with_name("manifest"),
-        model_path=model,
+        model_path=prepared.model_path,
         data_path=prepared.data_path,
         factors=factors,
         unfreeze_rank_ratio=0.25,
@@ -59,11 +87,13 @@ def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) 
         nproc_per_node=1,
     )
     return {
-        "model_path": model,
+        "base_model_path": prepared.base_model_path,
+        "model_path": prepared.model_path,
         "data_path": prepared.data_path,
         "factors_path": factors,
         "checkpoint_path": summary["checkpoint"],
-        "task": prepared.task,
+        "task": resolved.task,
+        "parent_version": resolved.parent_version,
         "anchor_paths": prepared.anchor_paths,
         "mlflow_run_id": parent,
     }
@@ -75,27 +105,32 @@ def measure_and_promote(where: tuple[str, str, str], learned: dict) -> tuple[dic
     pod = (*where, handed.pop("mlflow_run_id"))
     evaluation = steps.evaluate_model(
         new_pod(*pod),
+        model_name="tiny",
         **handed,
         max_anchor_samples=0,
-        min_task_improvement=0.0,
-        max_anchor_increase=10.0,
+        gate={"min_gain": {"bound": 0.0}, "max_drift": None, "max_forgetting": None},
     )
-    version = steps.register_model(new_pod(*pod), model_name="tiny", checkpoint_path=learned["checkpoint_path"])
-    steps.promote_model(new_pod(*pod), model_name="tiny", version=version)
+    version = steps.register_model(
+        new_pod(*pod),
+        model_name="tiny",
+        image="registry.example/osft:1",
+        **{name: learned[name] for name in ("checkpoint_path", "data_path", "factors_path")},
+    )
+    steps.promote_model(new_pod(*pod), model_name="tiny", version=version, parent_version=learned["parent_version"])
     return evaluation, version
 
 
 @pytest.mark.slow
-def test_pipeline_runs_on_an_object_store_and_reuses_what_is_there(
+def test_rounds_run_on_an_object_store_and_build_on_each_other(
     bucket, object_store, model_folder, chats, tmp_path, monkeypatch, capsys
 ):
     run_in_process(monkeypatch)
     text = write_jsonl(tmp_path / "prose.jsonl", [{"text": f"a plain text, number {i}"} for i in range(8)])
     object_store.files.put(str(model_folder), f"{bucket}/base/tiny", recursive=True)
     object_store.files.put(str(chats), f"{bucket}/raw/larger-number.jsonl")
-    object_store.files.put(str(text), f"{bucket}/raw/prose.jsonl")
+    object_store.files.put(str(text), f"{bucket}/prose.jsonl")
     root, tracking = f"{bucket}/osft", f"sqlite:///{tmp_path}/mlflow/mlflow.db"
-    inputs = (f"{bucket}/base/tiny", f"{bucket}/raw/larger-number.jsonl", f"{bucket}/raw/prose.jsonl")
+    inputs = (f"{bucket}/base/tiny", f"{bucket}/raw", f"{bucket}/prose.jsonl")
 
     first = learn((root, "first", tracking), *inputs)
     assert first["data_path"].startswith(f"{root}/data/")
@@ -105,34 +140,41 @@ def test_pipeline_runs_on_an_object_store_and_reuses_what_is_there(
     scores = evaluation["results"]
     assert scores["candidate"]["larger-number"]["loss"] < scores["base"]["larger-number"]["loss"]
     files = object_store.names(f"{root}/rounds/first")
-    assert {"evaluation.json", "report.html", "version.json", "train/training.json"} <= files
+    assert {"round.json", "evaluation.json", "report.html", "version.json", "train/training.json"} <= files
     assert b"<html" in object_store.files.cat(f"{root}/rounds/first/report.html")
     assert json.loads(object_store.files.cat(f"{root}/rounds/first/evaluation.json")) == evaluation
     mlflow = runs.client(tracking, root)
     assert mlflow.get_model_version_by_alias("tiny", "champion").version == version
     assert not any(SECRET.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
-    # A set of another ratio lies in the same store; the second round has no use for it.
-    steps.precompute_svd(
-        new_pod(root, "first", tracking, first["mlflow_run_id"]),
-        model_path=first["model_path"],
-        data_path=first["data_path"],
-        subspace=SubspaceConfig(unfreeze_rank_ratio=0.5),
-    )
+    # A set of another ratio lies in the same store; a retried step has no use for it.
+    decompose = {"model_path": first["model_path"], "data_path": first["data_path"]}
+    pod = (root, "first", tracking, first["mlflow_run_id"])
+    steps.precompute_svd(new_pod(*pod), **decompose, subspace=SubspaceConfig(unfreeze_rank_ratio=0.5))
     needed = {entry["file"] for entry in json.loads(object_store.files.cat(first["factors_path"]))["weights"].values()}
     before = object_store.names(root)
     capsys.readouterr()
     object_store.requests.clear()
-    second = learn((root, "second", tracking), *inputs)
-    printed = capsys.readouterr().out
-    for name in ("model_path", "data_path", "factors_path"):
-        assert second[name] == first[name]
-    assert f"data: reused {first['data_path']}" in printed
-    assert "factors: computed 0, reused 14 of 14" in printed
-    assert all(name.startswith("rounds/second/") for name in object_store.names(root) - before)
+    assert steps.precompute_svd(new_pod(*pod), **decompose, subspace=QUARTER) == first["factors_path"]
+    assert "factors: computed 0, reused 14 of 14" in capsys.readouterr().out
+    assert object_store.names(root) == before
     path = f"/{root.removeprefix('s3://')}/factors/"
     read = {name.removeprefix(path) for method, name in object_store.requests if method == "GET" and path in name}
     assert {name for name in read if name.startswith("weights/")} == needed
+
+    assert begin((root, "nothing", tracking), *inputs)[0].nothing_to_learn
+    more = write_jsonl(tmp_path / "more.jsonl", arithmetic(60, seed=9))
+    object_store.files.put(str(more), f"{bucket}/raw/more.jsonl")
+    second = learn((root, "second", tracking), *inputs)
+    assert second["model_path"] == first["checkpoint_path"]
+    evaluation, version = measure_and_promote((root, "second", tracking), second)
+    assert {name: described["role"] for name, described in evaluation["sets"].items()} == {
+        "more": "new task",
+        "larger-number": "earlier task",
+        "prose": "anchor",
+    }
+    history = lineage.history(mlflow, "tiny", version)
+    assert [entry.checkpoint for entry in history.values()] == [first["checkpoint_path"], second["checkpoint_path"]]
 
 
 def test_model_and_data_that_are_fetched_by_name_are_kept_in_the_store(bucket, object_store, monkeypatch):
@@ -161,19 +203,28 @@ def test_object_store_without_a_tracking_server_is_refused_at_once(monkeypatch):
     assert steps.Round(storage_root="s3://bucket/osft", pipeline_run_id="1").address() == "s3://bucket/osft/rounds/1"
 
 
-def test_data_address_with_credentials_is_not_written_down(tmp_path):
+def test_data_address_with_credentials_is_not_written_down(tmp_path, monkeypatch):
+    monkeypatch.setenv("OSFT_SCRATCH", str(tmp_path / "scratch"))
+    where = (str(tmp_path), "1", "")
     with pytest.raises(ValueError, match="must not hold credentials") as found:
-        steps.prepare_data(
-            steps.Round(storage_root=str(tmp_path), pipeline_run_id="1"),
-            base_model="org/model",
-            data_uri="s3://me:hunter2@bucket/data.jsonl",
-            anchor_uris=[],
-            experiment="tiny",
-            run_name="1",
-            max_seq_len=128,
-            validation_fraction=0.2,
-            max_train_samples=0,
-            max_validation_samples=0,
-        )
+        begin(where, "org/model", "s3://me:hunter2@bucket/data.jsonl", "prose.jsonl")
     assert "hunter2" not in str(found.value)
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("anchor", ["other/larger-number.jsonl", "numbers.jsonl"])
+def test_anchor_with_the_name_of_a_task_is_refused_before_anything_is_computed(
+    tmp_path, chats, anchor, monkeypatch, registry_root
+):
+    """The new task's, or that of an earlier one."""
+    monkeypatch.setenv("OSFT_SCRATCH", str(tmp_path / "scratch"))
+    file = tmp_path / anchor
+    file.parent.mkdir(exist_ok=True)
+    write_jsonl(file, [{"text": "a"}])
+    monkeypatch.setattr("osft.rounds.resolve.registry.champion", lambda *arguments: None)
+    if anchor == "numbers.jsonl":
+        monkeypatch.setattr(
+            "osft.steps.data.resolve", lambda *arguments, **given: replace(RESOLVED, earlier_tasks=("numbers",))
+        )
+    with pytest.raises(DataError, match=r"has the name of a task of tiny.*leave it out of anchor_uris"):
+        begin((str(tmp_path), anchor, runs.local_tracking_uri(registry_root)), "org/model", str(chats), str(file))

@@ -1,4 +1,4 @@
-"""Base and candidate on the new task and the anchors; the gate's decision and the report."""
+"""Base, champion and candidate on the new task, the earlier ones and the anchors; the decision and the report."""
 
 from kfp import dsl
 
@@ -7,15 +7,21 @@ from components import TRAINING_IMAGE
 
 @dsl.component(base_image=TRAINING_IMAGE, install_kfp_package=False)
 def evaluate_model(
+    model_name: str,
+    base_model_path: str,
     model_path: str,
+    parent_version: int,
     checkpoint_path: str,
     data_path: str,
     factors_path: str,
     task: str,
     anchor_paths: list,
     max_anchor_samples: int,
-    min_task_improvement: float,
-    max_anchor_increase: float,
+    gate: dict,
+    lm_eval_tasks: list,
+    lm_eval_folder: str,
+    max_lm_eval_samples: int,
+    accelerators: str,
     storage_root: str,
     mlflow_tracking_uri: str,
     mlflow_run_id: str,
@@ -23,18 +29,24 @@ def evaluate_model(
     metrics: dsl.Output[dsl.Metrics],
     report: dsl.Output[dsl.HTML],
 ) -> bool:
-    """Measure the base model and the candidate on everything that counts, and decide.
+    """Measure the models on everything that counts, and decide.
 
     Args:
-        model_path: Folder of the base model.
+        model_name: Name of the registered model.
+        base_model_path: Folder of the base model.
+        model_path: Folder of the model that was tuned: the champion, or the base model.
+        parent_version: The champion's version; 0 if there is none yet.
         checkpoint_path: Folder of the candidate.
         data_path: Folder of the prepared dataset, with the held-out part.
         factors_path: Manifest of the factor set, for the report.
         task: Name of the new task.
         anchor_paths: Files of what the model should not forget.
         max_anchor_samples: Use at most this many records of each anchor; 0 uses all.
-        min_task_improvement: The new task's loss must fall by at least this share.
-        max_anchor_increase: No anchor's loss may rise by more than this share.
+        gate: Rules that the candidate must pass.
+        lm_eval_tasks: Tasks of lm-evaluation-harness to compare the models on.
+        lm_eval_folder: Folder with YAML files of tasks of one's own.
+        max_lm_eval_samples: Ask only the first so many questions of each; 0 asks all.
+        accelerators: What the step's pod asks for, such as "1 x nvidia.com/gpu", for the record.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
@@ -42,7 +54,7 @@ def evaluate_model(
 
     Returns:
         Output: Whether the candidate passed the gate.
-        metrics: Losses and accuracies of both models on each set.
+        metrics: Losses and accuracies of the models on each set.
         report: What was learned and forgotten, as a page to look at.
     """
     import shutil
@@ -57,15 +69,21 @@ def evaluate_model(
     )
     evaluation = steps.evaluate_model(
         round,
+        model_name=model_name,
+        base_model_path=base_model_path,
         model_path=model_path,
+        parent_version=parent_version or None,
         checkpoint_path=checkpoint_path,
         data_path=data_path,
         factors_path=factors_path,
         task=task,
         anchor_paths=anchor_paths,
         max_anchor_samples=max_anchor_samples,
-        min_task_improvement=min_task_improvement,
-        max_anchor_increase=max_anchor_increase,
+        gate=gate,
+        lm_eval_tasks=lm_eval_tasks,
+        lm_eval_folder=lm_eval_folder,
+        max_lm_eval_samples=max_lm_eval_samples,
+        accelerators=accelerators,
     )
     for model, scores in evaluation["results"].items():
         for name, score in scores.items():

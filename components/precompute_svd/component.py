@@ -13,6 +13,7 @@ def precompute_svd(
     free_subspace: str,
     target_patterns: list,
     rank_allocation: str,
+    accelerators: str,
     storage_root: str,
     mlflow_tracking_uri: str,
     mlflow_run_id: str,
@@ -27,6 +28,7 @@ def precompute_svd(
         free_subspace: complement or core.
         target_patterns: Regular expressions searched in the names of the linear layers; empty for all.
         rank_allocation: uniform, or adaptive to each layer's importance.
+        accelerators: What the step's pod asks for, such as "1 x nvidia.com/gpu", for the record.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
@@ -52,4 +54,5 @@ def precompute_svd(
             target_patterns=target_patterns or None,
             rank_allocation=rank_allocation,
         ),
+        accelerators=accelerators,
     )

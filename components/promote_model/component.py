@@ -9,6 +9,7 @@ from components import IMAGE
 def promote_model(
     model_name: str,
     version: int,
+    parent_version: int,
     storage_root: str,
     mlflow_tracking_uri: str,
     mlflow_run_id: str,
@@ -19,6 +20,8 @@ def promote_model(
     Args:
         model_name: Name of the registered model.
         version: The version to promote.
+        parent_version: The champion that it was compared with; 0 if there was none. If there is another one now,
+            nothing is promoted.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
@@ -35,4 +38,5 @@ def promote_model(
         ),
         model_name=model_name,
         version=version,
+        parent_version=parent_version or None,
     )

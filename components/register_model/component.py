@@ -1,4 +1,4 @@
-"""Checkpoint -> a model version with the alias `candidate`."""
+"""Checkpoint -> a model version with its lineage and the alias `candidate`."""
 
 from kfp import dsl
 
@@ -9,16 +9,22 @@ from components import IMAGE
 def register_model(
     model_name: str,
     checkpoint_path: str,
+    data_path: str,
+    factors_path: str,
+    image: str,
     storage_root: str,
     mlflow_tracking_uri: str,
     mlflow_run_id: str,
     pipeline_run_id: str,
 ) -> int:
-    """Register the checkpoint in MLflow, promoted or not, so that every round can be looked at.
+    """Register the checkpoint in MLflow, promoted or not, so that every round can be looked at and gone back to.
 
     Args:
         model_name: Name of the registered model.
         checkpoint_path: Folder of the candidate.
+        data_path: Folder of the prepared dataset, whose held-out part stays with the version.
+        factors_path: Manifest of the factor set.
+        image: Image that trained.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
@@ -38,4 +44,7 @@ def register_model(
         ),
         model_name=model_name,
         checkpoint_path=checkpoint_path,
+        data_path=data_path,
+        factors_path=factors_path,
+        image=image,
     )

@@ -3,6 +3,7 @@
     <folder>/train/             a `datasets` folder: input_ids, labels, source
     <folder>/validation/        the held-out samples, the same way; absent where there are none
     <folder>/validation.jsonl   the held-out records as they came, for evaluation; may be empty
+    <folder>/records.bin        of chats: which records it took, on either side (`osft.data.record_hashes`)
     <folder>/dataset.json       statistics and provenance, written last
 
 The folder's name is the hash of everything that determines it: the files' bytes, the tokenizer and the settings.
@@ -26,7 +27,7 @@ from datasets import Dataset, Features, List, Value, load_from_disk
 from osft import storage
 from osft.data.chat import IGNORE, Sample
 
-FORMAT = 2
+FORMAT = 3
 """Part of every dataset's hash: raise it when a preparation or the layout changes."""
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "source": Value("string")})

@@ -15,6 +15,9 @@ from osft.data.records import Record
 HASH = np.dtype("S16")
 """Compares as bytes. The zeros at the end that Python does not show are there in the array's memory."""
 
+RECORDS_FILE = "records.bin"
+"""Of a prepared dataset, and of a model version's lineage: the records that it took."""
+
 Hashes = np.ndarray
 """(n,) of dtype HASH."""
 

@@ -1,18 +1,20 @@
-"""Base and candidate on the new task and on the anchors."""
+"""Base, champion and candidate on the new task, on all earlier tasks, on the anchors and on public benchmarks."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from osft.data.records import DataError, Record, data_name, read_records
-from osft.evaluation.gate import GateRules, decide
-from osft.evaluation.scoring import generate, score_set
+from osft.evaluation.measure import MeasuredModel
+from osft.evaluation.score_store import ScoreStore
+from osft.evaluation.scoring import RecordScores, changes
 from osft.models import model_folder
+
+MODELS = ("base", "champion", "candidate")
+"""What a round compares, in this order; the first round has no champion."""
+ROLES = ("new task", "earlier task", "anchor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +23,15 @@ class EvaluationSet:
 
     name: str
     role: str
-    """"new task", or "anchor": something that the model should not forget."""
+    """"new task", "earlier task" (held out when an ancestor learned it), or "anchor": something general that the model
+    should not forget."""
     source: str
     records: tuple[Record, ...]
+
+    @property
+    def digest(self) -> str:
+        """Hash of the records' contents, in their order."""
+        return hashlib.sha256("".join(record.content_hash for record in self.records).encode()).hexdigest()
 
 
 def load_set(uri: str, role: str, *, name: str = "", max_samples: int = 0) -> EvaluationSet:
@@ -38,62 +46,113 @@ def load_set(uri: str, role: str, *, name: str = "", max_samples: int = 0) -> Ev
 
 
 def evaluate(
-    base_model: str | Path,
-    candidate_model: str | Path,
+    models: Mapping[str, str],
     sets: Sequence[EvaluationSet],
     *,
-    rules: GateRules | None = None,
-    max_tokens: int = 2048,
+    benchmarks: Sequence[str] = (),
+    benchmark_folder: str | None = None,
+    max_benchmark_samples: int = 0,
+    score_store: str | None = None,
     num_examples: int = 4,
+    max_tokens: int = 2048,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Score both models on every set and decide.
+    """Measure the models on every set and benchmark, and compare the candidate with the others.
 
-    Returns a plain dict (written as `evaluation.json`): `task`, `sets`, `results[model][set]` (fields of
-    `SetScore`), `decision` (see `gate.decide`) and `examples`, the first `num_examples` records of the new task
-    with what each model answers. One model is in memory at a time.
+    models: "base", "champion" (may be absent) and "candidate" -> folder, URI or Hugging Face id. One model is in
+    memory at a time, and only if `score_store` (a path or URI) lacks one of its numbers.
+    benchmarks: names of lm-evaluation-harness tasks, groups or tags (`osft.evaluation.benchmarks`), those in the YAML
+    files of `benchmark_folder` among them, with the first `max_benchmark_samples` questions of each (0: all).
+    num_examples: of the new task and of each earlier one, how many records are shown with the models' answers.
 
-    Raises DataError for sets without a name of their own, or without a new task.
+    Returns a plain dict, which `osft.steps` completes and writes as `evaluation.json`:
+
+    - `task`, `created`, `models[model]["path"]`, `sets[name]`: `role`, `source`, `num_samples`
+    - `reference`: what the candidate is compared with, "champion" where there is one, else "base"
+    - `results[model][set]`: the fields of `SetScore`
+    - `changes[model][set]`: the candidate against this model, see `scoring.changes`
+    - `benchmarks`: None, or `tasks[name]` and `results[model][name]`, see `benchmarks.Benchmarks`
+    - `examples`: `set`, `prompt`, `reference` and `answers[model]`
+
+    Raises ValueError for other models, and for benchmarks that cannot be run (before a model is loaded); DataError for
+    sets without a name of their own or a known role, an empty one, or not exactly one new task.
     """
+    _check_models(models)
+    task = _check_sets(sets)
+    public = None
+    if benchmarks:
+        from osft.evaluation.benchmarks import Benchmarks
+
+        public = Benchmarks(benchmarks, folder=benchmark_folder, max_samples=max_benchmark_samples)
+    present = [name for name in MODELS if name in models]
+    folders = {name: model_folder(str(models[name])) for name in present}
+    store = ScoreStore(score_store)
+    shown = {s.name: _chats(s.records)[:num_examples] for s in sets if s.role != "anchor"}
+
+    scores: dict[str, dict[str, RecordScores]] = {}
+    answers: dict[str, dict[str, list[str]]] = {}
+    benchmark_results: dict[str, dict[str, Any]] = {}
+    for name in present:
+        model = MeasuredModel(folders[name], store, max_tokens=max_tokens, trust_remote_code=trust_remote_code)
+        scores[name] = {s.name: model.scores(s.records, f"{name} on {s.name}") for s in sets}
+        answers[name] = {key: model.answers(records) for key, records in shown.items() if records}
+        if public is not None:
+            benchmark_results[name] = model.benchmarks(public, f"{name} on benchmarks")
+        del model  # the next one needs its memory
+
+    return {
+        "task": task.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "models": {name: {"path": str(models[name]), "version": None} for name in present},
+        "reference": "champion" if "champion" in models else "base",
+        "sets": {s.name: {"role": s.role, "source": s.source, "num_samples": len(s.records)} for s in sets},
+        "results": {
+            name: {key: score.summary().to_dict() for key, score in of_sets.items()} for name, of_sets in scores.items()
+        },
+        "changes": {
+            name: {s.name: changes(scores[name][s.name], scores["candidate"][s.name]) for s in sets}
+            for name in present
+            if name != "candidate"
+        },
+        "benchmarks": None if public is None else {"tasks": public.described, "results": benchmark_results},
+        "examples": [
+            {
+                "set": key,
+                "prompt": record.messages[-2]["content"] if len(record.messages) > 1 else "",
+                "reference": record.messages[-1]["content"],
+                "answers": {name: answers[name][key][i] for name in present},
+            }
+            for key, records in shown.items()
+            for i, record in enumerate(records)
+        ],
+    }
+
+
+def _check_models(models: Mapping[str, str]) -> None:
+    unknown = [name for name in models if name not in MODELS]
+    missing = [name for name in ("base", "candidate") if name not in models]
+    if unknown or missing:
+        problem = f"there is no model {unknown[0]!r}" if unknown else f"the model {missing[0]!r} is missing"
+        raise ValueError(f"{problem}: give 'base' and 'candidate', and 'champion' if there is one")
+
+
+def _check_sets(sets: Sequence[EvaluationSet]) -> EvaluationSet:
+    """The set of the new task."""
     if len({s.name for s in sets}) != len(sets):
         raise DataError(f"evaluation sets need different names, got {', '.join(s.name for s in sets)}")
+    for s in sets:
+        if s.role not in ROLES:
+            raise DataError(f"the evaluation set {s.name} has the role {s.role!r}; there are {', '.join(ROLES)}")
+        if not s.records:
+            raise DataError(
+                f"the evaluation set {s.name} ({s.source}) has no records. Give at least one, or leave it out"
+            )
     tasks = [s for s in sets if s.role == "new task"]
     if len(tasks) != 1:
         raise DataError(f"exactly one evaluation set must have the role 'new task', got {len(tasks)}")
-    examples = [r for r in tasks[0].records if r.messages and r.messages[-1]["role"] == "assistant"][:num_examples]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    results: dict[str, dict[str, dict[str, Any]]] = {}
-    answers: dict[str, list[str]] = {}
-    for name, path in (("base", model_folder(str(base_model))), ("candidate", model_folder(str(candidate_model)))):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-        model.to(device).eval()
-        results[name] = {
-            s.name: score_set(
-                model, tokenizer, s.records, max_tokens=max_tokens, description=f"{name} on {s.name}"
-            ).to_dict()
-            for s in sets
-        }
-        answers[name] = [generate(model, tokenizer, record) for record in examples]
-        del model
-    described = {s.name: {"role": s.role, "source": s.source, "num_samples": len(s.records)} for s in sets}
-    return {
-        "task": tasks[0].name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base_model": str(base_model),
-        "candidate_model": str(candidate_model),
-        "sets": described,
-        "results": results,
-        "decision": decide(described, results, rules or GateRules()),
-        "examples": [
-            {
-                "set": tasks[0].name,
-                "prompt": record.messages[-2]["content"] if len(record.messages) > 1 else "",
-                "reference": record.messages[-1]["content"],
-                "base": answers["base"][i],
-                "candidate": answers["candidate"][i],
-            }
-            for i, record in enumerate(examples)
-        ],
-    }
+    return tasks[0]
+
+
+def _chats(records: Sequence[Record]) -> list[Record]:
+    """The records with an answer that a model can be asked for."""
+    return [record for record in records if record.messages and record.messages[-1]["role"] == "assistant"]

@@ -1,59 +1,282 @@
-"""Did the candidate learn enough, and forget little enough?"""
+"""Did the candidate learn enough, and forget little enough?
 
-from dataclasses import asdict, dataclass
-from typing import Any
+    min_gain                   the new task improved by at least `bound` over the reference: the champion, or the base
+                               model where there is none
+    max_forgetting             no earlier task is worse by more than `bound` than after any round since it was learned,
+                               and than the reference is now
+    max_drift                  no anchor is worse by more than `bound` than the base model's, so that small losses do
+                               not add up over rounds
+    max_benchmark_regression   no public benchmark is worse by more than `bound` than the reference's
+
+A rule compares what was gained or lost, less `standard_errors` times its standard error: min_gain then asks for a gain
+that is not chance, the others forgive a loss that may be. An unknown standard error never helps to pass. What is NaN
+never passes.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple
+
+from osft.parameters import refuse_unknown
+
+METRICS = ("loss", "accuracy")
+_ROUNDING = 1e-9
+"""What a number may lie beyond its bound: 0.90 - 0.88 is more than 0.02 to a computer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """A bound on a gain or a loss."""
+
+    metric: str | None = "loss"
+    """"loss" or "accuracy"; None of a benchmark, which has its own."""
+    bound: float
+    relative: bool = True
+    """Whether the bound is a share of the value before, or in the metric's own unit."""
+    standard_errors: float = 0.0
+    """How many standard errors the gain must be above its bound, or a loss may be."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateRules:
-    """Bounds on relative changes of loss, candidate against base."""
+    """What decides on promotion. A rule that is None is off."""
 
-    min_task_improvement: float = 0.05
-    """The new task's loss must fall by at least this share of the base model's."""
-    max_anchor_increase: float = 0.02
-    """No anchor's loss may rise by more than this share of the base model's."""
+    min_gain: Rule | None = Rule(bound=0.15)
+    max_forgetting: Rule | None = Rule(bound=0.05, standard_errors=1.0)
+    max_drift: Rule | None = Rule(bound=0.02)
+    max_benchmark_regression: Rule | None = Rule(metric=None, bound=0.02, relative=False, standard_errors=1.0)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_task_improvement < 1:
-            raise ValueError(f"min_task_improvement must be in [0, 1), got {self.min_task_improvement!r}")
-        if self.max_anchor_increase < 0:
-            raise ValueError(f"max_anchor_increase must be at least 0, got {self.max_anchor_increase!r}")
+    @classmethod
+    def from_parameters(cls, given: Mapping[str, Any] | None) -> "GateRules":
+        """The default rules, changed key by key: `{"min_gain": {"bound": 0.1}, "max_drift": False}`.
+
+        False turns a rule off; so does None, which kfp.local cannot hand on.
+
+        Raises ValueError that names the rule and the key for what is unknown, or cannot be.
+        """
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise ValueError(f"gate must hold rules, {{rule: {{key: value}}}}, got {given!r}")
+        names = [field.name for field in fields(cls)]
+        refuse_unknown(map(str, given), names, kind="gate rule")
+        changed: dict[str, Rule | None] = {}
+        for name, keys in given.items():
+            default = getattr(cls(), name)
+            changed[name] = None if keys is None or keys is False else _rule(name, default, keys)
+        return cls(**changed)
+
+    def to_parameters(self) -> dict[str, Any]:
+        """The rules as `from_parameters` takes them."""
+        rules = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: False if rule is None else _keys(rule) for name, rule in rules.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class RuleResult:
-    """One rule's number, bound and outcome."""
+class MeasuredVersion(NamedTuple):
+    """A version of the champion's history, with what was measured of it."""
 
-    name: str
+    version: int
+    task: str
+    """What its round learned."""
+    scores: Mapping[str, Mapping[str, float | None]]
+    """Set -> "loss", "loss_stderr", "accuracy", "accuracy_stderr"; what was not measured is None or absent."""
+
+
+class _Before(NamedTuple):
+    """A value that the candidate's is compared with."""
+
+    against: str
     value: float
-    """Relative change of loss: -0.2 is 20 % lower."""
-    bound: float
-    comparison: str
-    passed: bool
-    detail: str
+    change_stderr: float | None
+    """Standard error of the candidate's value minus this one."""
 
 
 def decide(
-    sets: dict[str, dict[str, Any]], results: dict[str, dict[str, dict[str, Any]]], rules: GateRules
+    evaluation: Mapping[str, Any], rules: GateRules, *, history: Sequence[MeasuredVersion] = ()
 ) -> dict[str, Any]:
-    """The decision record: `promote`, and each rule with its number and bound.
+    """The decision record: `promote`, `reason` (one line, empty if promoted) and `rules`.
 
-    `sets[name]["role"]` is "new task" or "anchor"; `results["base" | "candidate"][name]["loss"]` are the losses.
+    evaluation: of `evaluate`. history: the versions that the champion comes from, the oldest first, it itself the last
+    (which counts as measured now). Each of `rules` holds the numbers of one rule on one set or benchmark: `rule`,
+    `subject`, `metric`, `against`, `before`, `after`, `value` (gained or lost, a share or absolute), `stderr` (of
+    `value`), `standard_errors`, `relative`, `bound`, `comparison` and `passed`.
+
+    An earlier task is compared with each version since it was learned; the one against which the candidate lost most,
+    less the standard errors, is reported. The reference is measured on the same records now, so its standard error is
+    that of the paired difference; that of another version is the root of the sum of both squared errors. A share's
+    standard error takes the value before as exact.
+
+    Raises ValueError for a rule on the accuracy of a set that has none.
     """
-    outcomes = []
-    for name, described in sets.items():
-        before, after = results["base"][name]["loss"], results["candidate"][name]["loss"]
-        change = after / before - 1
-        is_task = described["role"] == "new task"
-        bound = -rules.min_task_improvement if is_task else rules.max_anchor_increase
-        outcomes.append(
-            RuleResult(
-                name=f"loss of the new task {name}" if is_task else f"loss of the anchor {name}",
-                value=change,
-                bound=bound,
-                comparison="at most",
-                passed=change <= bound,  # false for NaN
-                detail=f"{before:.4f} -> {after:.4f}",
+    outcomes = list(_outcomes(evaluation, rules, history))
+    failed = [outcome for outcome in outcomes if not outcome["passed"]]
+    return {"promote": not failed, "reason": "; ".join(map(_sentence, failed)), "rules": outcomes}
+
+
+def _outcomes(
+    evaluation: Mapping[str, Any], rules: GateRules, history: Sequence[MeasuredVersion]
+) -> Iterator[dict[str, Any]]:
+    reference = evaluation["reference"]
+    if reference == "champion":
+        history = history[:-1]
+    names: dict[str, list[str]] = {}
+    for name, described in evaluation["sets"].items():
+        names.setdefault(described["role"], []).append(name)
+    if rules.min_gain:
+        for name in names.get("new task", []):
+            before = _measured_now(evaluation, "min_gain", rules.min_gain, name, reference)
+            yield _outcome("min_gain", rules.min_gain, name, before, _after(evaluation, rules.min_gain, name))
+    if rules.max_forgetting:
+        for name in names.get("earlier task", []):
+            rule = rules.max_forgetting
+            candidates = [_measured_now(evaluation, "max_forgetting", rule, name, reference)]
+            candidates += _measured_then(evaluation, rule, name, history)
+            after = _after(evaluation, rule, name)
+            compared = [_outcome("max_forgetting", rule, name, before, after) for before in candidates]
+            yield max(compared, key=_certain_loss)
+    if rules.max_drift:
+        for name in names.get("anchor", []):
+            before = _measured_now(evaluation, "max_drift", rules.max_drift, name, "base")
+            yield _outcome("max_drift", rules.max_drift, name, before, _after(evaluation, rules.max_drift, name))
+    if rules.max_benchmark_regression and evaluation.get("benchmarks"):
+        results = evaluation["benchmarks"]["results"]
+        for name, task in evaluation["benchmarks"]["tasks"].items():
+            was, now = results[reference][name], results["candidate"][name]
+            rule = replace(rules.max_benchmark_regression, metric=task["metric"])
+            before = _Before(reference, was["value"], _root_of_squares(was["stderr"], now["stderr"]))
+            yield _outcome(
+                "max_benchmark_regression", rule, name, before, now["value"], higher=bool(task["higher_is_better"])
             )
+
+
+def _measured_now(evaluation: Mapping[str, Any], name: str, rule: Rule, subject: str, model: str) -> _Before:
+    """A model of this evaluation on a set."""
+    assert rule.metric is not None
+    change = evaluation["changes"][model][subject][rule.metric]
+    if change is None:
+        raise ValueError(
+            f"the gate's rule {name} is on the {rule.metric} of {subject}, which has none: its records need choices, "
+            f"or short answers. Give {name} the metric 'loss', or other records"
         )
-    return {"promote": all(outcome.passed for outcome in outcomes), "rules": [asdict(o) for o in outcomes]}
+    return _Before(model, evaluation["results"][model][subject][rule.metric], change["stderr"])
+
+
+def _measured_then(
+    evaluation: Mapping[str, Any], rule: Rule, subject: str, history: Sequence[MeasuredVersion]
+) -> Iterator[_Before]:
+    """The versions on a set, from the one on that learned it."""
+    stderr = f"{rule.metric}_stderr"
+    now = evaluation["results"]["candidate"][subject][stderr]
+    learned = False
+    for version, task, scores in history:
+        learned = learned or task == subject
+        value = scores.get(subject, {}).get(str(rule.metric))
+        if learned and value is not None and math.isfinite(value):
+            error = _root_of_squares(scores[subject].get(stderr), now)
+            yield _Before(f"version {version}", value, error)
+
+
+def _after(evaluation: Mapping[str, Any], rule: Rule, subject: str) -> float:
+    value: float = evaluation["results"]["candidate"][subject][rule.metric]
+    return value
+
+
+def _outcome(
+    name: str, rule: Rule, subject: str, before: _Before, after: float, *, higher: bool | None = None
+) -> dict[str, Any]:
+    """One rule's numbers and whether they pass."""
+    higher = rule.metric != "loss" if higher is None else higher
+    is_gain = name == "min_gain"
+    value = after - before.value if higher == is_gain else before.value - after
+    stderr = before.change_stderr
+    if rule.relative:
+        whole = abs(before.value)
+        value, stderr = _share(value, whole), None if stderr is None or not whole else stderr / whole
+    outcome = {
+        "rule": name,
+        "subject": subject,
+        "metric": rule.metric,
+        "against": before.against,
+        "before": before.value,
+        "after": after,
+        "value": value,
+        "stderr": stderr,
+        "standard_errors": rule.standard_errors,
+        "relative": rule.relative,
+        "bound": rule.bound,
+        "comparison": "at least" if is_gain else "at most",
+    }
+    certain = _certain(outcome)
+    passed = certain >= rule.bound - _ROUNDING if is_gain else certain <= rule.bound + _ROUNDING
+    return outcome | {"passed": passed}  # a NaN compares false
+
+
+def _certain(outcome: Mapping[str, Any]) -> float:
+    """What was gained or lost, less its standard errors."""
+    value, stderr, factor = (outcome[key] for key in ("value", "stderr", "standard_errors"))
+    if not factor:
+        return float(value)
+    if stderr is None:
+        return -math.inf if outcome["comparison"] == "at least" else float(value)
+    return float(value - factor * stderr)
+
+
+def _certain_loss(outcome: Mapping[str, Any]) -> float:
+    """`_certain` as a sorting key, by which a NaN is the greatest."""
+    certain = _certain(outcome)
+    return math.inf if math.isnan(certain) else certain
+
+
+def _share(part: float, whole: float) -> float:
+    """`part / whole`; of zero, as of a whole that vanishes."""
+    if whole:
+        return part / whole
+    return part if part == 0 or math.isnan(part) else math.copysign(math.inf, part)
+
+
+def _root_of_squares(*stderrs: float | None) -> float | None:
+    """Standard error of the difference of independent values; None if one is unknown."""
+    known = [stderr for stderr in stderrs if stderr is not None]
+    return math.hypot(*known) if len(known) == len(stderrs) else None
+
+
+def _sentence(outcome: Mapping[str, Any]) -> str:
+    """Why a rule failed."""
+    unit = "{:.1%}" if outcome["relative"] else "{:.4g}"
+    verb = "gained" if outcome["rule"] == "min_gain" else "lost"
+    said = f"{outcome['rule']}: {outcome['subject']} {verb} {unit.format(outcome['value'])} in {outcome['metric']}"
+    said += f" against {outcome['against']}, {outcome['comparison']} {unit.format(outcome['bound'])}"
+    if outcome["standard_errors"]:
+        stderr = "unknown" if outcome["stderr"] is None else unit.format(outcome["stderr"])
+        said += f" + {outcome['standard_errors']:g} x {stderr} (standard error)"
+    return said
+
+
+def _keys(rule: Rule) -> dict[str, Any]:
+    return {key: value for key, value in asdict(rule).items() if value is not None}
+
+
+def _rule(name: str, default: Rule, given: Any) -> Rule:
+    """`default` with the keys that are given. Raises ValueError for what cannot be."""
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"gate rule {name} must hold {', '.join(_keys(default))}, or be false to be off, got {given!r}"
+        )
+    refuse_unknown(map(str, given), _keys(default), kind=f"key of the gate rule {name}")
+    for key, value in given.items():
+        where = f"{key} of the gate rule {name}"
+        if key == "metric":
+            if value not in METRICS:
+                raise ValueError(f"{where} must be one of {', '.join(METRICS)}, got {value!r}")
+        elif key == "relative":
+            if not isinstance(value, bool):
+                raise ValueError(f"{where} must be true or false, got {value!r}")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{where} must be a number, at least 0, got {value!r}")
+    rule = replace(default, **given)
+    if name == "min_gain" and rule.relative and rule.metric == "loss" and rule.bound >= 1:
+        raise ValueError(
+            f"bound of the gate rule min_gain is {rule.bound!r}: no loss can fall by its whole. Give less than 1"
+        )
+    return rule

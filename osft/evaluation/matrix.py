@@ -15,10 +15,13 @@ Their baseline has random weights; here it is the pre-trained base model. Averag
 transfer are also what Nayak et al., arXiv:2504.07097 (OSFT), report of a sequence of tasks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
+from typing import Any
 
 Score = float | None
+Scores = Mapping[str, Mapping[str, Score]]
+"""Of one model: the name of a task or an anchor -> metric ("loss" or "accuracy") -> value, None if not measured."""
 Matrix = Sequence[Sequence[Score]]
 """T rows, one a round, of up to T scores, one a task."""
 
@@ -93,6 +96,78 @@ def anchor_drift(scores: Sequence[Score], baseline: Score) -> float:
     if not scores or scores[-1] is None or not isfinite(scores[-1]):
         raise ValueError(f"the anchor was not measured after round {max(0, len(scores) - 1)}. Evaluate it there")
     return scores[-1] - _baseline([baseline], 0)
+
+
+def describe(
+    rounds: Sequence[tuple[str, int | None]], baseline: Scores, scores: Sequence[Scores], *, anchors: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The matrix of a sequence of rounds as plain values, with every number above that the scores are enough for.
+
+    rounds: the task that each learned, and the version of its model (None: not registered), the oldest first.
+    baseline: of the base model. scores: of the model after each round. anchors: names of general sets.
+
+    Returns `rounds`, `metrics` and `anchors`. `metrics["loss"]` and `metrics["accuracy"]` hold `baseline` and `rows` as
+    they were measured, and the numbers, those of losses from the negated ones; a number is None where a score that it
+    needs is missing or not finite. There is no "accuracy" unless each model was measured on all tasks learned so far.
+    `anchors[name]` holds for each metric that was ever measured the `baseline` and the `values` after each round.
+
+    Raises ValueError for another number of scores than of rounds.
+    """
+    if len(scores) != len(rounds):
+        raise ValueError(f"there are scores of {len(scores)} models for {len(rounds)} rounds")
+    tasks = [task for task, _ in rounds]
+    metrics = {}
+    for metric in ("loss", "accuracy"):
+        before, *rows = [[_of(model, task, metric) for task in tasks] for model in (baseline, *scores)]
+        if metric == "loss" or all(isfinite(_nan(row[j])) for i, row in enumerate(rows) for j in range(i + 1)):
+            metrics[metric] = _block(tasks, before, rows, lower_is_better=metric == "loss")
+    return {
+        "rounds": [{"task": task, "version": version} for task, version in rounds],
+        "metrics": metrics,
+        "anchors": {anchor: _anchor(anchor, baseline, scores) for anchor in anchors},
+    }
+
+
+def _block(
+    tasks: Sequence[str], baseline: list[Score], rows: list[list[Score]], *, lower_is_better: bool
+) -> dict[str, Any]:
+    """One metric's part of `describe`."""
+    before, *matrix = negated([baseline, *rows]) if lower_is_better else [baseline, *rows]
+    lost = _if_measured(forgetting, matrix) or []
+    return {
+        "baseline": baseline,
+        "rows": rows,
+        "average_accuracy": _if_measured(average_accuracy, matrix),
+        "learning_accuracy": _if_measured(learning_accuracy, matrix),
+        "backward_transfer": _if_measured(backward_transfer, matrix),
+        "forward_transfer": _if_measured(forward_transfer, matrix, before),
+        "average_forgetting": _if_measured(average_forgetting, matrix),
+        "forgetting": dict(zip(tasks, lost, strict=False)),  # the last task has none
+    }
+
+
+def _anchor(name: str, baseline: Scores, scores: Sequence[Scores]) -> dict[str, Any]:
+    found = {}
+    for metric in ("loss", "accuracy"):
+        before, *values = [_of(model, name, metric) for model in (baseline, *scores)]
+        if any(value is not None for value in (before, *values)):
+            found[metric] = {"baseline": before, "values": values}
+    return found
+
+
+def _of(scores: Scores, name: str, metric: str) -> Score:
+    return scores.get(name, {}).get(metric)
+
+
+def _nan(value: Score) -> float:
+    return float("nan") if value is None else value
+
+
+def _if_measured(number: Callable[..., Any], *scores: Any) -> Any:
+    try:
+        return number(*scores)
+    except ValueError:
+        return None
 
 
 def _num_tasks(matrix: Matrix) -> int:

@@ -1,10 +1,15 @@
-"""Scores of a model on a set of records.
+"""Scores of a model on a set of records, and what changed between two models on the same records.
 
 - loss: nats per token of the answers (of all tokens, for plain text); perplexity is its exponential.
 - accuracy of a record with choices: is the right answer the most probable one, that is, is the sum of its tokens'
   log-likelihoods the largest?
 - accuracy of a short answer without choices ("exact match"): is each of its tokens the most probable one? That
   is whether greedy decoding gives exactly this answer, found in one forward pass.
+
+Standard errors treat the records as a random sample of the task's. The loss is a ratio of two sums over records, so
+its error is that of the ratio estimator (Cochran, Sampling Techniques, 3rd edition, chapter 6). Two models are
+compared record by record: what makes a record hard for both cancels, which leaves a far smaller error than that of
+two independent samples (Miller 2024, arXiv:2411.00640).
 """
 
 import math
@@ -23,6 +28,10 @@ from osft.likelihood import cross_entropy, target_logits
 
 SHORT_ANSWER_TOKENS = 16
 """A set has an exact-match accuracy if no answer is longer than this."""
+MAX_TEXT_TOKENS = 256
+"""Of a plain text, the tokens that are scored."""
+MAX_NEW_TOKENS = 24
+"""Of a model's own answer, unless it ends before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,8 @@ class SetScore:
     """A model's scores on one evaluation set."""
 
     loss: float
+    loss_stderr: float | None
+    """Standard error of the loss; None of one record."""
     perplexity: float
     num_loss_tokens: int
     num_samples: int
@@ -44,33 +55,105 @@ class SetScore:
         return asdict(self)
 
 
-def score_set(
+@dataclass(frozen=True, slots=True)
+class RecordScores:
+    """A model's scores on each record of a set, in the set's order."""
+
+    nll: list[float]
+    """(n,) negative log-likelihood of the right answer, in nats."""
+    num_loss_tokens: list[int]
+    """(n,) tokens of the right answer."""
+    correct: list[bool] | None
+    """(n,) None where the set has no accuracy."""
+    accuracy_kind: str | None
+    """As in `SetScore`."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return sum(self.nll) / sum(self.num_loss_tokens)
+
+    def loss_residuals(self) -> list[float]:
+        """(n,) what each record adds to the loss beyond its tokens' share; their sum is 0.
+
+        The loss is linear in them to first order, so its error, and that of a difference of losses, is theirs.
+        """
+        loss, tokens = self.loss, sum(self.num_loss_tokens)
+        return [(nll - loss * count) / tokens for nll, count in zip(self.nll, self.num_loss_tokens, strict=True)]
+
+    def summary(self) -> SetScore:
+        """The set's scores."""
+        samples = len(self.nll)
+        accuracy = None if self.correct is None else sum(self.correct) / samples
+        return SetScore(
+            loss=self.loss,
+            loss_stderr=_stderr_of_sum(self.loss_residuals()),
+            perplexity=math.exp(min(self.loss, 700.0)),
+            num_loss_tokens=sum(self.num_loss_tokens),
+            num_samples=samples,
+            accuracy=accuracy,
+            accuracy_stderr=None if accuracy is None else math.sqrt(accuracy * (1 - accuracy) / samples),
+            accuracy_kind=self.accuracy_kind,
+        )
+
+
+def changes(before: RecordScores, after: RecordScores) -> dict[str, dict[str, float | None] | None]:
+    """What changed on the same records: for "loss" and "accuracy" the `change`, `relative` and `stderr`.
+
+    `change` is after minus before, `relative` that over `before` (None where it is 0), `stderr` the standard error of
+    `change` from the differences of each record (None of one record). The accuracy is None where one of the two has
+    none, or one of another kind. Raises ValueError for different numbers of records.
+    """
+    if len(before.nll) != len(after.nll):
+        raise ValueError(f"scores of {len(before.nll)} and of {len(after.nll)} records cannot be compared")
+    pairs = zip(before.loss_residuals(), after.loss_residuals(), strict=True)
+    found: dict[str, dict[str, float | None] | None] = {
+        "loss": _change(before.loss, after.loss, _stderr_of_sum([new - old for old, new in pairs])),
+        "accuracy": None,
+    }
+    if before.correct is not None and after.correct is not None and before.accuracy_kind == after.accuracy_kind:
+        samples = len(after.correct)
+        differences = [(new - old) / samples for old, new in zip(before.correct, after.correct, strict=True)]
+        was, now = (sum(correct) / samples for correct in (before.correct, after.correct))
+        mean = sum(differences) / samples
+        found["accuracy"] = _change(was, now, _stderr_of_sum([value - mean for value in differences]))
+    return found
+
+
+def _change(before: float, after: float, stderr: float | None) -> dict[str, float | None]:
+    return {"change": after - before, "relative": (after - before) / before if before else None, "stderr": stderr}
+
+
+def _stderr_of_sum(residuals: Sequence[float]) -> float | None:
+    """Standard error of a sum over records from what each adds to it, its mean taken away; None of one record."""
+    n = len(residuals)
+    return math.sqrt(n / (n - 1) * sum(residual**2 for residual in residuals)) if n > 1 else None
+
+
+def score_records(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     *,
     max_tokens: int = 2048,
-    max_text_tokens: int = 256,
     description: str = "evaluate",
-) -> SetScore:
+) -> RecordScores:
     """Score `records` (at least one). Samples are packed into batches of at most `max_tokens` tokens."""
     samples: list[Sample] = []
     owners: list[tuple[int, str]] = []  # which record and which of its possible answers a sample is
     for index, record in enumerate(records):
         for answer in record.choices or ("",):
-            samples.append(tokenize(_answered(record, answer), tokenizer, max_text_tokens=max_text_tokens))
+            samples.append(tokenize(_answered(record, answer), tokenizer, max_text_tokens=MAX_TEXT_TOKENS))
             owners.append((index, answer))
     nll, exact = _score_samples(model, samples, max_tokens, description)
 
-    right = [
-        position
-        for position, (index, answer) in enumerate(owners)
-        if not records[index].choices or answer == records[index].messages[-1]["content"]
-    ]
-    num_loss_tokens = sum(samples[position].num_loss_tokens for position in right)
-    loss = sum(nll[position] for position in right) / num_loss_tokens
+    right = [0] * len(records)
+    for position, (index, answer) in enumerate(owners):
+        if not records[index].choices or answer == records[index].messages[-1]["content"]:
+            right[index] = position
+    num_loss_tokens = [samples[position].num_loss_tokens for position in right]
 
-    correct: list[bool] = []
+    correct: list[bool] | None = None
     kind: str | None = None
     if all(record.choices for record in records):
         kind = "choice"
@@ -78,21 +161,10 @@ def score_set(
         for position, (index, answer) in enumerate(owners):
             likeliest[index] = min(likeliest.get(index, (math.inf, "")), (nll[position], answer))
         correct = [likeliest[i][1] == record.messages[-1]["content"] for i, record in enumerate(records)]
-    elif all(record.messages for record in records) and all(
-        samples[position].num_loss_tokens <= SHORT_ANSWER_TOKENS for position in right
-    ):
+    elif all(record.messages for record in records) and max(num_loss_tokens) <= SHORT_ANSWER_TOKENS:
         kind = "exact match"
         correct = [exact[position] for position in right]
-    accuracy = sum(correct) / len(correct) if kind else None
-    return SetScore(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        num_loss_tokens=num_loss_tokens,
-        num_samples=len(records),
-        accuracy=accuracy,
-        accuracy_stderr=None if accuracy is None else math.sqrt(accuracy * (1 - accuracy) / len(correct)),
-        accuracy_kind=kind,
-    )
+    return RecordScores([nll[position] for position in right], num_loss_tokens, correct, kind)
 
 
 def _answered(record: Record, answer: str) -> Record:
@@ -128,7 +200,7 @@ def _score_samples(
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Record, *, max_new_tokens: int = 24
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Record, *, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> str:
     """The model's own answer to a record's prompt, by greedy decoding."""
     prompt = list(record.messages[:-1])

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from osft.evaluation.gate import GateRules
 from osft.parameters import read_file, refuse_unknown
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -35,7 +36,7 @@ def pipeline_arguments(
     the pipeline.
 
     Raises FileNotFoundError if there is no such file; ValueError for text that is not YAML, an unknown name, a value of
-    another type, and settings that no PyTorchJob can have, which would be noticed only when the round comes to train.
+    another type, and settings that no PyTorchJob or gate can have, which would be noticed only when the round runs.
     """
     given = read_file(file, "parameter") if file else {}
     refuse_unknown(given, known)
@@ -47,6 +48,8 @@ def pipeline_arguments(
         refuse_unknown([name], known)
         arguments[name] = _parsed(name, text, known[name]["parameterType"])
     _check_training_job(arguments)
+    if "gate" in arguments:
+        arguments["gate"] = GateRules.from_parameters(arguments["gate"]).to_parameters()
     return arguments
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from osft import exit_codes
@@ -19,7 +18,6 @@ from osft.console import ended, errors, output, refused
 from osft.orchestration import (
     CompiledPipeline,
     RunStatus,
-    Schedule,
     UploadedPipeline,
     cancel,
     connect,
@@ -37,7 +35,7 @@ from osft.orchestration import (
     upload,
 )
 from osft.orchestration.arguments import refuse_missing
-from osft.orchestration.display import follow_in_terminal, runs_table, steps_table
+from osft.orchestration.display import follow_in_terminal, runs_table, schedules_table, steps_table
 from osft.orchestration.pipelines import LATEST
 from osft.orchestration.runs import EXPERIMENT
 from osft.orchestration.schedules import recurring_run
@@ -222,7 +220,7 @@ def _create(
         made = create_schedule(
             client, name, uploaded, trigger, arguments, experiment=experiment, paused=paused, **options
         )
-        output.print(f"{made.name}: {made.outcome}, {_state(made)}, {made.trigger}", soft_wrap=True)
+        output.print(f"{made.name}: {made.outcome}, {made.state}, {made.trigger}", soft_wrap=True)
 
 
 @schedules.command("list")
@@ -234,13 +232,7 @@ def _list(
 ) -> None:
     """Show all recurring runs of the server, also those that were made by other means."""
     with _errors():
-        table = Table(box=None)
-        for column in ("schedule", "state", "trigger", "version", "at a time", "catch up"):
-            table.add_column(column, no_wrap=column in ("schedule", "trigger"))
-        for one in list_schedules(_client(host, namespace, token_file, cookie_file)):
-            version, catch_up = (one.pipeline_version_id or LATEST)[:8], "no" if one.no_catchup else "yes"
-            table.add_row(one.name, _state(one), one.trigger, version, str(one.max_concurrency), catch_up)
-        output.print(table)
+        output.print(schedules_table(list_schedules(_client(host, namespace, token_file, cookie_file))))
 
 
 def _named_command(verb: str, help_text: str, act: Callable[["kfp.Client", str], str]) -> None:
@@ -261,9 +253,9 @@ def _named_command(verb: str, help_text: str, act: Callable[["kfp.Client", str],
 
 
 _named_command(
-    "pause", "Start no more runs; the one that runs goes on.", lambda client, name: _state(pause_schedule(client, name))
+    "pause", "Start no more runs; the one that runs goes on.", lambda client, name: pause_schedule(client, name).state
 )
-_named_command("resume", "Start runs again.", lambda client, name: _state(resume_schedule(client, name)))
+_named_command("resume", "Start runs again.", lambda client, name: resume_schedule(client, name).state)
 _named_command(
     "delete",
     "Delete a schedule; its runs stay.",
@@ -326,10 +318,6 @@ def _stand_in(chosen: CompiledPipeline | UploadedPipeline, version: str) -> Uplo
 
 def _print_json(value: dict[str, Any]) -> None:
     output.print(Text(json.dumps(value, indent=2)), soft_wrap=True)
-
-
-def _state(schedule: Schedule) -> str:
-    return "enabled" if schedule.enabled else "paused"
 
 
 def _follow(client: "kfp.Client", run_id: str, interval: float = 5.0) -> None:

@@ -9,7 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from osft.console import output
+from osft.orchestration.pipelines import LATEST
 from osft.orchestration.runs import RunStatus, follow
+from osft.orchestration.schedules import Schedule
 
 if TYPE_CHECKING:
     import kfp
@@ -69,6 +71,17 @@ def runs_table(runs: list[RunStatus]) -> Table:
     for run in runs:
         started = f"{run.started:%Y-%m-%d %H:%M}" if run.started else ""
         table.add_row(run.run_id, run.name, _state(run.state), started, duration(run.seconds()))
+    return table
+
+
+def schedules_table(schedules: list[Schedule]) -> Table:
+    """One line for each schedule."""
+    table = Table(box=None)
+    for column in ("schedule", "state", "trigger", "version", "at a time", "catch up"):
+        table.add_column(column, no_wrap=column in ("schedule", "trigger"))
+    for one in schedules:
+        version, catch_up = (one.pipeline_version_id or LATEST)[:8], "no" if one.no_catchup else "yes"
+        table.add_row(one.name, one.state, one.trigger, version, str(one.max_concurrency), catch_up)
     return table
 
 

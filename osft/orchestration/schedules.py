@@ -47,6 +47,11 @@ class Schedule:
     outcome: Outcome | None = None
     """What `create_schedule` did."""
 
+    @property
+    def state(self) -> str:
+        """ "enabled" or "paused"."""
+        return "enabled" if self.enabled else "paused"
+
 
 def create_schedule(
     client: "kfp.Client",

@@ -33,7 +33,8 @@ class NewRecords:
     data: DataManifest
     location: str
     """Path or URI of the JSON lines, in the order of their hashes; empty if there are too few."""
-    hashes: Hashes
+    files: frozenset[str]
+    """What the new records were read from, as their sources name it."""
 
 
 def find_new_records(source: Source, known: Hashes, folder: str, *, min_new_samples: int = 1) -> NewRecords:
@@ -45,26 +46,28 @@ def find_new_records(source: Source, known: Hashes, folder: str, *, min_new_samp
     Raises as the source: FileNotFoundError for what is not there, DataError for a bad record.
     """
     with tempfile.TemporaryFile() as spool:
-        hashes, bounds, num_records = _spool(source, known, spool)
+        hashes, bounds, files, num_records = _spool(source, known, spool)
         distinct, first = np.unique(hashes, return_index=True)
         data = source.manifest(num_records=num_records, num_new=len(distinct))
         if len(distinct) < max(1, min_new_samples):
-            return NewRecords(data=data, location="", hashes=distinct)
+            return NewRecords(data=data, location="", files=files)
         location = storage.join(folder, f"{hashlib.sha256(distinct.tobytes()).hexdigest()[:32]}.jsonl")
         if storage.find(location) is None:
             with atomic_path(storage.local(location)) as temporary, temporary.open("wb") as lines:
                 for at in first.tolist():
                     lines.write(os.pread(spool.fileno(), bounds[at + 1] - bounds[at], bounds[at]))
             storage.publish(location)
-    return NewRecords(data=data, location=location, hashes=distinct)
+    return NewRecords(data=data, location=location, files=files)
 
 
-def _spool(source: Source, known: Hashes, spool: IO[bytes]) -> tuple[Hashes, "array[int]", int]:
+def _spool(source: Source, known: Hashes, spool: IO[bytes]) -> tuple[Hashes, "array[int]", frozenset[str], int]:
     """Write the n records that are not known.
 
-    Returns their hashes (n,), the bounds of their lines in bytes (n + 1,), and how many records there were in all.
+    Returns their hashes (n,), the bounds of their lines in bytes (n + 1,), their files, and how many records there were
+    in all.
     """
     hashes, bounds, num_records = bytearray(), array("q", [0]), 0
+    files = set()
     for chunk in _chunks(source.records()):
         num_records += len(chunk)
         of_chunk = np.array([record_hash(record) for record in chunk], HASH)
@@ -72,12 +75,13 @@ def _spool(source: Source, known: Hashes, spool: IO[bytes]) -> tuple[Hashes, "ar
         hashes += of_chunk[~is_known].tobytes()
         for record, skip in zip(chunk, is_known.tolist(), strict=True):
             if not skip:
+                files.add(record.source.rpartition(":")[0])
                 written = spool.write(json.dumps(record.to_dict(), ensure_ascii=False).encode() + b"\n")
                 bounds.append(bounds[-1] + written)
     if not num_records:
         raise DataError(f"{source.uri} holds no record. Give at least one")
     spool.flush()
-    return np.frombuffer(hashes, HASH), bounds, num_records
+    return np.frombuffer(hashes, HASH), bounds, frozenset(files), num_records
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:

@@ -1,14 +1,15 @@
 """The first step of a round: which model goes on, and whether there is something for it to learn."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from osft import examples, storage
-from osft.data.record_hashes import NONE, Hashes
+from osft.data.record_hashes import NONE
 from osft.rounds.new_records import find_new_records
 from osft.rounds.sources import open_source
 from osft.tracking import lineage, registry
-from osft.tracking.lineage import DataManifest, Lineage, check_task
+from osft.tracking.lineage import DataFile, DataManifest, Lineage, check_task
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,18 +22,30 @@ class ResolvedRound:
     base_model: str
     parent_version: int | None
     """The champion when the round began, None for the base model: `expected_champion` of `registry.promote`."""
-    parent: Lineage | None
     model: str
     """Path or URI of the model to train on: the champion's checkpoint, or the base model as it was given."""
     task: str
-    """The data's name, with a number if an ancestor's task has it already: results are told apart by it."""
+    """The name of the file if all that is new is in one, else of the data; with a number if an ancestor's task has it
+    already, since results are told apart by it."""
+    earlier_tasks: tuple[str, ...]
+    """Of the champion and its ancestors, the oldest first."""
     data: DataManifest
     records: str
     """Path or URI of the new records, JSON lines; empty if there is nothing to learn."""
-    record_hashes: Hashes
-    """(data.num_new,) of the new records."""
     nothing_to_learn: str
     """Why the round ends here; empty if it goes on."""
+
+    def to_json(self) -> str:
+        """For the steps that follow."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "ResolvedRound":
+        """What `to_json` gave."""
+        values = json.loads(text)
+        files = tuple(DataFile(**file) for file in values["data"]["files"])
+        data = DataManifest(**values["data"] | {"files": files})
+        return cls(**values | {"data": data, "earlier_tasks": tuple(values["earlier_tasks"])})
 
 
 def resolve_round(
@@ -59,7 +72,7 @@ def resolve_round(
     for uri in (base_model, data_uri, storage_root):
         storage.is_remote(uri)  # refuses credentials, before anything is written down
     champion = registry.champion(mlflow, model_name)
-    known, tasks, parent, model = NONE, [], None, base_model
+    known, tasks, model = NONE, list[str](), base_model
     if champion is not None:
         versions = lineage.history(mlflow, model_name, champion)
         parent = versions[champion]
@@ -72,18 +85,17 @@ def resolve_round(
         known = lineage.known_records(mlflow, model_name, versions)
         tasks = [row.task for row in parent.rows]
     source = open_source(examples.resolve(data_uri, storage.join(storage_root, "examples")))
-    task = _distinct(source.name, tasks)
-    check_task(task)
     new = find_new_records(source, known, storage.join(storage_root, "records"), min_new_samples=min_new_samples)
+    task = _distinct(source.name(new.files), tasks)
+    check_task(task)
     return ResolvedRound(
         base_model=base_model,
         parent_version=champion,
-        parent=parent,
         model=model,
         task=task,
+        earlier_tasks=tuple(tasks),
         data=new.data,
         records=new.location,
-        record_hashes=new.hashes,
         nothing_to_learn=_reason(new.data, min_new_samples, champion) if not new.location else "",
     )
 

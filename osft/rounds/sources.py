@@ -19,9 +19,8 @@ class Source(Protocol):
 
     uri: str
 
-    @property
-    def name(self) -> str:
-        """What a round that learns it is called."""
+    def name(self, files: frozenset[str]) -> str:
+        """What a round that learns records of these files is called."""
 
     def records(self) -> Iterator[Record]:
         """All records, validated. Raises DataError at the first bad one."""
@@ -37,9 +36,12 @@ def open_source(uri: str) -> "Source":
 
     Raises FileNotFoundError if there is neither, or the hub cannot be reached.
     """
-    if not storage.is_remote(uri) and _DATASET_ID.fullmatch(uri) and not Path(uri).exists():
-        return HubDataset(uri)
-    return Files(uri)
+    return HubDataset(uri) if is_hub_dataset(uri) else Files(uri)
+
+
+def is_hub_dataset(uri: str) -> bool:
+    """Whether `open_source` asks the Hugging Face hub for it."""
+    return not storage.is_remote(uri) and bool(_DATASET_ID.fullmatch(uri)) and not Path(uri).exists()
 
 
 class Files:
@@ -50,10 +52,9 @@ class Files:
         self._files = data_files(uri)
         self._counts: Counter[str] = Counter()
 
-    @property
-    def name(self) -> str:
-        """The file's or folder's name."""
-        return data_name(self.uri)
+    def name(self, files: frozenset[str]) -> str:
+        """The file's name, or for records of several files the folder's."""
+        return data_name(next(iter(files)) if len(files) == 1 else self.uri)
 
     def records(self) -> Iterator[Record]:
         """All records, file by file. Raises DataError at the first bad line."""
@@ -85,8 +86,7 @@ class HubDataset:
         self._id, _, revision = uri.partition("@")
         self._revision = self._ask_hub(lambda: _commit(self._id, revision or None))
 
-    @property
-    def name(self) -> str:
+    def name(self, files: frozenset[str]) -> str:
         """The id without its owner."""
         return self._id.split("/")[1]
 

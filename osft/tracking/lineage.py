@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from osft.atomic import atomic_path, write_json
-from osft.data.record_hashes import Hashes, read_hashes, union, write_hashes
+from osft.data.record_hashes import RECORDS_FILE, Hashes, read_hashes, union, write_hashes
 from osft.evaluation.matrix import Score, negated
 from osft.tracking.registry import LINEAGE
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 LINEAGE_FILE = "lineage.json"
-RECORDS_FILE = "records.bin"
 EVALUATION_SETS = "evaluation_sets"
 _TASK = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,199}")
 _STRICT = {"extra": "forbid", "strict": True}

@@ -4,15 +4,10 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 from osft.config import TrainConfig
 from osft.tracking import runs
-from osft.tracking.live_metrics import LiveMetrics
 from osft.training.callbacks import TrainingCallback, TrainingContext
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager
@@ -38,19 +33,32 @@ def tracked(config: TrainConfig) -> Iterator[list[TrainingCallback]]:
 
 @contextmanager
 def _mlflow_run(config: TrainConfig, uri: str) -> Iterator[TrainingCallback]:
-    """A run of its own with the settings as parameters and live metrics; FAILED if the block raises."""
+    """A run of its own with the settings as parameters and live metrics; FAILED if the block raises.
+
+    In a task of Kubeflow Pipelines it is nested in the task's run, unless an experiment is named: one task can train
+    several times. A training that has ended well is not failed by a server that is away.
+    """
+    from mlflow.exceptions import MlflowException
+
     client = runs.client(uri, config.ckpt_output_dir)
-    experiment = config.mlflow_experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "osft"
-    experiment_id = runs.experiment_of(client, experiment, config.ckpt_output_dir)
+    experiment = config.mlflow_experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    injected = None if experiment else runs.injected_run(client)
+    if injected is not None:
+        experiment_id, tags = injected.info.experiment_id, {"mlflow.parentRunId": injected.info.run_id}
+    else:
+        experiment_id, tags = runs.experiment_of(client, experiment or "osft", config.ckpt_output_dir), {}
     run_name = config.mlflow_run_name or os.environ.get("MLFLOW_RUN_NAME")
-    run = runs.StepRun(client, client.create_run(experiment_id, run_name=run_name).info.run_id, "")
-    run.log_params(config.to_dict())
+    run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
+    trained = False
     try:
-        yield LiveMetrics(client, run.run_id)
-    except BaseException:
-        client.set_terminated(run.run_id, "FAILED")
-        raise
-    client.set_terminated(run.run_id, "FINISHED")
+        with runs.recorded(client, run_id) as recording:
+            recording.log_params(config.to_dict())
+            yield recording.live_metrics()
+            trained = True
+    except (MlflowException, OSError) as error:
+        if not trained:
+            raise
+        print(f"mlflow: {error}. All metrics are in metrics.jsonl in {config.ckpt_output_dir}", flush=True)
 
 
 class TensorBoard(TrainingCallback):

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.tensor import DTensor
 
 from osft.atomic import write_json
 from osft.checkpoint import tensor_sha256
 from osft.config import TrainConfig
 from osft.data.dataset_folder import load_split
+from osft.subspace.effective_rank import effective_rank
 from osft.subspace.factor_store import load_factor_set
 from osft.subspace.model import osft_layers
 from osft.training.inputs import wants_validation
@@ -90,6 +92,7 @@ def train_process(work: dict[str, Any]) -> None:
     seconds = time.perf_counter() - loaded
 
     update_norms = {name: _norm(layer.coefficients) for name, layer in osft_layers(model)}
+    effective_ranks = _effective_ranks(model, rank, world_size)
     weights = load_factor_set(work["factors"]).weights
     history = [metrics.to_dict() for metrics in steps]
     if rank == 0:  # the steps before this call, too
@@ -116,7 +119,7 @@ def train_process(work: dict[str, Any]) -> None:
         "save_seconds": outputs.seconds,
         "peak_memory_bytes": _peak_memory(device),
         "rank_layout": {
-            name: _layout(described["shape"], described["rank"], update_norms[name])
+            name: _layout(described["shape"], described["rank"], update_norms[name], effective_ranks[name])
             for name, described in weights.items()
         },
     }
@@ -130,9 +133,35 @@ def train_process(work: dict[str, Any]) -> None:
     mirror.finish()
 
 
-def _layout(shape: list[int], rank: int, update_norm: float) -> dict[str, Any]:
-    """How one weight is split. `shape` is (m, n), or (experts, m, n) with a split for each."""
-    return {"shape": shape, "unfrozen": rank, "frozen": min(shape[-2:]) - rank, "update_norm": update_norm}
+def _layout(shape: list[int], rank: int, update_norm: float, effective_rank: float) -> dict[str, Any]:
+    """How one weight is split, and what the update made of it; `effective_rank` is at most `unfrozen`.
+
+    `shape` is (m, n), or (experts, m, n) with a split for each.
+    """
+    return {
+        "shape": shape,
+        "unfrozen": rank,
+        "frozen": min(shape[-2:]) - rank,
+        "update_norm": update_norm,
+        "effective_rank": effective_rank,
+    }
+
+
+def _effective_ranks(model: torch.nn.Module, rank: int, world_size: int) -> dict[str, float]:
+    """Target -> the effective rank of its update, that of its coefficients, because the bases are orthonormal.
+
+    Each process takes its share of the layers; the coefficients of one layer at a time are gathered.
+    """
+    found = {}
+    for number, (name, layer) in enumerate(osft_layers(model)):
+        whole = _whole(layer.coefficients)
+        if number % world_size == rank:
+            found[name] = effective_rank(whole)
+    if world_size == 1:
+        return found
+    everyone: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(everyone, found)
+    return {name: value for part in everyone for name, value in part.items()}
 
 
 def _check_same_inputs(work: dict[str, Any]) -> None:
@@ -165,8 +194,12 @@ def _device() -> torch.device:
 
 def _norm(coefficients: torch.Tensor) -> float:
     """Frobenius norm of a layer's update: that of its coefficients, because the bases are orthonormal."""
-    norm = torch.linalg.vector_norm(coefficients.detach())
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    return _whole(torch.linalg.vector_norm(coefficients.detach())).item()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its shards, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def _peak_memory(device: torch.device) -> int:

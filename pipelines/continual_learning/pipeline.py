@@ -1,6 +1,8 @@
 """One round of continual learning, as a Kubeflow pipeline.
 
-    prepare_data -> precompute_svd -> train_osft -> evaluate_model -> register_model -> promote_model, if it passed
+    resolve_round -> nothing to learn: the end
+                  -> prepare_data -> precompute_svd -> train_osft -> evaluate_model -> register_model
+                                                                                    -> promote_model, if it passed
 
 It is compiled to two files beside this one (`python -m pipelines.continual_learning.pipeline`, or `make compile`):
 `continual_learning.yaml` for a cluster with a ReadWriteMany claim, which every step mounts, and
@@ -12,7 +14,9 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import yaml
 from kfp import compiler, dsl, kubernetes
 from kfp.dsl.base_component import BaseComponent
 
@@ -22,6 +26,7 @@ from components.precompute_svd.component import precompute_svd
 from components.prepare_data.component import prepare_data
 from components.promote_model.component import promote_model
 from components.register_model.component import register_model
+from components.resolve_round.component import resolve_round
 from components.train_osft.component import train_osft
 
 STORAGE_MOUNT = "/mnt/osft"
@@ -31,11 +36,21 @@ YAML = Path(__file__).parent / "continual_learning.yaml"
 YAML_S3 = YAML.with_name("continual_learning_s3.yaml")
 
 
+DEFAULT_GATE = {
+    "min_gain": {"metric": "loss", "bound": 0.15, "relative": True, "standard_errors": 0},
+    "max_forgetting": {"metric": "loss", "bound": 0.05, "relative": True, "standard_errors": 1},
+    "max_drift": {"metric": "loss", "bound": 0.02, "relative": True, "standard_errors": 0},
+    "max_benchmark_regression": {"bound": 0.02, "relative": False, "standard_errors": 1},
+}
+"""That of `osft.evaluation.gate`, shown in the form of the Kubeflow UI."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPolicy:
     """How long the pod of a step may run, and how often it is tried again, after a minute, then two, …
 
-    KFP's cache is off for all of them. It is keyed by a step's inputs, which name a file and not its content, and each
+    KFP's cache is off for all of them. resolve_round answers what the registry and the data are now. For the others, it
+    is keyed by a step's inputs, which name a file and not its content, and each
     step's inputs have the run's id. What never changes for a content is found by content below storage_root instead:
     the converted model, the prepared data, the factors, a finished training.
     """
@@ -46,7 +61,9 @@ class StepPolicy:
 
 
 _POLICIES = {
-    # Resolves what is new and fetches it: the network may fail.
+    # Reads the registry and the data: the network may fail.
+    "resolve-round": StepPolicy(timeout_hours=6, retries=2),
+    # Fetches models.
     "prepare-data": StepPolicy(timeout_hours=12, retries=2),
     # Goes on with the weights that are not in the store yet.
     "precompute-svd": StepPolicy(timeout_hours=24, retries=2),
@@ -73,6 +90,7 @@ def one_round(
     data_uri: str = "example:sarcasm-headlines",
     anchor_uris: list = ["example:web-text", "example:science-questions"],  # noqa: B006 (kfp reads it once)
     model_name: str = "osft-model",
+    min_new_samples: int = 1,
     unfreeze_rank_ratio: float = 0.25,
     free_subspace: str = "complement",
     target_patterns: list = [],  # noqa: B006
@@ -94,8 +112,10 @@ def one_round(
     seed: int = 42,
     more_training_settings: dict = {},  # noqa: B006
     max_anchor_samples: int = 32,
-    min_task_improvement: float = 0.15,
-    max_anchor_increase: float = 0.02,
+    gate: dict = DEFAULT_GATE,
+    lm_eval_tasks: list = [],  # noqa: B006
+    lm_eval_folder: str = "",
+    max_lm_eval_samples: int = 0,
     mlflow_tracking_uri: str = "",
     mlflow_experiment: str = "osft-continual-learning",
     storage_root: str = STORAGE_MOUNT,
@@ -108,11 +128,14 @@ def one_round(
     """Teach a model a new task without forgetting.
 
     Args:
-        base_model: Model to tune: Hugging Face id (org/name), folder on the shared volume, or example: URI.
-        data_uri: New task: .jsonl file, folder or glob of chats ({"messages": [...]}) on the shared volume, or
-            example: URI.
+        base_model: Model that the first round tunes: Hugging Face id (org/name), folder on the shared volume, or
+            example: URI. Later rounds go on from the champion.
+        data_uri: Where new data arrives: .jsonl file, folder or glob of chats ({"messages": [...]}) on the shared
+            volume, s3:// prefix, Hugging Face data set id (org/name@revision), or example: URI. What the champion has
+            learned of it is left out.
         anchor_uris: Evaluation sets of what the model should not forget: chats or plain texts, as data_uri.
-        model_name: Name of the model in the MLflow registry.
+        model_name: Name of the model in the MLflow registry; its alias champion is what a round goes on from.
+        min_new_samples: With fewer records that the champion does not know, the run ends with "nothing to learn".
         unfreeze_rank_ratio: Share of each weight's singular directions that may be trained, in (0, 1]. Low values
             preserve, high values adapt; 0.25 is a good start.
         free_subspace: "complement" (all updates orthogonal to the frozen directions) or "core" (least memory).
@@ -139,8 +162,12 @@ def one_round(
         seed: Seed of the sample order.
         more_training_settings: Further settings of `osft train` by name, such as {"max_grad_norm": 0.5}.
         max_anchor_samples: Evaluate on at most this many records of each anchor; 0 uses all.
-        min_task_improvement: Gate: the new task's loss must fall by at least this share of the base model's.
-        max_anchor_increase: Gate: no anchor's loss may rise by more than this share of the base model's.
+        gate: Rules for promotion, each with bound, relative and standard_errors: least gain on the new task, most
+            forgetting of an earlier one, most drift of an anchor from the base model, most loss in an lm-eval task.
+            What is left out keeps its default; false turns a rule off.
+        lm_eval_tasks: Tasks of lm-evaluation-harness, such as ["arc_easy"], that the models are compared on.
+        lm_eval_folder: Folder with YAML files of such tasks of your own, whose data may be local.
+        max_lm_eval_samples: Ask only the first so many questions of each; 0 asks all.
         mlflow_tracking_uri: MLflow server; empty uses MLFLOW_TRACKING_URI, or else a database below storage_root.
         mlflow_experiment: MLflow experiment of the run.
         storage_root: Folder that all steps share, or an s3:// prefix (then mlflow_tracking_uri is needed).
@@ -150,76 +177,107 @@ def one_round(
         evaluation_gpus: GPUs of the step that evaluates.
         gpu_resource: Resource that the cluster counts the GPUs of these two steps by.
     """
-    prepared = prepare_data(
+    where = {
+        "storage_root": storage_root,
+        "mlflow_tracking_uri": mlflow_tracking_uri,
+        "pipeline_run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+    }
+    resolved = resolve_round(
+        model_name=model_name,
         base_model=base_model,
         data_uri=data_uri,
         anchor_uris=anchor_uris,
-        storage_root=storage_root,
-        mlflow_tracking_uri=mlflow_tracking_uri,
+        gate=gate,
+        min_new_samples=min_new_samples,
         mlflow_experiment=mlflow_experiment,
-        pipeline_run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         pipeline_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
-        max_seq_len=max_seq_len,
-        validation_fraction=validation_fraction,
-        max_train_samples=max_train_samples,
-        max_validation_samples=max_validation_samples,
+        **where,
     )
-    common = {
-        "storage_root": storage_root,
-        "mlflow_tracking_uri": mlflow_tracking_uri,
-        "mlflow_run_id": prepared.outputs["mlflow_run_id"],
-        "pipeline_run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-    }
+    common = where | {"mlflow_run_id": resolved.outputs["mlflow_run_id"]}
     subspace = {
         "unfreeze_rank_ratio": unfreeze_rank_ratio,
         "free_subspace": free_subspace,
         "target_patterns": target_patterns,
         "rank_allocation": rank_allocation,
     }
-    factors = precompute_svd(
-        model_path=prepared.outputs["model_path"], data_path=prepared.outputs["data_path"], **subspace, **common
-    )
-    trained = train_osft(
-        model_path=prepared.outputs["model_path"],
-        data_path=prepared.outputs["data_path"],
-        factors_path=factors.output,
-        effective_batch_size=effective_batch_size,
-        max_tokens_per_gpu=max_tokens_per_gpu,
-        learning_rate=learning_rate,
-        num_epochs=num_epochs,
-        lr_scheduler=lr_scheduler,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        nproc_per_node=nproc_per_node,
-        seed=seed,
-        max_seq_len=max_seq_len,
-        more_settings=more_training_settings,
-        launcher=launcher,
-        pytorchjob=pytorchjob,
-        training_image=TRAINING_IMAGE,
-        storage_claim=storage_claim,
-        storage_secret=storage_secret,
-        **subspace,
-        **common,
-    )
-    evaluated = evaluate_model(
-        model_path=prepared.outputs["model_path"],
-        checkpoint_path=trained.outputs["Output"],
-        data_path=prepared.outputs["data_path"],
-        factors_path=factors.output,
-        task=prepared.outputs["task"],
-        anchor_paths=prepared.outputs["anchor_paths"],
-        max_anchor_samples=max_anchor_samples,
-        min_task_improvement=min_task_improvement,
-        max_anchor_increase=max_anchor_increase,
-        **common,
-    )
-    registered = register_model(model_name=model_name, checkpoint_path=trained.outputs["Output"], **common)
-    registered.after(evaluated)
-    steps = [prepared, factors, trained, evaluated, registered]
-    with dsl.If(evaluated.outputs["Output"] == True, name="gate"):  # noqa: E712 (kfp overloads ==)
-        promoted = promote_model(model_name=model_name, version=registered.output, **common)
-        steps.append(promoted)
+    with dsl.If(resolved.outputs["Output"] == True, name="something-new"):  # noqa: E712 (kfp overloads ==)
+        prepared = prepare_data(
+            base_model=base_model,
+            model=resolved.outputs["model"],
+            records=resolved.outputs["records"],
+            anchor_uris=anchor_uris,
+            max_seq_len=max_seq_len,
+            validation_fraction=validation_fraction,
+            max_train_samples=max_train_samples,
+            max_validation_samples=max_validation_samples,
+            **common,
+        )
+        factors = precompute_svd(
+            model_path=prepared.outputs["model_path"],
+            data_path=prepared.outputs["data_path"],
+            accelerators=f"{svd_gpus} x {gpu_resource}",
+            **subspace,
+            **common,
+        )
+        trained = train_osft(
+            model_path=prepared.outputs["model_path"],
+            data_path=prepared.outputs["data_path"],
+            factors_path=factors.output,
+            effective_batch_size=effective_batch_size,
+            max_tokens_per_gpu=max_tokens_per_gpu,
+            learning_rate=learning_rate,
+            num_epochs=num_epochs,
+            lr_scheduler=lr_scheduler,
+            warmup_steps=warmup_steps,
+            weight_decay=weight_decay,
+            nproc_per_node=nproc_per_node,
+            seed=seed,
+            max_seq_len=max_seq_len,
+            more_settings=more_training_settings,
+            launcher=launcher,
+            pytorchjob=pytorchjob,
+            training_image=TRAINING_IMAGE,
+            storage_claim=storage_claim,
+            storage_secret=storage_secret,
+            **subspace,
+            **common,
+        )
+        evaluated = evaluate_model(
+            model_name=model_name,
+            base_model_path=prepared.outputs["base_model_path"],
+            model_path=prepared.outputs["model_path"],
+            parent_version=resolved.outputs["parent_version"],
+            checkpoint_path=trained.outputs["Output"],
+            data_path=prepared.outputs["data_path"],
+            factors_path=factors.output,
+            task=resolved.outputs["task"],
+            anchor_paths=prepared.outputs["anchor_paths"],
+            max_anchor_samples=max_anchor_samples,
+            gate=gate,
+            lm_eval_tasks=lm_eval_tasks,
+            lm_eval_folder=lm_eval_folder,
+            max_lm_eval_samples=max_lm_eval_samples,
+            accelerators=f"{evaluation_gpus} x {gpu_resource}",
+            **common,
+        )
+        registered = register_model(
+            model_name=model_name,
+            checkpoint_path=trained.outputs["Output"],
+            data_path=prepared.outputs["data_path"],
+            factors_path=factors.output,
+            image=TRAINING_IMAGE,
+            **common,
+        )
+        registered.after(evaluated)
+        with dsl.If(evaluated.outputs["Output"] == True, name="gate"):  # noqa: E712
+            promoted = promote_model(
+                model_name=model_name,
+                version=registered.output,
+                parent_version=resolved.outputs["parent_version"],
+                **common,
+            )
+    steps = [resolved, prepared, factors, trained, evaluated, registered, promoted]
+    # Inside of dsl.If, the compiler hands on what a step's arguments name, so these two name their resources there too.
     for step, gpus in ((factors, svd_gpus), (evaluated, evaluation_gpus)):
         step.set_accelerator_type(gpu_resource).set_accelerator_limit(gpus)
     for step in steps:
@@ -261,15 +319,21 @@ def main() -> None:
     """Write the YAML files, or with `--check [FOLDER]` fail if they are not what this file compiles to."""
     committed = Path(sys.argv[2]) if sys.argv[2:] else YAML.parent
     for file, pipeline in ((YAML, continual_learning), (YAML_S3, continual_learning_s3)):
-        if sys.argv[1:2] != ["--check"]:
-            compiler.Compiler().compile(pipeline, str(file))
-            print(f"wrote {file}")
-            continue
         with tempfile.TemporaryDirectory() as folder:
             compiled = Path(folder) / file.name
             compiler.Compiler().compile(pipeline, str(compiled))
-            if compiled.read_text(encoding="utf-8") != (committed / file.name).read_text(encoding="utf-8"):
+            current = _documents(compiled) == _documents(committed / file.name)
+            if sys.argv[1:2] != ["--check"]:
+                if not current:
+                    file.write_bytes(compiled.read_bytes())
+                print(f"{file} {'is current' if current else 'is written'}")
+            elif not current:
                 sys.exit(f"{committed / file.name} is stale: run `make compile` and commit it")
+
+
+def _documents(file: Path) -> list[Any]:
+    """What is in a YAML file: the compiler's comment has a mapping's keys in another order each time."""
+    return list(yaml.safe_load_all(file.read_text(encoding="utf-8"))) if file.is_file() else []
 
 
 if __name__ == "__main__":

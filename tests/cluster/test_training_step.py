@@ -63,13 +63,23 @@ def prepared(storage: Path, small_smollm2: Path) -> dict[str, Any]:
     """A storage root on which the steps before the training have run, and the parameters that they hand on."""
     root = storage
     data = write_jsonl(root / "larger-number.jsonl", arithmetic(8 * NUM_STEPS + 40))
-    found = steps.prepare_data(
+    resolved, mlflow_run_id = steps.resolve_round(
         steps.Round(storage_root=str(root), pipeline_run_id="prepared"),
+        model_name="small",
         base_model=str(small_smollm2),
         data_uri=str(data),
         anchor_uris=[],
+        gate={},
+        min_new_samples=1,
         experiment="cluster",
         run_name="prepared",
+    )
+    found = steps.prepare_data(
+        steps.Round(storage_root=str(root), pipeline_run_id="prepared", mlflow_run_id=mlflow_run_id),
+        base_model=str(small_smollm2),
+        model=resolved.model,
+        records=resolved.records,
+        anchor_uris=[],
         max_seq_len=128,
         validation_fraction=0.1,
         max_train_samples=8 * NUM_STEPS,
@@ -101,7 +111,7 @@ def prepared(storage: Path, small_smollm2: Path) -> dict[str, Any]:
         "storage_secret": "osft-s3",
         "storage_root": str(root),
         "mlflow_tracking_uri": "",
-        "mlflow_run_id": found.mlflow_run_id,
+        "mlflow_run_id": mlflow_run_id,
     }
 
 

@@ -1,47 +1,311 @@
 """The gate's arithmetic, at its bounds."""
 
+import json
+import math
+import re
+from typing import Any
+
 import pytest
 
-from osft.evaluation.gate import GateRules, decide
+from osft.evaluation.gate import GateRules, MeasuredVersion, decide
 
-SETS = {"new": {"role": "new task"}, "old": {"role": "anchor"}}
-RULES = GateRules(min_task_improvement=0.15, max_anchor_increase=0.02)
+NAN = float("nan")
+OFF = dict.fromkeys(("min_gain", "max_forgetting", "max_drift", "max_benchmark_regression"))
 
 
-def decision(new: float, old: float) -> dict:
-    losses = {"base": {"new": {"loss": 2.0}, "old": {"loss": 4.0}}}
-    losses["candidate"] = {"new": {"loss": new}, "old": {"loss": old}}
-    return decide(SETS, losses, RULES)
+def score(loss: float, accuracy: float | None = None, stderr: float | None = 0.1) -> dict[str, float | None]:
+    return {"loss": loss, "loss_stderr": stderr, "accuracy": accuracy, "accuracy_stderr": stderr}
+
+
+def evaluation(
+    *,
+    base: dict[str, Any],
+    candidate: dict[str, Any],
+    champion: dict[str, Any] | None = None,
+    stderr: float | None = 0.1,
+) -> dict[str, Any]:
+    """What `evaluate` returns, of sets named after their role; `stderr` is that of each paired change."""
+    results = {"base": base, "candidate": candidate} | ({"champion": champion} if champion else {})
+    roles = {"new": "new task", "earlier": "earlier task", "anchor": "anchor"}
+
+    def change(model: str, name: str, metric: str) -> dict[str, float | None] | None:
+        before, after = results[model][name][metric], candidate[name][metric]
+        return None if before is None or after is None else {"change": after - before, "stderr": stderr}
+
+    return {
+        "reference": "champion" if champion else "base",
+        "sets": {name: {"role": roles[name.split()[0]]} for name in candidate},
+        "results": results,
+        "changes": {
+            model: {
+                name: {metric: change(model, name, metric) for metric in ("loss", "accuracy")} for name in candidate
+            }
+            for model in results
+            if model != "candidate"
+        },
+        "benchmarks": None,
+    }
+
+
+def outcome(found: dict[str, Any], rules: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The one rule that is not off."""
+    (only,) = decide(found, GateRules.from_parameters(OFF | rules), **more)["rules"]
+    return only
+
+
+def gain(before: float, after: float, *, stderr: float | None = 0.1, **keys: Any) -> dict[str, Any]:
+    found = evaluation(base={"new": score(before, before)}, candidate={"new": score(after, after)}, stderr=stderr)
+    return outcome(found, {"min_gain": keys})
+
+
+def drift(before: float, after: float, **keys: Any) -> dict[str, Any]:
+    found = evaluation(base={"anchor": score(before, before)}, candidate={"anchor": score(after, after)})
+    return outcome(found, {"max_drift": keys})
+
+
+def test_relative_gain_of_loss_is_its_fall_over_what_it_was():
+    found = gain(4.0, 3.0)
+    assert found["value"] == 0.25
+    assert found["stderr"] == pytest.approx(0.025)
+    assert (found["before"], found["after"], found["against"]) == (4.0, 3.0, "base")
+    assert (found["bound"], found["comparison"], found["passed"]) == (0.15, "at least", True)
+
+
+def test_absolute_gain_of_accuracy_is_its_rise():
+    found = gain(0.5, 0.75, metric="accuracy", relative=False, bound=0.2)
+    assert (found["value"], found["stderr"], found["passed"]) == (0.25, 0.1, True)
+
+
+@pytest.mark.parametrize(("after", "passed"), [(3.4, True), (3.401, False), (4.5, False), (NAN, False)])
+def test_gain_must_reach_its_bound(after, passed):
+    assert gain(4.0, after, bound=0.15)["passed"] is passed
+
+
+@pytest.mark.parametrize(("after", "passed"), [(4.08, True), (4.081, False), (3.0, True), (NAN, False)])
+def test_drift_must_not_exceed_its_bound(after, passed):
+    assert drift(4.0, after, bound=0.02)["passed"] is passed
+
+
+def test_rounding_does_not_decide_a_tie():
+    assert 0.90 - 0.88 > 0.02
+    assert drift(0.90, 0.88, metric="accuracy", relative=False, bound=0.02)["passed"]
+    assert 0.3 - 0.1 < 0.2
+    assert gain(0.1, 0.3, metric="accuracy", relative=False, bound=0.2)["passed"]
+
+
+def test_gain_is_less_its_standard_errors():
+    # (4 - 3) / 4 = 0.25, less z 0.1 / 4
+    assert gain(4.0, 3.0, bound=0.2, standard_errors=2)["passed"]
+    assert not gain(4.0, 3.0, bound=0.2, standard_errors=2.1)["passed"]
+
+
+def test_loss_is_less_its_standard_errors():
+    # (4.2 - 4) / 4 = 0.05, less z 0.025
+    assert drift(4.0, 4.2, bound=0.02, standard_errors=1.2)["passed"]
+    assert not drift(4.0, 4.2, bound=0.02, standard_errors=1.1)["passed"]
+
+
+def test_unknown_standard_error_never_helps_to_pass():
+    assert gain(4.0, 1.0, stderr=None)["passed"]
+    assert not gain(4.0, 1.0, stderr=None, standard_errors=1)["passed"]
+    found = evaluation(base={"anchor": score(4.0)}, candidate={"anchor": score(4.2)}, stderr=None)
+    assert not outcome(found, {"max_drift": {"standard_errors": 9}})["passed"]
+
+
+def test_no_standard_error_at_all_is_certain():
+    assert gain(4.0, 3.0, stderr=0.0, bound=0.25, standard_errors=3)["passed"]
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "passed"),
+    ("found", "value", "passed"),
     [
-        (1.6, 4.0, [True, True]),
-        (1.69, 4.07, [True, True]),
-        (1.71, 4.0, [False, True]),
-        (1.0, 4.09, [True, False]),
-        (2.5, 5.0, [False, False]),
-        (float("nan"), 4.0, [False, True]),
-        (1.0, float("nan"), [True, False]),
+        (gain(0.0, 0.5, metric="accuracy"), math.inf, True),
+        (gain(0.0, 0.0, metric="accuracy"), 0.0, False),
+        (drift(0.0, 0.0), 0.0, True),
+        (drift(0.0, 0.1), math.inf, False),
     ],
 )
-def test_promotion_needs_every_rule(new, old, passed):
-    record = decision(new, old)
-    assert [rule["passed"] for rule in record["rules"]] == passed
-    assert record["promote"] is all(passed)
+def test_any_change_from_zero_is_relatively_infinite(found, value, passed):
+    assert (found["value"], found["passed"]) == (value, passed)
 
 
-def test_record_says_number_and_bound():
-    task, anchor = decision(1.5, 4.04)["rules"]
-    assert task["value"] == pytest.approx(-0.25)
-    assert task["bound"] == -0.15
-    assert task["detail"] == "2.0000 -> 1.5000"
-    assert anchor["value"] == pytest.approx(0.01)
-    assert anchor["bound"] == 0.02
+def test_gain_is_against_the_champion_and_drift_against_the_base_model():
+    found = evaluation(
+        base={"new": score(8.0), "anchor": score(2.0)},
+        champion={"new": score(4.0), "anchor": score(4.0)},
+        candidate={"new": score(3.0), "anchor": score(3.0)},
+    )
+    learned, drifted = decide(found, GateRules())["rules"]
+    assert (learned["against"], learned["value"]) == ("champion", 0.25)
+    assert (drifted["against"], drifted["value"]) == ("base", 0.5)
 
 
-@pytest.mark.parametrize("setting", [{"min_task_improvement": 1.0}, {"max_anchor_increase": -0.1}])
-def test_bounds_out_of_range_are_refused(setting):
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        GateRules(**setting)
+def forgotten(history: list[MeasuredVersion], *, after: float = 2.2, champion: float = 2.1, **keys: Any) -> dict:
+    found = evaluation(
+        base={"earlier": score(3.0)}, champion={"earlier": score(champion)}, candidate={"earlier": score(after)}
+    )
+    return outcome(found, {"max_forgetting": keys}, history=history)
+
+
+def version(number: int, task: str, loss: float | None, stderr: float | None = 0.1) -> MeasuredVersion:
+    return MeasuredVersion(number, task, {"earlier": {"loss": loss, "loss_stderr": stderr}})
+
+
+CHAMPION = version(9, "last", 2.1)
+
+
+def test_forgetting_is_measured_from_the_best_version_since_the_task_was_learned():
+    history = [version(1, "earlier", 2.0), version(2, "other", 2.05), CHAMPION]
+    found = forgotten(history, standard_errors=0)
+    assert (found["against"], found["before"], found["after"]) == ("version 1", 2.0, 2.2)
+    assert found["value"] == pytest.approx(0.1)
+    assert found["stderr"] == pytest.approx(math.sqrt(0.02) / 2.0), "two independent measurements"
+
+
+def test_what_a_version_scored_before_the_task_was_learned_is_not_forgotten():
+    found = forgotten([version(1, "other", 1.0), version(2, "earlier", 2.0), CHAMPION], standard_errors=0)
+    assert found["against"] == "version 2"
+
+
+def test_champion_counts_as_it_is_measured_now():
+    found = forgotten([version(1, "earlier", 2.3), version(9, "last", 1.0)], standard_errors=0)
+    assert (found["against"], found["before"]) == ("champion", 2.1)
+    assert found["stderr"] == pytest.approx(0.1 / 2.1), "paired"
+
+
+def test_a_better_but_uncertain_version_does_not_hide_what_was_surely_lost():
+    # champion 2.1, paired error 0.1: 0.3 - 0.1; version 1 2.05, its own 0.5: 0.35 - 0.51
+    history = [version(1, "earlier", 2.05, stderr=0.5), CHAMPION]
+    assert forgotten(history, after=2.4, standard_errors=0)["against"] == "version 1"
+    assert forgotten(history, after=2.4, standard_errors=1)["against"] == "champion"
+
+
+def test_what_was_not_measured_of_a_version_is_passed_over():
+    history = [version(1, "earlier", None), version(2, "a", NAN), MeasuredVersion(3, "b", {}), CHAMPION]
+    assert forgotten(history)["against"] == "champion"
+
+
+def test_nan_of_the_champion_or_the_candidate_is_never_forgiven():
+    history = [version(1, "earlier", 2.0), CHAMPION]
+    assert not forgotten(history, champion=NAN, standard_errors=0)["passed"]
+    assert not forgotten(history, after=NAN)["passed"]
+    assert not forgotten([version(1, "earlier", 2.0, stderr=NAN), CHAMPION], after=2.0, standard_errors=1)["passed"]
+
+
+def test_task_that_is_remembered_better_than_ever_passes():
+    found = forgotten([version(1, "earlier", 2.0), CHAMPION], after=1.5, bound=0)
+    assert found["value"] == -0.25
+    assert found["passed"]
+
+
+def benchmark(before: float, after: float, *, stderr: float | None = 0.03, higher: bool = True, **keys: Any) -> dict:
+    found = evaluation(base={}, candidate={}) | {
+        "benchmarks": {
+            "tasks": {"arc": {"metric": "acc", "higher_is_better": higher, "num_samples": 9}},
+            "results": {
+                "base": {"arc": {"value": before, "stderr": 0.04}},
+                "candidate": {"arc": {"value": after, "stderr": stderr}},
+            },
+        }
+    }
+    return outcome(found, {"max_benchmark_regression": keys})
+
+
+def test_benchmark_regression_has_both_standard_errors():
+    found = benchmark(0.5, 0.4375)
+    assert (found["metric"], found["value"]) == ("acc", 0.0625)
+    assert found["stderr"] == pytest.approx(0.05)  # 3, 4, 5
+    assert found["passed"], "0.0625 - 0.05 <= 0.02"
+    assert not benchmark(0.5, 0.4375, standard_errors=0.8)["passed"]
+
+
+def test_benchmark_without_a_standard_error_is_not_forgiven():
+    assert not benchmark(0.5, 0.46, stderr=None)["passed"]
+
+
+def test_benchmark_where_lower_is_better_regresses_upwards():
+    assert benchmark(10.0, 12.0, higher=False)["value"] == 2.0
+    assert benchmark(10.0, 9.0, higher=False)["passed"]
+
+
+def test_accuracy_of_a_set_without_one_is_refused_with_the_remedy():
+    found = evaluation(base={"anchor": score(2.0)}, candidate={"anchor": score(2.0)})
+    with pytest.raises(ValueError, match="max_drift is on the accuracy of anchor.*Give max_drift the metric 'loss'"):
+        decide(found, GateRules.from_parameters({"max_drift": {"metric": "accuracy"}}))
+
+
+def test_promotion_needs_every_rule_on_every_set():
+    before = {"new": score(4.0), "anchor one": score(2.0), "anchor two": score(2.0)}
+
+    def promoted(**changed: float) -> bool:
+        after = {"new": score(3.0), "anchor one": score(2.0), "anchor two": score(2.0)}
+        after |= {name.replace("_", " "): score(loss) for name, loss in changed.items()}
+        return decide(evaluation(base=before, candidate=after), GateRules())["promote"]
+
+    assert promoted()
+    assert not promoted(new=3.9)
+    assert not promoted(anchor_one=2.1)
+    assert not promoted(anchor_two=2.1)
+
+
+def test_reason_names_what_failed_in_one_line():
+    before = {"new": score(4.0), "anchor": score(2.0)}
+    found = decide(evaluation(base=before, candidate={"new": score(3.0), "anchor": score(2.1)}), GateRules())
+    assert found["reason"] == "max_drift: anchor lost 5.0% in loss against base, at most 2.0%"
+    found = decide(evaluation(base=before, candidate={"new": score(3.0), "anchor": score(2.0)}), GateRules())
+    assert found["reason"] == ""
+
+
+def test_reason_says_what_the_standard_error_allows():
+    found = evaluation(base={"earlier": score(2.0)}, candidate={"earlier": score(2.5)})
+    reason = "max_forgetting: earlier lost 25.0% in loss against base, at most 5.0% + 1 x 5.0% (standard error)"
+    assert decide(found, GateRules())["reason"] == reason
+
+
+def test_rules_that_are_off_do_not_decide():
+    found = evaluation(
+        base={"new": score(1.0), "anchor": score(1.0)}, candidate={"new": score(9.0), "anchor": score(9.0)}
+    )
+    assert decide(found, GateRules.from_parameters(OFF)) == {"promote": True, "reason": "", "rules": []}
+
+
+def test_parameters_go_over_the_defaults_key_by_key():
+    rules = GateRules.from_parameters({"min_gain": {"bound": 0.1}, "max_drift": None})
+    assert rules.min_gain.bound == 0.1
+    assert rules.min_gain.metric == "loss"
+    assert rules.max_drift is None
+    assert rules.max_forgetting == GateRules().max_forgetting
+    assert GateRules.from_parameters(None) == GateRules.from_parameters({}) == GateRules()
+
+
+def test_rules_are_made_again_from_their_own_parameters():
+    rules = GateRules.from_parameters({"min_gain": {"metric": "accuracy", "bound": 2}, "max_forgetting": None})
+    assert GateRules.from_parameters(json.loads(json.dumps(rules.to_parameters()))) == rules
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"min_gains": {}}, "unknown gate rule 'min_gains'. Did you mean 'min_gain'?"),
+        ({"min_gain": {"limit": 1}}, "unknown key of the gate rule min_gain 'limit'. Known are: metric, bound"),
+        (
+            {"max_benchmark_regression": {"metric": "loss"}},
+            "unknown key of the gate rule max_benchmark_regression 'metric'",
+        ),
+        ({"min_gain": {"metric": "f1"}}, "metric of the gate rule min_gain must be one of loss, accuracy, got 'f1'"),
+        ({"max_drift": {"metric": None}}, "must be one of loss, accuracy, got None"),
+        ({"max_drift": {"bound": -0.1}}, "bound of the gate rule max_drift must be a number, at least 0, got -0.1"),
+        ({"max_drift": {"bound": "2%"}}, "must be a number, at least 0, got '2%'"),
+        ({"max_drift": {"bound": NAN}}, "must be a number, at least 0, got nan"),
+        ({"max_drift": {"bound": math.inf}}, "must be a number, at least 0, got inf"),
+        ({"max_drift": {"bound": True}}, "must be a number, at least 0, got True"),
+        ({"max_drift": {"standard_errors": -1}}, "standard_errors of the gate rule max_drift must be"),
+        ({"max_drift": {"relative": 1}}, "relative of the gate rule max_drift must be true or false, got 1"),
+        ({"min_gain": {"bound": 1}}, "no loss can fall by its whole"),
+        ({"min_gain": 0.1}, "gate rule min_gain must hold metric, bound, relative, standard_errors, or be false"),
+        (["min_gain"], "gate must hold rules"),
+    ],
+)
+def test_what_cannot_be_a_rule_is_refused(given, problem):
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        GateRules.from_parameters(given)

@@ -104,3 +104,78 @@ def test_what_is_no_matrix_is_refused():
         matrix.forward_transfer(R, [0.1, 0.2, None])
     with pytest.raises(ValueError, match="not measured after round 1"):
         matrix.anchor_drift([0.5, None], 0.5)
+
+
+ROUNDS = [("first", 1), ("second", 4), ("third", None)]
+
+
+def of_tasks(values: list[float | None], metric: str = "accuracy", **anchors: float | None) -> dict:
+    tasks = [task for task, _ in ROUNDS]
+    return {name: {metric: value} for name, value in [*zip(tasks, values, strict=False), *anchors.items()]}
+
+
+def test_description_holds_the_matrix_and_its_numbers():
+    found = matrix.describe(ROUNDS, of_tasks(BASELINE), [of_tasks(row) for row in R])
+    assert found["rounds"][1:] == [{"task": "second", "version": 4}, {"task": "third", "version": None}]
+    block = found["metrics"]["accuracy"]
+    assert (block["baseline"], block["rows"]) == (BASELINE, R)
+    numbers = {name: block[name] for name in block if name not in ("baseline", "rows", "forgetting")}
+    assert numbers == {
+        "average_accuracy": pytest.approx(2.0 / 3),
+        "learning_accuracy": pytest.approx(0.8),
+        "backward_transfer": pytest.approx(-0.2),
+        "forward_transfer": pytest.approx(0.15),
+        "average_forgetting": pytest.approx(0.25),
+    }
+    assert block["forgetting"] == pytest.approx({"first": 0.3, "second": 0.2})
+
+
+def test_description_of_losses_keeps_them_as_measured_and_counts_a_rise_as_forgetting():
+    losses = [[1.0, 2.5], [1.5, 2.0]]
+    found = matrix.describe(ROUNDS[:2], of_tasks([3.0, 3.5], "loss"), [of_tasks(row, "loss") for row in losses])
+    block = found["metrics"]["loss"]
+    assert (block["baseline"], block["rows"]) == ([3.0, 3.5], losses)
+    assert block["average_accuracy"] == -1.75
+    assert block["backward_transfer"] == -0.5
+    assert block["forward_transfer"] == 1.0  # -2.5 + 3.5
+    assert block["forgetting"] == {"first": 0.5}
+
+
+def test_description_leaves_out_the_numbers_whose_scores_are_missing():
+    rows = [[1.0], [None, 2.0], [1.5, 2.5, 3.0]]
+    block = matrix.describe(ROUNDS, {}, [of_tasks(row, "loss") for row in rows])["metrics"]["loss"]
+    assert block["rows"] == [[1.0, None, None], [None, 2.0, None], [1.5, 2.5, 3.0]]
+    assert block["backward_transfer"] == -0.5
+    assert block["forward_transfer"] is block["average_forgetting"] is None, "task first after round second"
+    assert block["forgetting"] == {}
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_description_has_accuracies_only_if_each_model_was_measured_on_what_it_had_learned(value):
+    def metrics(rows: list) -> dict:
+        return matrix.describe(ROUNDS, {}, [of_tasks(row) for row in rows])["metrics"]
+
+    assert metrics(LOWER)["accuracy"]["forward_transfer"] is None
+    assert "accuracy" not in metrics([LOWER[0], [value, 0.7], LOWER[2]])
+    assert "loss" in metrics(LOWER)
+
+
+def test_description_follows_the_anchors_from_the_base_model_on():
+    scores = [of_tasks([1.0], "loss", text=2.5), of_tasks([1.0, 1.0], "loss", text=None, late=4.0)]
+    found = matrix.describe(ROUNDS[:2], of_tasks([], "loss", text=2.0), scores, anchors=["text", "late"])["anchors"]
+    assert found == {
+        "text": {"loss": {"baseline": 2.0, "values": [2.5, None]}},
+        "late": {"loss": {"baseline": None, "values": [None, 4.0]}},
+    }
+
+
+def test_first_round_is_described_without_transfer():
+    found = matrix.describe(ROUNDS[:1], of_tasks([3.0], "loss"), [of_tasks([1.0], "loss")])["metrics"]["loss"]
+    assert found["average_accuracy"] == found["learning_accuracy"] == -1.0
+    assert found["backward_transfer"] is found["forward_transfer"] is found["average_forgetting"] is None
+    assert found["forgetting"] == {}
+
+
+def test_description_needs_the_scores_of_every_round():
+    with pytest.raises(ValueError, match="scores of 1 models for 3 rounds"):
+        matrix.describe(ROUNDS, {}, [{}])

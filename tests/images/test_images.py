@@ -94,54 +94,54 @@ def mounted(storage: Path) -> tuple[str, str]:
     return ("--volume", f"{storage}:{MOUNT}")
 
 
-def default_value(parameter: dict) -> object:
-    """As Kubeflow hands it over: YAML has every number as a float."""
-    value = parameter["defaultValue"]
-    return int(value) if parameter["parameterType"] == "NUMBER_INTEGER" else value
-
-
-def test_compiled_preparation_step_runs_in_the_steps_image(steps_image, storage):
-    """As Kubeflow's launcher starts it: the command of the YAML, with the inputs and outputs in place of `{{$}}`."""
+def run_step(image: str, storage: Path, name: str, values: dict) -> dict:
+    """Run a step as Kubeflow's launcher does: the command of the YAML, with inputs and outputs in place of `{{$}}`."""
     pipeline = next(yaml.safe_load_all(PIPELINE.read_text(encoding="utf-8")))
-    container = pipeline["deploymentSpec"]["executors"]["exec-prepare-data"]["container"]
-    component = pipeline["components"]["comp-prepare-data"]
-    sources = pipeline["root"]["dag"]["tasks"]["prepare-data"]["inputs"]["parameters"]
-    defaults = pipeline["root"]["inputDefinitions"]["parameters"]
-    values = {
-        name: default_value(defaults[source["componentInputParameter"]])
-        for name, source in sources.items()
-        if "componentInputParameter" in source
-    } | {
-        "base_model": f"{MOUNT}/model",
-        "data_uri": f"{MOUNT}/chats.jsonl",
-        "anchor_uris": [f"{MOUNT}/prose.jsonl"],
-        "storage_root": MOUNT,
-        "pipeline_run_id": "run-1",
-        "pipeline_name": "test",
-    }
-    outputs = component["outputDefinitions"]
+    container = pipeline["deploymentSpec"]["executors"][f"exec-{name}"]["container"]
+    outputs = pipeline["components"][f"comp-{name}"]["outputDefinitions"]
+    folder = f"{MOUNT}/kfp/{name}"
     launcher_input = {
         "inputs": {"parameterValues": values},
         "outputs": {
-            "outputFile": f"{MOUNT}/kfp/executor_output.json",
-            "parameters": {name: {"outputFile": f"{MOUNT}/kfp/{name}"} for name in outputs["parameters"]},
+            "outputFile": f"{folder}/executor_output.json",
+            "parameters": {output: {"outputFile": f"{folder}/{output}"} for output in outputs["parameters"]},
             "artifacts": {
-                name: {"artifacts": [{"name": name, "uri": f"{MOUNT}/kfp/{name}", "type": artifact["artifactType"]}]}
-                for name, artifact in outputs["artifacts"].items()
+                output: {"artifacts": [{"name": output, "uri": f"{folder}/{output}", "type": artifact["artifactType"]}]}
+                for output, artifact in outputs.get("artifacts", {}).items()
             },
         },
     }
     command = [
         part.replace("{{$}}", json.dumps(launcher_input)) for part in (*container["command"], *container["args"])
     ]
-    run_in(steps_image, *command, options=mounted(storage))
-    found = json.loads((storage / "kfp" / "executor_output.json").read_text())["parameterValues"]
-    assert found["task"] == "chats"
-    dataset = storage / Path(found["data_path"]).relative_to(MOUNT)
+    run_in(image, *command, options=mounted(storage))
+    return json.loads((storage / "kfp" / name / "executor_output.json").read_text())["parameterValues"]
+
+
+def test_compiled_steps_find_and_prepare_data_in_the_steps_image(steps_image, storage):
+    model, anchors = f"{MOUNT}/model", [f"{MOUNT}/prose.jsonl"]
+    where = {"storage_root": MOUNT, "pipeline_run_id": "run-1", "mlflow_tracking_uri": ""}
+    given = {"base_model": model, "anchor_uris": anchors, "data_uri": f"{MOUNT}/chats.jsonl", "gate": {}}
+    names = {"model_name": "m", "min_new_samples": 1, "mlflow_experiment": "e", "pipeline_name": "test"}
+    resolved = run_step(steps_image, storage, "resolve-round", where | given | names)
+    assert (resolved["Output"], resolved["task"], resolved["model"]) == (True, "chats", model)
+    limits = {"max_seq_len": 512, "validation_fraction": 0.1, "max_train_samples": 0, "max_validation_samples": 0}
+    handed = {name: resolved[name] for name in ("model", "records", "mlflow_run_id")}
+    prepared = run_step(
+        steps_image,
+        storage,
+        "prepare-data",
+        where | handed | limits | {"base_model": model, "anchor_uris": anchors},
+    )
+    dataset = storage / Path(prepared["data_path"]).relative_to(MOUNT)
     counts = json.loads((dataset / "dataset.json").read_text())
     chats = set((storage / "chats.jsonl").read_text().splitlines())
     assert counts["num_train_samples"] + counts["num_validation_samples"] == len(chats)
     assert os.stat(dataset / "dataset.json").st_uid == int(USER)
+
+
+def test_training_image_can_run_public_benchmarks(training_image):
+    run_in(training_image, "python3", "-c", "import lm_eval.models.huggingface")
 
 
 def test_two_processes_train_in_the_training_image(training_image, storage):

@@ -35,10 +35,10 @@ def test_validation_loss_is_that_of_the_model_on_the_validation_data(call, chats
     measured = [line["validation_loss"] for line in result.history]
     assert [value is not None for value in measured] == [False, True, False, True], "without a frequency, each epoch"
     from osft.data.records import read_records
-    from osft.evaluation.scoring import score_set
+    from osft.evaluation.scoring import score_records
 
     model = AutoModelForCausalLM.from_pretrained(result.checkpoint)
-    score = score_set(model, byte_tokenizer(), list(read_records(str(validation))))
+    score = score_records(model, byte_tokenizer(), list(read_records(str(validation)))).summary()
     assert score.loss == pytest.approx(measured[-1], rel=1e-4)
 
 

@@ -13,7 +13,8 @@ from kfp.components import load_component_from_file
 from kfp_server_api import ApiException
 
 from components import readme
-from pipelines.continual_learning.pipeline import YAML, YAML_S3
+from osft.evaluation.gate import GateRules
+from pipelines.continual_learning.pipeline import DEFAULT_GATE, YAML, YAML_S3
 from tests.pipelines.kfp_server import KfpServer, parse_spec
 
 
@@ -58,7 +59,7 @@ def test_every_parameter_has_a_default_and_a_description(spec):
 
 def test_every_step_mounts_the_claim_that_the_parameter_names():
     platform = parse_spec(YAML.read_text())["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    assert len(platform) == 6
+    assert len(platform) == 7
     for executor in platform.values():
         (mount,) = executor["pvcMount"]
         assert mount["mountPath"] == "/mnt/osft"
@@ -99,19 +100,33 @@ def test_every_step_is_retried_and_none_is_cached(spec):
     tasks = [*spec["root"]["dag"]["tasks"].values()]
     tasks += [task for part in spec["components"].values() for task in part.get("dag", {}).get("tasks", {}).values()]
     steps = [task for task in tasks if "dag" not in spec["components"][task["componentRef"]["name"]]]
-    assert len(steps) == 6
+    assert len(steps) == 7
     for step in steps:
         assert step["retryPolicy"]["maxRetryCount"] >= 2
         assert not step.get("cachingOptions")
 
 
-def test_promotion_is_behind_the_gate(spec):
-    tasks = spec["root"]["dag"]["tasks"]
-    assert not any("promote" in name for name in tasks), "promotion is not at the top level"
-    (gate,) = [task for name, task in tasks.items() if name.startswith("condition")]
-    condition = gate["triggerPolicy"]["condition"]
-    assert "evaluate-model-Output" in condition
-    assert "== true" in condition
+def condition(dag: dict) -> tuple[str, dict]:
+    """What the one condition of a dag asks for, and the component behind it."""
+    (task,) = [task for name, task in dag["tasks"].items() if name.startswith("condition")]
+    return task["triggerPolicy"]["condition"], task["componentRef"]["name"]
+
+
+def test_only_the_first_step_runs_without_news_and_promotion_is_behind_the_gate(spec):
+    news, learning = condition(spec["root"]["dag"])
+    assert [name for name in spec["root"]["dag"]["tasks"] if not name.startswith("condition")] == ["resolve-round"]
+    assert "resolve-round-Output" in news
+    assert "== true" in news
+    inner = spec["components"][learning]["dag"]
+    gate, behind = condition(inner)
+    assert "evaluate-model-Output" in gate
+    assert "== true" in gate
+    assert set(spec["components"][behind]["dag"]["tasks"]) == {"promote-model"}
+    assert "promote-model" not in inner["tasks"]
+
+
+def test_gate_in_the_form_is_the_one_of_the_library():
+    assert GateRules.from_parameters({}).to_parameters() == DEFAULT_GATE
 
 
 def test_images_of_all_steps_are_set_in_one_place(tmp_path):
@@ -128,7 +143,8 @@ def test_images_of_all_steps_are_set_in_one_place(tmp_path):
     executors = compiled["deploymentSpec"]["executors"]
     assert {executor["container"]["image"] for executor in executors.values()} == set(images.values())
     assert executors["exec-precompute-svd"]["container"]["image"] == images["OSFT_TRAINING_IMAGE"]
-    pods = compiled["root"]["dag"]["tasks"]["train-osft"]["inputs"]["parameters"]["training_image"]
+    _, learning = condition(compiled["root"]["dag"])
+    pods = compiled["components"][learning]["dag"]["tasks"]["train-osft"]["inputs"]["parameters"]["training_image"]
     assert pods["runtimeValue"]["constant"] == images["OSFT_TRAINING_IMAGE"]
 
 
@@ -161,7 +177,7 @@ def test_server_refuses_what_is_not_a_pipeline(tmp_path):
 
 def test_every_component_is_described_and_its_readme_is_current():
     found = readme.components()
-    assert len(found) == 6
+    assert len(found) == 7
     for file, component in found.items():
         assert file.read_text() == readme.render(component)
         spec = component.component_spec

@@ -8,7 +8,6 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from osft.data.record_hashes import record_hash, union
 from osft.data.records import DataError, read_records
 from osft.rounds.resolve import ResolvedRound, resolve_round
 from osft.tracking import registry
@@ -58,12 +57,12 @@ RECORDS = list({json.dumps(record): record for record in arithmetic(40)}.values(
 
 def test_the_first_round_starts_from_the_base_model_and_learns_everything(resolve, tmp_path):
     found = resolve(write_jsonl(tmp_path / "tickets.jsonl", RECORDS))
-    assert (found.model, found.parent_version, found.parent, found.task) == ("org/base", None, None, "tickets")
+    assert (found.model, found.parent_version, found.task) == ("org/base", None, "tickets")
     assert by_text(content(found)) == by_text(RECORDS)
     assert found.nothing_to_learn == ""
     (file,) = found.data.files
     assert (found.data.num_records, found.data.num_new, file.num_records) == (len(RECORDS),) * 3
-    assert found.record_hashes.tolist() == union([[record_hash(r) for r in read_records(found.records)]]).tolist()
+    assert ResolvedRound.from_json(found.to_json()) == found
 
 
 def test_order_duplicates_and_files_do_not_matter(resolve, tmp_path):
@@ -83,11 +82,11 @@ def test_order_duplicates_and_files_do_not_matter(resolve, tmp_path):
 
 def test_what_any_ancestor_took_is_not_new_on_either_side_of_its_split(resolve, champion, tmp_path):
     first = champion(RECORDS[:10], RECORDS[10:15])
-    second, _ = champion(RECORDS[15:20], RECORDS[20:22], parent=first, task="second")
+    second, lineage = champion(RECORDS[15:20], RECORDS[20:22], parent=first, task="second")
     found = resolve(write_jsonl(tmp_path / "all.jsonl", RECORDS))
     assert by_text(content(found)) == by_text(RECORDS[22:])
     assert found.parent_version == second
-    assert found.model == found.parent.checkpoint != "org/base"
+    assert found.model == lineage.checkpoint != "org/base"
 
 
 def test_what_only_a_refused_version_took_is_new(resolve, champion, tmp_path):
@@ -194,7 +193,7 @@ def test_a_folder_of_an_object_store(resolve, champion, bucket, object_store, tm
     assert by_text([json.loads(line) for line in written.splitlines()]) == by_text(RECORDS)
     champion(RECORDS[:-2])
     second = resolve(f"{bucket}/data", storage_root=f"{bucket}/root")
-    assert (second.task, second.data.num_new) == ("data", 2)
+    assert (second.task, second.data.num_new) == ("1", 2)  # the file that has them
 
 
 def test_thirty_thousand_records_take_seconds(resolve, tmp_path):
@@ -206,3 +205,16 @@ def test_thirty_thousand_records_take_seconds(resolve, tmp_path):
     began = time.process_time()
     assert resolve(data).data.num_new == 30_000
     assert time.process_time() - began < 6.0, "a million would take more than 200 s"
+
+
+def test_a_round_has_the_name_of_the_one_file_that_is_new_in_an_inbox(resolve, champion, tmp_path):
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    write_jsonl(inbox / "tickets.jsonl", RECORDS[:10])
+    assert resolve(inbox / "*.jsonl").task == "tickets"
+    parent = champion(RECORDS[:10], task="tickets")
+    write_jsonl(inbox / "mails.jsonl", RECORDS[5:20])
+    assert resolve(inbox / "*.jsonl").task == "mails"
+    champion(RECORDS[10:12], parent=parent, task="mails")
+    write_jsonl(inbox / "calls.jsonl", RECORDS[20:25])
+    assert resolve(inbox / "*.jsonl").task == "inbox"

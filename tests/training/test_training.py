@@ -112,6 +112,9 @@ def test_sharded_update_is_orthogonal_to_the_frozen_directions(config, two_proce
         before = base.tensor(f"{name}.weight").double()
         update = tuned.tensor(f"{name}.weight").double() - before
         assert update.norm().item() == pytest.approx(layout["update_norm"], rel=1e-3)
+        shares = torch.linalg.svdvals(update).square() / update.square().sum()
+        assert torch.special.entr(shares).sum().exp().item() == pytest.approx(layout["effective_rank"], rel=1e-2)
+        assert layout["effective_rank"] <= layout["unfrozen"] + 1e-4
         left, right = frozen_directions(before, round(0.25 * min(before.shape)))
         # The stored float32 weight rounds the update, so the bound is the rounding's.
         assert (left.T @ update).norm() / update.norm() < 1e-4

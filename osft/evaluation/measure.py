@@ -1,0 +1,89 @@
+"""One model's scores, answers and benchmarks, measured only where the store does not have them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from osft.data.records import Record
+from osft.evaluation.score_store import ScoreStore, measurement_key, model_hash
+from osft.evaluation.scoring import (
+    MAX_NEW_TOKENS,
+    MAX_TEXT_TOKENS,
+    RecordScores,
+    generate,
+    score_records,
+)
+
+if TYPE_CHECKING:
+    from osft.evaluation.benchmarks import Benchmarks
+
+
+class MeasuredModel:
+    """A model folder to be measured. The model is loaded when the first number is missing, and lives as long as this.
+
+    On a GPU it is computed in bfloat16, else in float32.
+    """
+
+    def __init__(self, folder: Path, store: ScoreStore, *, max_tokens: int, trust_remote_code: bool) -> None:
+        self._folder = folder
+        self._store = store
+        self._max_tokens = max_tokens
+        self._trust_remote_code = trust_remote_code
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
+
+    def scores(self, records: Sequence[Record], description: str) -> RecordScores:
+        """Of each record; `description` is what the progress bar shows."""
+
+        def measure() -> dict[str, Any]:
+            model, tokenizer = self._loaded
+            scores = score_records(model, tokenizer, records, max_tokens=self._max_tokens, description=description)
+            return asdict(scores)
+
+        hashes = [record.content_hash for record in records]
+        key = self._key("scores", records=hashes, max_tokens=self._max_tokens, max_text_tokens=MAX_TEXT_TOKENS)
+        return RecordScores(**self._store.measured(key, measure))
+
+    def answers(self, records: Sequence[Record]) -> list[str]:
+        """What the model itself answers to each record's prompt."""
+
+        def measure() -> list[str]:
+            model, tokenizer = self._loaded
+            return [generate(model, tokenizer, record) for record in records]
+
+        hashes = [record.content_hash for record in records]
+        answers: list[str] = self._store.measured(
+            self._key("answers", records=hashes, max_new_tokens=MAX_NEW_TOKENS), measure
+        )
+        return answers
+
+    def benchmarks(self, benchmarks: "Benchmarks", description: str) -> dict[str, Any]:
+        """The results of each benchmark; `description` is what the log shows."""
+
+        def measure() -> dict[str, Any]:
+            print(f"{description}: {', '.join(benchmarks.names)}", flush=True)
+            model, tokenizer = self._loaded
+            return benchmarks.run(model, tokenizer)
+
+        results: dict[str, Any] = self._store.measured(self._key("benchmarks", tasks=benchmarks.content_hash), measure)
+        return results
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        """The model, in evaluation mode on its device, and its tokenizer."""
+        trust = self._trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=trust)
+        model: Any = AutoModelForCausalLM.from_pretrained(self._folder, dtype=self._dtype, trust_remote_code=trust)
+        return model.to(self._device).eval(), tokenizer
+
+    @cached_property
+    def _content(self) -> str:
+        return model_hash(self._folder)
+
+    def _key(self, kind: str, **determined_by: Any) -> str:
+        return measurement_key(kind, model=self._content, dtype=str(self._dtype), device=self._device, **determined_by)

@@ -1,0 +1,39 @@
+"""The steps of the continual-learning pipeline, as functions.
+
+A pipeline component is a call of one of these. Each validates before it works, records itself as a nested MLflow
+run, and can be called again after it was killed: what it had finished is found by content or by the run's id.
+
+Everything lies below one storage root that all steps share: on a cluster a ReadWriteMany volume, or an `s3://` URI,
+with which each step fetches what it needs to a scratch folder and publishes what it made (`osft.storage` says who
+writes what and what completes it). What steps hand to each other are paths or URIs below the root, never scratch paths.
+
+    examples/ models/    models and data that were fetched
+    records/             what was new to a round, by content
+    data/<hash>/         prepared datasets
+    factors/             decompositions, by content
+    scores/              what models scored on evaluation sets, by content
+    rounds/<run id>/     what one pipeline run found, trained and measured:
+        round.json         what `resolve_round` decided
+        train/             a run's output folder
+        evaluation.json report.html version.json
+    mlflow/              runs and model versions, unless there is a tracking server; with a URI there must be one
+"""
+
+from osft.steps.data import PreparedRound, prepare_data, resolve_round
+from osft.steps.evaluation import evaluate_model
+from osft.steps.promotion import promote_model, register_model
+from osft.steps.round import Round
+from osft.steps.training import LauncherSettings, precompute_svd, train_osft
+
+__all__ = [
+    "LauncherSettings",
+    "PreparedRound",
+    "Round",
+    "evaluate_model",
+    "precompute_svd",
+    "prepare_data",
+    "promote_model",
+    "register_model",
+    "resolve_round",
+    "train_osft",
+]

@@ -1,0 +1,152 @@
+"""What is new, and the data that training reads."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from osft import examples, storage
+from osft.data.records import DataError, check_names, data_files, data_name, read_records
+from osft.rounds.resolve import ResolvedRound
+from osft.rounds.resolve import resolve_round as resolve
+from osft.steps.round import ROUND_FILE, Round
+from osft.tracking import runs
+from osft.tracking.runs import Outcome
+
+
+def resolve_round(
+    round: Round,
+    *,
+    model_name: str,
+    base_model: str,
+    data_uri: str,
+    anchor_uris: Sequence[str],
+    gate: Mapping[str, Any],
+    min_new_samples: int,
+    experiment: str,
+    run_name: str,
+) -> tuple[ResolvedRound, str]:
+    """Find the model that goes on and what is new for it; `round.json`. Returns that, and the pipeline's MLflow run.
+
+    What would end the round later is refused here, before anything is fetched, converted or computed.
+    """
+    from osft.evaluation.gate import GateRules
+
+    for uri in (base_model, data_uri, *anchor_uris):
+        storage.is_remote(uri)  # refuses credentials, before anything is written down
+    mlflow = round.mlflow()
+    parent = runs.pipeline_run(
+        mlflow,
+        experiment=experiment,
+        pipeline_run_id=round.pipeline_run_id,
+        name=run_name,
+        storage_root=round.storage_root,
+    )
+    with runs.step_run(mlflow, parent, "resolve_round") as step:
+        step.log_params({"model_name": model_name, "base_model": base_model, "data_uri": data_uri})
+        step.log_params({"anchor_uris": anchor_uris, "min_new_samples": min_new_samples, "gate": json.dumps(gate)})
+        GateRules.from_parameters(gate)
+        check_names(anchor_uris)
+        for uri in anchor_uris:
+            if not uri.startswith(examples.SCHEME):
+                data_files(uri)
+        found = resolve(
+            mlflow,
+            model_name=model_name,
+            base_model=base_model,
+            data_uri=data_uri,
+            storage_root=round.storage_root,
+            min_new_samples=min_new_samples,
+        )
+        for uri in anchor_uris:
+            if data_name(uri) in (found.task, *found.earlier_tasks):
+                raise DataError(
+                    f"the anchor {uri} has the name of a task of {model_name}, {data_name(uri)!r}. What was learned is "
+                    "evaluated anyway: leave it out of anchor_uris, or rename the file if it is something else"
+                )
+        step.log_artifact(round.write(ROUND_FILE, found.to_json()))
+        step.log_params({"task": found.task, "parent_version": found.parent_version or "none"})
+        step.log_metrics({"records": found.data.num_records, "new_records": found.data.num_new})
+        print(f"round: {found.nothing_to_learn or _described(found, model_name)}", flush=True)
+        if found.nothing_to_learn:
+            step.tag_round(model_name=model_name, outcome=Outcome.NOTHING_TO_LEARN)
+            mlflow.set_terminated(parent, "FINISHED")
+        else:
+            step.tag_round(model_name=model_name, task=found.task, parent_version=found.parent_version)
+    return found, parent
+
+
+def _described(found: ResolvedRound, model_name: str) -> str:
+    on_top = "the base model" if found.parent_version is None else f"version {found.parent_version} of {model_name}"
+    return f"{found.data.num_new} of {found.data.num_records} records are new; {on_top} learns {found.task}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedRound:
+    """What `prepare_data` hands to the other steps."""
+
+    base_model_path: str
+    model_path: str
+    """Of the model to train: the champion, or the base model."""
+    data_path: str
+    anchor_paths: list[str]
+    statistics: dict[str, Any]
+
+
+def prepare_data(
+    round: Round,
+    *,
+    base_model: str,
+    model: str,
+    records: str,
+    anchor_uris: Sequence[str],
+    max_seq_len: int,
+    validation_fraction: float,
+    max_train_samples: int,
+    max_validation_samples: int,
+) -> PreparedRound:
+    """Fetch what is named by URI, check every evaluation set, and prepare the new records for training.
+
+    `base_model` is as the user gave it, `model` and `records` are those of `resolve_round`.
+    """
+    from osft.data.prepare import prepare
+    from osft.models import model_folder, stored_model
+
+    root = round.storage_root
+    fetched = storage.join(root, "examples")
+    with round.step("prepare_data") as step:
+        anchors = [examples.resolve(uri, fetched) for uri in anchor_uris]
+        for anchor in anchors:
+            for _ in read_records(anchor, allow_text=True):
+                pass
+        base = stored_model(examples.resolve(base_model, fetched), storage.join(root, "models"))
+        if model == base_model:
+            model = base
+        prepared = prepare(
+            records,
+            model_folder(model),
+            storage.join(root, "data"),
+            max_seq_len=max_seq_len,
+            validation_fraction=validation_fraction,
+            max_train_samples=max_train_samples,
+            max_validation_samples=max_validation_samples,
+        )
+        resolved = round.resolved()
+        step.log_dataset(
+            name=resolved.task,
+            digest=prepared.key,
+            source=resolved.data.uri,
+            num_records=prepared.statistics["num_train_samples"],
+            context="training",
+            to_parent=True,
+        )
+        step.log_params(prepared.statistics["settings"])
+        step.log_metrics({k: v for k, v in prepared.statistics.items() if isinstance(v, int)})
+        step.log_artifact(prepared.folder / "dataset.json")
+    return PreparedRound(
+        base_model_path=base,
+        model_path=model,
+        data_path=storage.join(root, "data", prepared.key),
+        anchor_paths=anchors,
+        statistics=prepared.statistics,
+    )

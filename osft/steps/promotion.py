@@ -1,0 +1,115 @@
+"""A model version of what was trained, and the aliases that say what is thought of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import osft
+from osft import storage
+from osft.data.record_hashes import RECORDS_FILE, read_hashes
+from osft.rounds.resolve import ResolvedRound
+from osft.steps.evaluation import next_scores
+from osft.steps.round import EVALUATION_FILE, VERSION_FILE, Round, read_json
+from osft.tracking import lineage, registry, runs
+from osft.tracking.description import describe_version
+from osft.tracking.lineage import Lineage
+from osft.tracking.runs import Outcome
+
+
+def register_model(
+    round: Round, *, model_name: str, checkpoint_path: str, data_path: str, factors_path: str, image: str
+) -> int:
+    """Make the checkpoint a model version with its lineage, whatever the gate decided. Returns it.
+
+    Its alias is `candidate`, and `challenger` if the gate refused it.
+    """
+    evaluation = read_json(round.address(EVALUATION_FILE))
+    resolved = round.resolved()
+    decision = evaluation["decision"]
+    tags = {
+        "osft.checkpoint": f"{round.pipeline_run_id}/{Path(checkpoint_path).name}",
+        "osft.base_model": resolved.base_model,
+        runs.PIPELINE_RUN_TAG: round.pipeline_run_id,
+        runs.TASK_TAG: resolved.task,
+        runs.PARENT_VERSION_TAG: resolved.parent_version or "none",
+        runs.DECISION_TAG: "promote" if decision["promote"] else "refuse",
+    }
+    with round.step("register_model") as step:
+        folder = round.folder / "lineage"
+        data = storage.fetch(data_path)
+        lineage.write(
+            folder,
+            _lineage(round, model_name, checkpoint_path, factors_path, image, evaluation, resolved),
+            record_hashes=read_hashes(data / RECORDS_FILE),
+            held_out=data / "validation.jsonl",
+        )
+        version = registry.register(
+            step.client,
+            model_name,
+            storage.fetch(checkpoint_path, marker="config.json"),
+            run_id=step.run_id,
+            description=describe_version(evaluation, parent_version=resolved.parent_version),
+            tags=tags,
+            lineage=folder,
+        )
+        step.log_params({"model_name": model_name, "model_version": version})
+        round.write(VERSION_FILE, json.dumps({"model_name": model_name, "version": version}, indent=2) + "\n")
+        print(f"registry: {model_name} version {version} is the candidate", flush=True)
+        step.tag_round(
+            model_version=version,
+            decision=tags[runs.DECISION_TAG],
+            outcome=None if decision["promote"] else Outcome.REFUSED,
+        )
+        if not decision["promote"]:
+            registry.refuse(step.client, model_name, version, decision["reason"])
+            print(f"registry: the gate refused it, it is the challenger: {decision['reason']}", flush=True)
+            step.client.set_terminated(round.mlflow_run_id, "FINISHED")
+    return version
+
+
+def promote_model(round: Round, *, model_name: str, version: int, parent_version: int | None) -> None:
+    """Point the alias `champion` at a version, if it still names `parent_version`, which the round started from.
+
+    Raises ChampionChanged if it names another one: the candidate was not compared with that, and is the challenger.
+    """
+    with round.step("promote_model") as step:
+        try:
+            previous = registry.promote(step.client, model_name, version, expected_champion=parent_version)
+        except registry.ChampionChanged as error:
+            registry.refuse(step.client, model_name, version, str(error))
+            raise
+        step.log_params({"model_name": model_name, "model_version": version, "previous_champion": previous})
+        step.tag_round(outcome=Outcome.PROMOTED)
+        print(f"registry: {model_name} version {version} is the champion, before it was {previous}", flush=True)
+        step.client.set_terminated(round.mlflow_run_id, "FINISHED")
+
+
+def _lineage(
+    round: Round,
+    model_name: str,
+    checkpoint_path: str,
+    factors_path: str,
+    image: str,
+    evaluation: dict[str, Any],
+    resolved: ResolvedRound,
+) -> Lineage:
+    parent = None
+    if resolved.parent_version is not None:
+        parent = lineage.read(round.mlflow(), model_name, resolved.parent_version)
+    baseline, rows = next_scores(evaluation, parent)
+    return Lineage(
+        model_name=model_name,
+        parent_version=resolved.parent_version,
+        base_model=resolved.base_model,
+        task=resolved.task,
+        checkpoint=checkpoint_path,
+        data=resolved.data,
+        settings=read_json(round.address("train", "training.json"))["config"],
+        factor_key=Path(factors_path).stem,
+        code_version=osft.__version__,
+        image=image,
+        pipeline_run_id=round.pipeline_run_id,
+        mlflow_run_id=round.mlflow_run_id,
+        baseline=baseline,
+        rows=rows,
+    )

@@ -1,0 +1,69 @@
+"""Where one pipeline run keeps its things, and how its steps find them."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osft import storage
+from osft.atomic import atomic_path
+from osft.rounds.resolve import ResolvedRound
+from osft.tracking import runs
+
+ROUND_FILE, EVALUATION_FILE, VERSION_FILE = "round.json", "evaluation.json", "version.json"
+"""What steps leave in a round's folder for those that follow."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """Where one pipeline run keeps its things."""
+
+    storage_root: str
+    pipeline_run_id: str
+    mlflow_run_id: str = ""
+    """The pipeline run's MLflow run; empty until `resolve_round` has made it."""
+    mlflow_tracking_uri: str = ""
+    """Empty: MLFLOW_TRACKING_URI, or a database below the storage root."""
+
+    def __post_init__(self) -> None:
+        tracking = self.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if storage.is_remote(self.storage_root) and not tracking:
+            raise ValueError(
+                f"storage_root {self.storage_root} cannot hold MLflow's database. Give mlflow_tracking_uri, or set "
+                "MLFLOW_TRACKING_URI to a tracking server"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """What this pipeline run writes, on this machine; with a URI as storage root what this step wrote or read."""
+        return storage.local(self.address())
+
+    def address(self, *parts: str) -> str:
+        """The path or URI of something that this pipeline run writes."""
+        return storage.join(self.storage_root, "rounds", self.pipeline_run_id, *parts)
+
+    def write(self, name: str, text: str) -> Path:
+        """Make a file of this pipeline run, for all steps. Returns it as it is on this machine."""
+        with atomic_path(self.folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        storage.publish(self.address(name))
+        return self.folder / name
+
+    def step(self, name: str) -> Any:
+        """The context of one step: a nested MLflow run (`osft.tracking.runs.StepRun`)."""
+        return runs.step_run(self.mlflow(), self.mlflow_run_id, name)
+
+    def resolved(self) -> ResolvedRound:
+        """What `resolve_round` decided."""
+        return ResolvedRound.from_json(storage.fetch(self.address(ROUND_FILE)).read_text(encoding="utf-8"))
+
+    def mlflow(self) -> Any:
+        """A client of the tracking server."""
+        return runs.client(self.mlflow_tracking_uri, self.storage_root)
+
+
+def read_json(location: str) -> dict[str, Any]:
+    """A JSON file of a path or URI."""
+    value: dict[str, Any] = json.loads(storage.fetch(location).read_text(encoding="utf-8"))
+    return value

@@ -1,0 +1,98 @@
+"""Decompose and train."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from osft import storage
+from osft.config import SubspaceConfig, TrainConfig
+from osft.steps.round import Round, read_json
+
+if TYPE_CHECKING:
+    from osft.training.job import Launcher, Limits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LauncherSettings:
+    """Where the training processes run."""
+
+    launcher: str = "local"
+    """"local": on this machine. "pytorchjob": in pods of a PyTorchJob, for which the rest is."""
+    pytorchjob: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `osft.kubernetes.settings.PyTorchJobSettings`."""
+    training_image: str = ""
+    storage_claim: str = ""
+    storage_secret: str = ""
+    """With the credentials of an s3:// storage root."""
+
+
+def precompute_svd(
+    round: Round, *, model_path: str, data_path: str, subspace: SubspaceConfig, accelerators: str = ""
+) -> str:
+    """Decompose the target weights that the store does not hold yet. Returns the path or URI of the set's manifest.
+
+    The prepared data is looked at with `rank_allocation="adaptive"` only.
+    """
+    from osft.models import model_folder
+    from osft.training.inputs import compute_factors
+
+    store = storage.join(round.storage_root, "factors")
+    with round.step("precompute_svd") as step:
+        step.log_params(asdict(subspace) | {"accelerators": accelerators})
+        factors = compute_factors(model_folder(model_path), data_path, store, subspace)
+        step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
+        step.log_params({"factors": factors.key})
+    return storage.join(store, "sets", factors.path.name)
+
+
+def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Path, **settings: Any) -> dict[str, Any]:
+    """Train; `settings` are the fields of `TrainConfig` but for `ckpt_output_dir`. Returns the summary.
+
+    What is started is written to `manifest_file` before.
+    """
+    from osft.training.job import run_job
+
+    folder = round.address("train")
+    config = TrainConfig.from_parameters(settings | {"ckpt_output_dir": folder, "use_processed_dataset": True})
+    with round.step("train_osft") as step:
+        step.log_params(config.to_dict() | {"launcher": where.launcher})
+        job, limits = _training_job(round, config, where)
+        Path(manifest_file).write_text(job.describe(), encoding="utf-8")
+        step.log_artifact(Path(manifest_file))
+        run_job(job, limits=limits, output=folder, callbacks=[step.live_metrics()])
+        summary = read_json(storage.join(folder, "training.json"))
+        step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
+        step.log_artifact(storage.local(storage.join(folder, "training.json")))
+    return summary | {"checkpoint": storage.join(folder, summary["checkpoints"][-1])}
+
+
+def _training_job(round: Round, config: TrainConfig, where: LauncherSettings) -> "tuple[Launcher, Limits]":
+    """What trains, and its limits. Raises ValueError for settings that cannot work."""
+    from osft.training.job import Limits
+
+    if where.launcher == "local":
+        from osft.training.command import train_arguments
+        from osft.training.local_job import LocalJob
+
+        return LocalJob(train_arguments(config)), Limits()
+    if where.launcher != "pytorchjob":
+        raise ValueError(f"launcher must be 'local' or 'pytorchjob', got {where.launcher!r}")
+    from osft.kubernetes.manifest import Storage
+    from osft.kubernetes.settings import PyTorchJobSettings
+    from osft.kubernetes.training_job import training_job
+
+    settings = PyTorchJobSettings.from_parameters(where.pytorchjob)
+    if storage.is_remote(round.storage_root):
+        volume = Storage(secret=where.storage_secret or None)
+    else:
+        volume = Storage(claim=where.storage_claim)
+    job = training_job(
+        config,
+        settings,
+        image=where.training_image,
+        storage=volume,
+        pipeline_run_id=round.pipeline_run_id,
+        mlflow_run_id=round.mlflow_run_id,
+    )
+    return job, settings.limits

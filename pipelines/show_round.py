@@ -1,0 +1,120 @@
+"""What a round found, learned and forgot, as tables in the terminal."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from osft.evaluation.report.formats import format_number
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def show_round(console: Console, folder: Path) -> None:
+    """Print what is in a round's folder: scores, the decision, the version; or that there was nothing to learn."""
+    resolved = _read(folder / "round.json")
+    if resolved["nothing_to_learn"]:
+        console.print(f"round:   {resolved['nothing_to_learn']}", soft_wrap=True)
+        return
+    evaluation, registered = _read(folder / "evaluation.json"), _read(folder / "version.json")
+    console.print(_scores(evaluation))
+    decision = evaluation["decision"]
+    console.print(f"gate:    {'passed' if decision['promote'] else 'refused'}")
+    for rule in decision["rules"]:
+        if not rule["passed"]:
+            console.print(f"         {rule_text(rule)}", soft_wrap=True)
+    aliases = "candidate and champion" if decision["promote"] else "candidate and challenger; the champion did not move"
+    console.print(
+        f"version: {registered['model_name']} {registered['version']} ({aliases}), `make ui` shows it in MLflow"
+    )
+    console.print(f"report:  {folder / 'report.html'}", soft_wrap=True)
+
+
+def show_matrix(console: Console, evaluation: dict[str, Any]) -> None:
+    """Print the continual-learning matrix up to a round, and what it says."""
+    matrix = evaluation["matrix"]
+    tasks = [row["task"] for row in matrix["rounds"]]
+    kind, unit = ("accuracy", 100) if "accuracy" in matrix["metrics"] else ("loss", 1)
+    block, digits = matrix["metrics"][kind], 1 if unit == 100 else 3
+    shown = f"{kind}, {'%' if unit == 100 else 'nats per token'}"
+    table = Table(title=f"continual-learning matrix: {shown}, on held-out data")
+    table.add_column("model", no_wrap=True)
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for name, scores in [("base", block["baseline"])] + [
+        (f"after {task}", row) for task, row in zip(tasks, block["rows"], strict=True)
+    ]:
+        values = [*scores, *[None] * (len(tasks) - len(scores))]
+        table.add_row(name, *(format_number(None if v is None else unit * v, digits) for v in values))
+    console.print(table)
+    for name in ("average_accuracy", "backward_transfer", "forward_transfer", "average_forgetting"):
+        value = block[name]
+        if value is not None:
+            console.print(f"{name.replace('_', ' ') + ':':20}{format_number(unit * value, digits)}")
+
+
+def show_history(console: Console, rounds: list[Path], model_name: str, mlflow: "MlflowClient") -> None:
+    """Print the decisions of rounds that ended, the matrix after the last one, and where the champion comes from."""
+    from osft.lineage_command import tree_of
+    from osft.tracking import lineage, registry
+
+    console.rule("all rounds")
+    evaluations = [_read(folder / "evaluation.json") for folder in rounds]
+    table = Table("round", "rule", "number", "bound", "", title="decisions of the gate")
+    for number, evaluation in enumerate(evaluations, start=1):
+        decision = evaluation["decision"]
+        for rule in decision["rules"]:
+            value, bound = _amount(rule, "value"), f"{rule['comparison']} {_amount(rule, 'bound')}"
+            passed = "passed" if rule["passed"] else "failed"
+            table.add_row(f"{number} {evaluation['task']}", f"{rule['rule']} {rule['subject']}", value, bound, passed)
+        table.add_row("", "[bold]decision", "", "", "[bold]" + ("promote" if decision["promote"] else "refuse"))
+        table.add_section()
+    if evaluations:
+        console.print(table)
+        show_matrix(console, evaluations[-1])
+        console.print(f"report:  {rounds[-1] / 'report.html'}", soft_wrap=True)
+    champion = registry.champion(mlflow, model_name)
+    if champion is not None:
+        console.print(tree_of(mlflow, model_name, lineage.history(mlflow, model_name, champion)), soft_wrap=True)
+
+
+def rule_text(rule: dict[str, Any]) -> str:
+    """One rule of the gate in words."""
+    tolerance = "" if rule["stderr"] is None else f" ± {_amount(rule, 'stderr')}"
+    return (
+        f"{rule['rule']} of {rule['subject']} ({rule['metric']}, against {rule['against']}): "
+        f"{_amount(rule, 'value')}{tolerance}, must be {rule['comparison']} {_amount(rule, 'bound')}"
+    )
+
+
+def _amount(rule: dict[str, Any], key: str) -> str:
+    in_percent = rule["relative"] or rule["metric"] == "accuracy"
+    return f"{100 * rule[key]:.2f} %" if in_percent else f"{rule[key]:.4f}"
+
+
+def _scores(evaluation: dict[str, Any]) -> Table:
+    reference = evaluation["reference"]
+    models = (reference, "candidate")
+    table = Table(title=f"{evaluation['task']}: {reference} -> candidate, on held-out data")
+    for column in ("evaluation set", "role"):
+        table.add_column(column, no_wrap=True)
+    for column in ("loss", "change", "accuracy"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, described in evaluation["sets"].items():
+        scores = [evaluation["results"][model][name] for model in models]
+        change = evaluation["changes"][reference][name]["loss"]["relative"]
+        accuracy = "-"
+        if scores[-1]["accuracy"] is not None:
+            accuracy = " -> ".join(f"{score['accuracy']:.0%}" for score in scores)
+            accuracy += f" ± {scores[-1]['accuracy_stderr']:.0%}"
+        losses = " -> ".join(f"{score['loss']:.3f}" for score in scores)
+        table.add_row(name, described["role"], losses, "-" if change is None else f"{change:+.1%}", accuracy)
+    return table
+
+
+def _read(file: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return value
