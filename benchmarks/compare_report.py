@@ -1,13 +1,14 @@
 """What `benchmarks.compare` found: numbers from the runs' rounds, as JSON, Markdown and a figure."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from math import sqrt
 from operator import ge, lt
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.sequence import METHODS
+from benchmarks.sequence import METHODS, Settings
 from osft.atomic import atomic_path, write_json
 from osft.evaluation import matrix
 
@@ -267,10 +268,17 @@ def _matrix_rows(result: dict[str, Any], summaries: Sequence[Summary], chosen: d
 
 def _notes(result: dict[str, Any]) -> list[str]:
     machine, settings = result["machine"], result["settings"]
+    defaults = asdict(Settings()) | {"tasks": list(Settings().tasks), "content": settings["content"]}
+    changed = [
+        f"{name} {', '.join(value) if isinstance(value, list) else value}"
+        for name, value in settings.items()
+        if value != defaults[name]
+    ]
     seconds = sum(r["train_seconds"] + r["load_seconds"] for run in result["runs"] for r in run["rounds"])
     return [
         f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, {machine['threads']} threads; torch "
         f"{machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}; {result['date']}",
+        f"other settings than the defaults: {'; '.join(changed) or 'none'}",
         f"{settings['model']}; {settings['train_samples']} training samples of each task in steps of "
         f"{settings['batch_size']}, AdamW, cosine schedule after {settings['warmup_steps']} steps of warm-up, no "
         f"weight decay; float32, checkpoints in {settings['checkpoint_dtype']}",

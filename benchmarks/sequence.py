@@ -40,17 +40,18 @@ class Settings:
     """What every run of a comparison shares. Any change makes other runs."""
 
     model: str = "example:smollm2-135m-instruct"
-    tasks: tuple[str, ...] = ("example:sarcasm-headlines", "example:science-questions", "example:film-reviews")
-    """Chats with choices, learned one after the other."""
+    tasks: tuple[str, ...] = ("example:film-reviews", "example:sarcasm-headlines", "example:science-questions")
+    """Chats with choices, learned one after the other. The one that takes the fewest samples comes first: what was not
+    learned cannot be forgotten."""
     anchor: str = "example:web-text"
     """Of what the base model was trained on, as far as that is known; measured, never trained."""
-    train_samples: int = 160
+    train_samples: int = 320
     """Of each task."""
-    selection_samples: int = 24
+    selection_samples: int = 48
     """Held-out records of each task that choose the learning rate."""
-    report_samples: int = 64
+    report_samples: int = 128
     """Held-out records of each task that the results are measured on. None of them is a selection record."""
-    anchor_samples: int = 12
+    anchor_samples: int = 32
     batch_size: int = 8
     """Samples of an optimizer step."""
     warmup_steps: int = 2
