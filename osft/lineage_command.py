@@ -87,6 +87,10 @@ def tree_of(mlflow: Any, model_name: str, versions: "dict[int, Lineage]") -> Tre
     return root
 
 
+def _is_shown(metric: str, value: float | None) -> bool:
+    return value is not None and not metric.endswith("_stderr")
+
+
 def _details(entry: "Lineage") -> list[str]:
     data = entry.data
     revision = f" at {data.revision}" if data.revision else ""
@@ -96,7 +100,8 @@ def _details(entry: "Lineage") -> list[str]:
         scores = {name: values for name, values in entry.rows[-1].scores.items() if (name in tasks) == of_task}
         if scores:
             shown = (
-                f"{name} " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items() if value is not None)
+                f"{name} "
+                + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items() if _is_shown(metric, value))
                 for name, values in scores.items()
             )
             lines.append(f"{kind}: {' · '.join(shown)}")

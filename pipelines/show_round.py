@@ -43,7 +43,7 @@ def show_matrix(console: Console, evaluation: dict[str, Any]) -> None:
     table = Table(title=f"continual-learning matrix: {shown}, on held-out data")
     table.add_column("model", no_wrap=True)
     for task in tasks:
-        table.add_column(task, justify="right")
+        table.add_column(task, justify="right", overflow="fold")
     for name, scores in [("base", block["baseline"])] + [
         (f"after {task}", row) for task, row in zip(tasks, block["rows"], strict=True)
     ]:
