@@ -25,6 +25,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from osft import storage
+from osft.content import file_sha256
 from osft.data.chat import IGNORE, Sample
 
 FORMAT = 3
@@ -52,11 +53,7 @@ class PreparedData:
 
 def hash_files(files: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of each file's bytes, by its path or URI."""
-    digests = {}
-    for path in files:
-        with path.open("rb") as file:
-            digests[storage.name_of(path)] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {storage.name_of(path): file_sha256(path) for path in files}
 
 
 def hash_tokenizer(model_path: str | Path) -> str:

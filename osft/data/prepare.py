@@ -21,7 +21,7 @@ from osft.data.dataset_folder import (
     hash_tokenizer,
     publish_dataset,
 )
-from osft.data.record_hashes import HASH, RECORDS_FILE, union, write_hashes
+from osft.data.record_hashes import HASH, RECORDS_FILE, short_hash, write_hashes
 from osft.data.records import DataError, Record, data_files, read_records
 from osft.data.split import check_sides, check_validation, is_held_out
 
@@ -107,8 +107,8 @@ def prepare(
                 raise DataError(f"{uri}: every {side} sample is longer than max_seq_len={max_seq_len} tokens. Raise it")
         for _, record in held_out:
             writer.hold_out(record.to_dict())
-        taken = np.array([bytes.fromhex(content_hash[:32]) for content_hash, _ in (*train, *held_out)], HASH)
-        write_hashes(temporary / RECORDS_FILE, union([taken]))
+        taken = np.array([short_hash(content_hash) for content_hash, _ in (*train, *held_out)], HASH)
+        write_hashes(temporary / RECORDS_FILE, taken)
         statistics = writer.finish(
             {
                 "kind": "chats",

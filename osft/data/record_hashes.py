@@ -26,7 +26,12 @@ NONE = np.empty(0, HASH)
 
 def record_hash(record: Record) -> bytes:
     """The first 16 bytes of the record's content hash."""
-    return bytes.fromhex(record.content_hash[:32])
+    return short_hash(record.content_hash)
+
+
+def short_hash(content_hash: str) -> bytes:
+    """What is kept of a `Record.content_hash`."""
+    return bytes.fromhex(content_hash[: 2 * HASH.itemsize])
 
 
 def union(sets: Iterable[Hashes]) -> Hashes:

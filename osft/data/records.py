@@ -22,6 +22,8 @@ from typing import Any
 
 from osft import storage
 
+_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -83,6 +85,11 @@ def data_files(uri: str) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"data {uri} does not exist. Give a .jsonl file, a folder of them, or a glob")
     return files
+
+
+def is_hub_dataset(uri: str) -> bool:
+    """Whether a data path is the id of a Hugging Face data set, `org/name` or `org/name@revision`, and no file's."""
+    return bool(_DATASET_ID.fullmatch(uri)) and not storage.is_remote(uri) and not Path(uri).exists()
 
 
 def data_name(uri: str) -> str:

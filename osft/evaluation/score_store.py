@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from osft import storage
+from osft.content import folder_sha256
 
 FORMAT = 1
 """Part of every key: raise it when what is stored, or how it is computed, changes."""
@@ -67,13 +68,7 @@ def measurement_key(kind: str, **determined_by: Any) -> str:
 
 def model_hash(folder: Path) -> str:
     """Hash of the names and bytes of all files of a model folder but for hidden ones, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder)
-        if file.is_file() and not any(part.startswith(".") for part in name.parts):
-            with file.open("rb") as content:
-                digest.update(f"{name.as_posix()} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+    return folder_sha256(folder, hidden=False)
 
 
 def _value(content: bytes, key: str) -> Any:

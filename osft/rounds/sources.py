@@ -1,17 +1,13 @@
 """Where the records of a round come from: files that a path or URI names, or a data set of the Hugging Face hub."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 from osft import storage
-from osft.data.records import Record, data_files, data_name, parse_record, read_records
+from osft.data.records import Record, data_files, data_name, is_hub_dataset, parse_record, read_records
 from osft.tracking.lineage import DataFile, DataManifest
-
-_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 class Source(Protocol):
@@ -37,11 +33,6 @@ def open_source(uri: str) -> "Source":
     Raises FileNotFoundError if there is neither, or the hub cannot be reached.
     """
     return HubDataset(uri) if is_hub_dataset(uri) else Files(uri)
-
-
-def is_hub_dataset(uri: str) -> bool:
-    """Whether `open_source` asks the Hugging Face hub for it."""
-    return not storage.is_remote(uri) and bool(_DATASET_ID.fullmatch(uri)) and not Path(uri).exists()
 
 
 class Files:

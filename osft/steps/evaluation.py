@@ -52,7 +52,7 @@ def evaluate_model(
             history = lineage.history(step.client, model_name, parent_version)
             versions, parent = list(history), history[parent_version]
             earlier = lineage.earlier_evaluation_sets(
-                step.client, model_name, parent_version, round.folder / "evaluation_sets"
+                step.client, model_name, history, round.folder / "evaluation_sets"
             )
             sets += [load_set(str(file), "earlier task", name=name) for name, file in earlier.items()]
         sets += [load_set(path, "anchor", max_samples=max_anchor_samples) for path in anchor_paths]

@@ -1,10 +1,10 @@
 """Data sets as inputs of MLflow runs: what a run learned and was measured on, beside it in MLflow's pages."""
 
 import json
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit, urlunsplit
+
+from osft.data.records import is_hub_dataset
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 Context = Literal["training", "evaluation"]
 
 _MAX_DIGEST = 36  # MLflow's limit, in characters
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def dataset_input(*, name: str, digest: str, source: str, num_records: int, context: Context) -> "DatasetInput":
@@ -35,7 +34,7 @@ def _source(source: str) -> tuple[str, str]:
     """MLflow's name for the kind of source, and the source in the JSON that MLflow reads back."""
     parts = urlsplit(source)
     if "://" not in source:
-        if _HUB_ID.fullmatch(source) and not Path(source).exists():
+        if is_hub_dataset(source):
             name, _, revision = source.partition("@")
             return "hugging_face", json.dumps({"path": name, "revision": revision or None})
         return "local", json.dumps({"uri": source})

@@ -11,7 +11,6 @@ A version names its parent, so one version leads back to the base model. What se
 records that a model has learned, and the evaluation sets of all its tasks, are the union over its history.
 """
 
-import hashlib
 import re
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from osft.atomic import atomic_path, write_json
+from osft.content import file_sha256
 from osft.data.record_hashes import RECORDS_FILE, Hashes, read_hashes, union, write_hashes
 from osft.evaluation.matrix import Score, negated
 from osft.tracking.registry import LINEAGE
@@ -172,7 +172,7 @@ def write(folder: Path, lineage: Lineage, *, record_hashes: Hashes, held_out: Pa
         temporary.mkdir()
         hashes = union([record_hashes])
         write_hashes(temporary / RECORDS_FILE, hashes)
-        records = StoredFile(sha256=_sha256(temporary / RECORDS_FILE), num_records=len(hashes))
+        records = StoredFile(sha256=file_sha256(temporary / RECORDS_FILE), num_records=len(hashes))
         evaluation_set = None
         if held_out is not None and held_out.stat().st_size:
             stored = temporary / lineage.evaluation_set_name
@@ -180,7 +180,7 @@ def write(folder: Path, lineage: Lineage, *, record_hashes: Hashes, held_out: Pa
             shutil.copyfile(held_out, stored)
             with stored.open("rb") as lines:
                 count = sum(1 for line in lines if line.strip())
-            evaluation_set = StoredFile(sha256=_sha256(stored), num_records=count)
+            evaluation_set = StoredFile(sha256=file_sha256(stored), num_records=count)
         lineage = replace(lineage, records=records, evaluation_set=evaluation_set)
         write_json(temporary / LINEAGE_FILE, asdict(lineage))
     return lineage
@@ -261,19 +261,21 @@ def known_records(mlflow: "MlflowClient", model_name: str, versions: Mapping[int
     return union(sets)
 
 
-def earlier_evaluation_sets(mlflow: "MlflowClient", model_name: str, version: int, to: Path) -> dict[str, Path]:
-    """Fetch the evaluation sets of a version and its ancestors to `to`/<task>.jsonl.
+def earlier_evaluation_sets(
+    mlflow: "MlflowClient", model_name: str, versions: Mapping[int, Lineage], to: Path
+) -> dict[str, Path]:
+    """Fetch the evaluation sets of the versions of a `history` to `to`/<task>.jsonl.
 
     Returns task -> file, the oldest first. What is there and equal is not fetched again.
 
-    Raises LineageError as `history`, and for a file whose content is not what its version was registered with.
+    Raises LineageError for a file that is gone, or whose content is not what its version was registered with.
     """
     found = {}
-    for number, lineage in history(mlflow, model_name, version).items():
+    for number, lineage in versions.items():
         if lineage.evaluation_set is None:
             continue
         path = to / f"{lineage.task}.jsonl"
-        if not (path.is_file() and _sha256(path) == lineage.evaluation_set.sha256):
+        if not (path.is_file() and file_sha256(path) == lineage.evaluation_set.sha256):
             with _downloaded(mlflow, model_name, number, lineage.evaluation_set_name) as file:
                 _check(file, lineage.evaluation_set, _name(model_name, number), lineage.evaluation_set_name)
                 with atomic_path(path) as temporary:
@@ -307,14 +309,9 @@ def _downloaded(mlflow: "MlflowClient", model_name: str, version: int, name: str
 
 
 def _check(file: Path, expected: StoredFile, version: str, name: str) -> None:
-    if _sha256(file) != expected.sha256:
+    if file_sha256(file) != expected.sha256:
         raise LineageError(f"{version}: its {name} is not what it was registered with (its SHA-256 differs)")
 
 
 def _name(model_name: str, version: int) -> str:
     return f"version {version} of {model_name}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,9 +11,10 @@ champion is a whole version that passed the gate against the same parent, the ot
 records are not in the champion's lineage, so that the next round finds them new and learns them.
 """
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from osft.content import folder_sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -57,7 +58,7 @@ def register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    digest = _hash_folder(checkpoint)
+    digest = folder_sha256(checkpoint)
     for known in mlflow.search_model_versions(f"name = '{model_name}'"):
         if known.tags.get(_CHECKPOINT_TAG) == tags[_CHECKPOINT_TAG]:
             if known.tags.get(_CONTENT_TAG, digest) != digest:
@@ -147,14 +148,3 @@ def version_of(mlflow: "MlflowClient", model_name: str, alias: str) -> int | Non
 
 def _named(version: int | str | None) -> str:
     return "no version" if version is None else f"version {version}"
-
-
-def _hash_folder(folder: Path) -> str:
-    """SHA-256 over the relative names and the bytes of a folder's files."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if file.is_file():
-            with file.open("rb") as content:
-                inner = hashlib.file_digest(content, "sha256").hexdigest()
-            digest.update(f"{inner} {file.relative_to(folder).as_posix()}\n".encode())
-    return digest.hexdigest()

@@ -114,9 +114,9 @@ class Postgres:
             self._as = {}
 
     def create(self) -> None:
-        """Make the cluster. The test is skipped where PostgreSQL is not installed."""
+        """Make the cluster. The test fails where PostgreSQL is not installed."""
         if _program("initdb") is None:
-            pytest.skip("needs PostgreSQL: the package postgresql of Debian")
+            pytest.fail("needs PostgreSQL: the package postgresql of Debian")
         self._folder.mkdir()
         if self._as:
             shutil.chown(self._folder, "nobody")

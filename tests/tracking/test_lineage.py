@@ -57,16 +57,20 @@ def test_records_of_all_ancestors_are_known_on_both_sides_of_the_split(mlflow, t
     assert contains(known, hashes).tolist() == [True] * 20 + [False] * 20
 
 
+def earlier_sets(mlflow, model_name: str, version: int, to: Path) -> dict[str, Path]:
+    return lineage.earlier_evaluation_sets(mlflow, model_name, lineage.history(mlflow, model_name, version), to)
+
+
 def test_evaluation_sets_of_all_ancestors_can_be_fetched_again(mlflow, three_rounds, tmp_path):
-    found = lineage.earlier_evaluation_sets(mlflow, "three", 2, tmp_path)
+    found = earlier_sets(mlflow, "three", 2, tmp_path)
     assert list(found) == ["first", "second: 50% größer?"]
     for number, path in enumerate(found.values()):
         assert [json.loads(line) for line in path.read_text().splitlines()] == arithmetic(10, seed=number)[:2]
     written = [path.stat().st_mtime_ns for path in found.values()]
-    again = lineage.earlier_evaluation_sets(mlflow, "three", 2, tmp_path)
+    again = earlier_sets(mlflow, "three", 2, tmp_path)
     assert [path.stat().st_mtime_ns for path in again.values()] == written, "what is there is not fetched"
     found["first"].write_text("damaged")
-    lineage.earlier_evaluation_sets(mlflow, "three", 2, tmp_path)
+    earlier_sets(mlflow, "three", 2, tmp_path)
     assert json.loads(found["first"].read_text().splitlines()[0]) == arithmetic(10, seed=0)[0]
 
 
@@ -80,7 +84,7 @@ def test_a_file_that_was_changed_in_the_store_is_refused(mlflow, three_rounds, t
             if name == "records.bin":
                 lineage.known_records(mlflow, "three", lineage.history(mlflow, "three", 2))
             else:
-                lineage.earlier_evaluation_sets(mlflow, "three", 2, tmp_path)
+                earlier_sets(mlflow, "three", 2, tmp_path)
     finally:
         file.write_bytes(content)
 
@@ -88,7 +92,7 @@ def test_a_file_that_was_changed_in_the_store_is_refused(mlflow, three_rounds, t
 def test_a_round_without_held_out_records_has_no_evaluation_set(mlflow, tmp_path):
     version = register_round(mlflow, tmp_path / "r", a_lineage(model_name="none-held-out"), arithmetic(3), [])
     assert lineage.read(mlflow, "none-held-out", version).evaluation_set is None
-    assert lineage.earlier_evaluation_sets(mlflow, "none-held-out", version, tmp_path) == {}
+    assert earlier_sets(mlflow, "none-held-out", version, tmp_path) == {}
 
 
 def test_a_cycle_is_refused(mlflow, tmp_path):

@@ -87,7 +87,9 @@ def test_version_is_registered_promoted_and_read_back(address, server, tmp_path)
     assert mlflow.get_model_version("m", str(version)).description == described, "as long as a description gets"
     assert any((server.folder / "artifacts").rglob("config.json")), "the checkpoint went to the server's artifacts"
     assert lineage.read(mlflow, "m", version) == written
-    (stored,) = lineage.earlier_evaluation_sets(mlflow, "m", version, tmp_path / "sets").values()
+    (stored,) = lineage.earlier_evaluation_sets(
+        mlflow, "m", lineage.history(mlflow, "m", version), tmp_path / "sets"
+    ).values()
     assert stored.read_text() == "{}"
 
 
