@@ -11,7 +11,8 @@ AWS_ENDPOINT_URL, AWS_REGION; on a cluster from a secret); a URI that holds cred
 What lies below a storage root or an output folder, whichever it is, path or URI (`osft.steps` has the folders):
 
     thing                          written by                          complete when it has (its marker)
-    examples/<name>                prepare_data                        config.json; a file: when it is there
+    examples/<name>                resolve_round, prepare_data         config.json; a file: when it is there
+    records/<hash>.jsonl           resolve_round                       when it is there
     models/<name>                  prepare_data                        config.json
     data/<hash>/                   prepare_data, osft()                dataset.json
     factors/weights/<key>          precompute_svd, osft()              a file: when it is there

@@ -39,7 +39,7 @@ def register_model(
         data = storage.fetch(data_path)
         lineage.write(
             folder,
-            _lineage(round, model_name, checkpoint_path, factors_path, image, evaluation, resolved),
+            _lineage(step.client, round, model_name, checkpoint_path, factors_path, image, evaluation, resolved),
             record_hashes=read_hashes(data / RECORDS_FILE),
             held_out=data / "validation.jsonl",
         )
@@ -85,6 +85,7 @@ def promote_model(round: Round, *, model_name: str, version: int, parent_version
 
 
 def _lineage(
+    mlflow: Any,
     round: Round,
     model_name: str,
     checkpoint_path: str,
@@ -95,7 +96,7 @@ def _lineage(
 ) -> Lineage:
     parent = None
     if resolved.parent_version is not None:
-        parent = lineage.read(round.mlflow(), model_name, resolved.parent_version)
+        parent = lineage.read(mlflow, model_name, resolved.parent_version)
     baseline, rows = next_scores(evaluation, parent)
     return Lineage(
         model_name=model_name,

@@ -28,6 +28,7 @@ from components.promote_model.component import promote_model
 from components.register_model.component import register_model
 from components.resolve_round.component import resolve_round
 from components.train_osft.component import train_osft
+from osft.evaluation.gate import GateRules
 
 STORAGE_MOUNT = "/mnt/osft"
 """Where the shared volume is mounted in every step."""
@@ -36,13 +37,8 @@ YAML = Path(__file__).parent / "continual_learning.yaml"
 YAML_S3 = YAML.with_name("continual_learning_s3.yaml")
 
 
-DEFAULT_GATE = {
-    "min_gain": {"metric": "loss", "bound": 0.15, "relative": True, "standard_errors": 0},
-    "max_forgetting": {"metric": "loss", "bound": 0.05, "relative": True, "standard_errors": 1},
-    "max_drift": {"metric": "loss", "bound": 0.02, "relative": True, "standard_errors": 0},
-    "max_benchmark_regression": {"bound": 0.02, "relative": False, "standard_errors": 1},
-}
-"""That of `osft.evaluation.gate`, shown in the form of the Kubeflow UI."""
+DEFAULT_GATE = GateRules().to_parameters()
+"""Shown in the form of the Kubeflow UI."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
