@@ -90,9 +90,9 @@ class TrainConfig(SubspaceConfig):
     """Peak learning rate of AdamW."""
 
     ckpt_output_dir: str
-    """Folder for checkpoints (`hf_format/samples_<n>`, plain Hugging Face models), metrics and training state. With an
-    `s3://` URI the run writes to a scratch folder (OSFT_SCRATCH), and all of it is published to the URI as it comes;
-    a node that is started anew, with an empty scratch folder, goes on from there. See osft/storage.py."""
+    """Folder for checkpoints (`hf_format/samples_<n>.0`, plain Hugging Face models), metrics and training state. With
+    an `s3://` URI the run writes to a scratch folder (OSFT_SCRATCH), and all of it is published to the URI as it
+    comes; a node that is started anew, with an empty scratch folder, goes on from there. See osft/storage.py."""
 
     data_output_dir: str | None = None
     """Folder for prepared data and factors, a path or an `s3://` URI. None: `_internal_data_processing` in
@@ -163,7 +163,7 @@ class TrainConfig(SubspaceConfig):
     """Optimizer steps between two validations. None: at the end of each epoch. The last step is always validated."""
 
     save_best_val_loss: bool = False
-    """Also keep the model with the lowest validation loss, as `hf_format/samples_<n>_best_val_loss`."""
+    """Also keep the model with the lowest validation loss, as `hf_format/samples_<n>.0_best_val_loss`."""
 
     checkpoint_at_epoch: bool = False
     """Write a model at the end of each epoch."""

@@ -19,7 +19,7 @@ What lies below a storage root or an output folder, whichever it is, path or URI
     factors/sets/<key>.json        precompute_svd, osft()              when it is there; its weights came before
     scores/<key>.json              evaluate_model                      when it is there and its hash is right
     <run>/config.json              node 0, at the start                when it is there
-    <run>/hf_format/samples_<n>/   rank 0                              config.json
+    <run>/hf_format/samples_<n>.0/ rank 0                              config.json
     <run>/state/step-<n>/          every rank its own files            position.json, by rank 0 after all the others
     <run>/metrics.jsonl            rank 0, every 10 s and at a save    growing; replaced as a whole
     <run>/stop                     whoever follows the run             when it is there; removed by the next start

@@ -70,7 +70,7 @@ def test_example_of_four_processes_and_attention_only(paths):
         del parameters["use_liger"]
     result = osft(**paths, **parameters)
     assert result.summary["world_size"] == 4
-    assert [path.name for path in result.checkpoints] == [f"samples_{120 * epoch}" for epoch in range(1, 6)]
+    assert [path.name for path in result.checkpoints] == [f"samples_{120 * epoch}.0" for epoch in range(1, 6)]
     assert {name.rsplit(".", 1)[1] for name in result.rank_layout} == {"q_proj", "v_proj", "k_proj", "o_proj"}
 
 

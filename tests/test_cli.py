@@ -172,7 +172,7 @@ def test_training_prints_its_result(file, tmp_path, monkeypatch):
     run_in_process(monkeypatch)
     code, output, _ = invoke("train", file, "--set", "max_steps=1")
     assert code == 0
-    assert f"checkpoint  {tmp_path}/out/hf_format/samples_60" in output
+    assert f"checkpoint  {tmp_path}/out/hf_format/samples_60.0" in output
     assert json.loads((tmp_path / "out" / "training.json").read_text())["steps"] == 1
 
 

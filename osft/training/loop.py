@@ -294,14 +294,15 @@ def _write_models(
 ) -> tuple[str, ...]:
     """Write the models that are due after a step, the best one by validation loss first. Returns their paths."""
     written = []
+    name = f"samples_{float(position.samples)}"  # as mini-trainer counts: the notebooks look for samples_*.0
     best = position.best_validation_loss
     if validation_loss is not None and (best is None or validation_loss < best):
         position.best_validation_loss = validation_loss
         if config.save_best_val_loss:
-            position.best_checkpoint = saving.model(f"samples_{position.samples}_best_val_loss")
+            position.best_checkpoint = saving.model(f"{name}_best_val_loss")
             written.append(position.best_checkpoint)
     if (is_last and config.save_final_checkpoint) or (step.ends_epoch and config.checkpoint_at_epoch):
-        written.append(saving.model(f"samples_{position.samples}"))
+        written.append(saving.model(name))
     return tuple(written)
 
 

@@ -216,7 +216,7 @@ def test_two_pods_train_to_the_losses_of_two_local_processes(undisturbed, refere
 def test_step_puts_out_the_checkpoint_the_manifest_and_its_progress(undisturbed):
     (step,) = undisturbed.attempts
     outputs = json.loads(step.outputs.read_text())
-    model = undisturbed.output / "hf_format" / f"samples_{8 * NUM_STEPS}"
+    model = undisturbed.output / "hf_format" / f"samples_{8 * NUM_STEPS}.0"
     assert outputs["parameterValues"]["Output"] == str(model)
     (job,) = undisturbed.cluster.jobs()
     assert yaml.safe_load(step.manifest.read_text())["metadata"]["name"] == job["metadata"]["name"]

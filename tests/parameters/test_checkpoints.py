@@ -1,5 +1,6 @@
 """What the parameters of validation, checkpoints and resuming do."""
 
+import glob
 import json
 
 import pytest
@@ -71,10 +72,10 @@ def test_held_out_part_of_which_nothing_is_left_is_refused(call, tmp_path):
 def test_best_model_is_kept_under_its_own_name(call):
     result = call(validation_split=0.2, validation_frequency=1, save_best_val_loss=True)
     best = min(result.history, key=lambda line: line["validation_loss"])
-    assert result.best_checkpoint.name == f"samples_{best['samples']}_best_val_loss"
+    assert result.best_checkpoint.name == f"samples_{best['samples']}.0_best_val_loss"
     AutoModelForCausalLM.from_pretrained(result.best_checkpoint)
     both = call(validation_split=0.2, save_best_val_loss=True, save_final_checkpoint=True, max_steps=1)
-    assert [path.name for path in both.checkpoints] == ["samples_12_best_val_loss", "samples_12"]
+    assert [path.name for path in both.checkpoints] == ["samples_12.0_best_val_loss", "samples_12.0"]
     assert both.best_checkpoint == both.checkpoints[0]
     with pytest.raises(ValueError, match="save_best_val_loss needs validation data"):
         call(save_best_val_loss=True)
@@ -85,9 +86,9 @@ def test_checkpoints_are_written_when_asked(call):
     epochs = {"effective_batch_size": 60, "num_epochs": 2, "max_steps": None}
     assert call(**epochs).checkpoint is None
     every = call(**epochs, checkpoint_at_epoch=True)
-    assert [path.name for path in every.checkpoints] == ["samples_120", "samples_240"]
+    assert [path.name for path in every.checkpoints] == ["samples_120.0", "samples_240.0"]
     final = call(**epochs, save_final_checkpoint=None)
-    assert [path.name for path in final.checkpoints] == ["samples_240"], "the default"
+    assert [path.name for path in final.checkpoints] == ["samples_240.0"], "the default"
     states = [AutoModelForCausalLM.from_pretrained(path).state_dict() for path in every.checkpoints]
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(states[0][name], states[1][name])
@@ -142,7 +143,7 @@ def test_finished_run_is_returned_and_another_one_refused(call, tmp_path):
 @pytest.mark.covers("resume")
 def test_models_of_another_run_or_program_are_not_lost(call, tmp_path):
     folder = {"ckpt_output_dir": str(tmp_path / "out")}
-    foreign = tmp_path / "out" / "hf_format" / "samples_16.0"
+    foreign = tmp_path / "out" / "hf_format" / "samples_16"
     foreign.mkdir(parents=True)
     with pytest.raises(ValueError, match="holds models that something else wrote"):
         call(**folder)
@@ -151,7 +152,7 @@ def test_models_of_another_run_or_program_are_not_lost(call, tmp_path):
     (tmp_path / "out" / "training.json").unlink()  # as if it had died before its end, with no state
     with pytest.raises(ValueError, match="holds an unfinished run with other settings.*seed"):
         call(**folder, seed=7, save_final_checkpoint=True)
-    assert (tmp_path / "out" / "hf_format" / "samples_48").is_dir()
+    assert (tmp_path / "out" / "hf_format" / "samples_48.0").is_dir()
 
 
 @pytest.mark.covers("ckpt_output_dir")
@@ -183,3 +184,23 @@ def test_state_is_saved_by_the_clock(call, tmp_path, monkeypatch):
     saved.clear()
     call(save_state_minutes=0)
     assert saved == []
+
+
+@pytest.mark.covers("ckpt_output_dir")
+def test_checkpoints_of_a_run_made_before_their_names_changed_are_found(call, tmp_path):
+    folder = {"ckpt_output_dir": str(tmp_path / "out")}
+    made = call(**folder, save_final_checkpoint=True)
+    made.checkpoint.rename(made.checkpoint.with_name("samples_48"))
+    summary = tmp_path / "out" / "training.json"
+    summary.write_text(summary.read_text().replace("samples_48.0", "samples_48"))
+    again = call(**folder, save_final_checkpoint=True)
+    assert again.reused
+    assert [path.name for path in again.checkpoints] == ["samples_48"]
+    AutoModelForCausalLM.from_pretrained(again.checkpoint)
+
+
+@pytest.mark.covers("save_final_checkpoint")
+def test_glob_of_the_notebooks_finds_the_models_that_are_not_the_best_ones(call):
+    result = call(validation_split=0.2, save_best_val_loss=True, save_final_checkpoint=True, max_steps=1)
+    found = glob.glob(f"{result.output_dir}/hf_format/samples_*.0")
+    assert found == [str(result.checkpoint)]

@@ -71,7 +71,7 @@ def test_callback_ends_training_early_with_a_model(call, monkeypatch):
 
     result = call(callbacks=[Stop()], max_steps=500, num_epochs=50, save_final_checkpoint=True)
     assert result.num_steps < 500
-    assert result.checkpoint.name == f"samples_{result.num_samples}"
+    assert result.checkpoint.name == f"samples_{result.num_samples}.0"
 
 
 @pytest.mark.covers("callbacks")

@@ -90,9 +90,9 @@ def test_two_processes_train_from_and_to_uris_as_one_does_with_paths(config, rem
     result = train(dataclasses.replace(remote, nproc_per_node=2, save_state_steps=3))
     assert result.summary["world_size"] == 2
     assert result.uri == f"{bucket}/run"
-    assert result.checkpoint_uri == f"{bucket}/run/hf_format/samples_{12 * STEPS}"
+    assert result.checkpoint_uri == f"{bucket}/run/hf_format/samples_{12 * STEPS}.0"
     names = object_store.names(f"{bucket}/run")
-    model = f"hf_format/samples_{12 * STEPS}"
+    model = f"hf_format/samples_{12 * STEPS}.0"
     for file in result.checkpoint.iterdir():
         assert object_store.files.cat(f"{bucket}/run/{model}/{file.name}") == file.read_bytes()
     assert {name for name in names if not name.startswith((model, "state/"))} == {
@@ -184,7 +184,7 @@ def test_model_is_read_only_when_it_is_complete(remote, bucket, object_store, mo
     with object_store.failing(refuses_weights), pytest.raises(PermissionError):
         train(remote)
     names = object_store.names(f"{bucket}/run")
-    model = f"hf_format/samples_{12 * STEPS}"
+    model = f"hf_format/samples_{12 * STEPS}.0"
     assert f"{model}/tokenizer.json" in names
     assert f"{model}/config.json" not in names
     assert "training.json" not in names, "the run is not finished"
@@ -201,7 +201,7 @@ def test_run_begins_anew_in_the_store_too(remote, bucket, object_store, monkeypa
     assert not replaced.reused
     names = object_store.names(f"{bucket}/run")
     assert any(name.startswith("_internal_data_processing/factors/sets/") for name in names)
-    assert {name.split("/")[1] for name in names if name.startswith("hf_format")} == {"samples_24"}
+    assert {name.split("/")[1] for name in names if name.startswith("hf_format")} == {"samples_24.0"}
     assert not [name for name in names if name.startswith("state/")]
 
 
