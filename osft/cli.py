@@ -197,22 +197,12 @@ def read_parameters(config_file: Path | None, settings: list[str]) -> dict[str, 
                 given[name] = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(f"--set {setting}: {' '.join(str(error).split())}") from None
-    return {name: _number(known[name], value) for name, value in given.items()}
+    return given
 
 
 def _kinds(parameter: Parameter) -> set[Any]:
     """The types that a parameter may have."""
     return set(get_args(parameter.type)) or {parameter.type}
-
-
-def _number(parameter: Parameter, value: Any) -> Any:
-    """A float that PyYAML reads as a string, as YAML 1.1 wants of 1e-5."""
-    if isinstance(value, str) and float in _kinds(parameter):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    return value
 
 
 def parameter_help() -> Group:

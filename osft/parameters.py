@@ -95,8 +95,9 @@ def _field_docs(owner: type) -> dict[str, str]:
 def check_fields(instance: Any) -> None:
     """Check every field of a settings dataclass against its annotation and put plain values in their place.
 
-    A path becomes a string, a NumPy integer an int, an int where a float is wanted a float. Raises ValueError that
-    names the field, what it may be and what was given (a wrong type too: the documented contract knows only that).
+    A path becomes a string, a NumPy integer an int, an int where a float is wanted a float. What forms and YAML make of
+    numbers and of true and false is read as such (`number`, `boolean`). Raises ValueError that names the field, what it
+    may be and what was given (a wrong type too: the documented contract knows only that).
     """
     for parameter in parameters(type(instance)).values():
         setattr(instance, parameter.name, _checked(parameter, getattr(instance, parameter.name)))
@@ -104,6 +105,8 @@ def check_fields(instance: Any) -> None:
 
 def _checked(parameter: Parameter, value: Any) -> Any:
     fits, plain = _fit(value, parameter.type)
+    if not fits:  # only then: "7" is a name where names are allowed
+        fits, plain = _fit(_as_meant(value, parameter.type), parameter.type)
     if not fits:
         wanted = type_name(parameter.type)
         raise ValueError(f"{parameter.name} must be {wanted}, got {value!r} ({type(value).__name__})")
@@ -111,6 +114,58 @@ def _checked(parameter: Parameter, value: Any) -> Any:
     if bounds and isinstance(plain, int | float) and not bounds.low <= plain <= bounds.high:
         raise ValueError(f"{parameter.name} must be {bounds}, got {value!r}")
     return plain
+
+
+def number(value: Any, *, whole: bool) -> int | float | None:
+    """The finite number that `value` is or spells; None if it is none, or not a `whole` one where that is wanted.
+
+    A form of Kubeflow Pipelines sends 3 as 3.0, and YAML 1.1 reads 1e-5 as a string. True and False are no numbers.
+    """
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            try:
+                value = float(value)
+            except ValueError:
+                return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        return None
+    if not whole:
+        return float(value)
+    return int(value) if value == int(value) else None
+
+
+def boolean(value: Any) -> bool | None:
+    """True or False, or the one that a string spells, in any case; None for everything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
+def whole_numbers(value: Any) -> Any:
+    """`value` with every float in its lists and mappings that is whole as an int: a pod's spec has no others."""
+    if isinstance(value, Mapping):
+        return {key: whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [whole_numbers(item) for item in value]
+    whole = number(value, whole=True) if isinstance(value, float) else None
+    return value if whole is None else whole
+
+
+def _as_meant(value: Any, wanted: Any) -> Any:
+    """`value` as the number or truth value that one of the types `wanted` allows; itself if there is none."""
+    kinds = [wanted, *(get_args(wanted) if get_origin(wanted) in (Union, types.UnionType) else ())]
+    for kind in kinds:
+        if kind in (int, float):
+            found = number(value, whole=kind is int)
+        elif kind is bool:
+            found = boolean(value)
+        else:
+            found = None
+        if found is not None:
+            return found
+    return value
 
 
 def _fit(value: Any, wanted: Any) -> tuple[bool, Any]:

@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from osft.orchestration import CompiledPipeline, pipeline_arguments
+from osft.parameters import number
 from pipelines.show_round import show_round
 
 YAML = Path(__file__).parent / "continual_learning" / "continual_learning.yaml"
@@ -63,7 +64,7 @@ def local_arguments(
     arguments |= pipeline_arguments(known, file, given)
     for name, described in known.items():
         if described["parameterType"] == "NUMBER_INTEGER":
-            arguments[name] = int(arguments[name])  # the YAML has 16.0
+            arguments[name] = number(arguments[name], whole=True)  # the YAML has 16.0
     for name in ("base_model", "data_uri"):
         if Path(arguments[name]).exists():  # the steps run in another folder
             arguments[name] = str(Path(arguments[name]).absolute())

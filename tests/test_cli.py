@@ -101,9 +101,9 @@ def test_set_goes_over_the_file_and_is_read_by_type(file):
     assert config.rdzv_id == 77
 
 
-def test_float_without_a_dot_in_the_file_is_a_number(tmp_path):
-    (tmp_path / "c.yaml").write_text("learning_rate: 1e-5\n")  # a string, to YAML 1.1
-    assert cli.read_parameters(tmp_path / "c.yaml", []) == {"learning_rate": 1e-5}
+def test_float_without_a_dot_in_the_file_is_a_number(file):
+    file.write_text(file.read_text().replace("learning_rate: 0.001", "learning_rate: 1e-5"))  # a string, to YAML 1.1
+    assert TrainConfig.from_parameters(cli.read_parameters(file, [])).learning_rate == 1e-5
 
 
 def test_example_config_holds_valid_parameters():

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from osft.parameters import refuse_unknown
+from osft.parameters import boolean, number, refuse_unknown
 
 METRICS = ("loss", "accuracy")
 _ROUNDING = 1e-9
@@ -64,7 +64,8 @@ class GateRules:
         changed: dict[str, Rule | None] = {}
         for name, keys in given.items():
             default = getattr(cls(), name)
-            changed[name] = None if keys is None or keys is False else _rule(name, default, keys)
+            off = keys is None or boolean(keys) is False
+            changed[name] = None if off else _rule(name, default, keys)
         return cls(**changed)
 
     def to_parameters(self) -> dict[str, Any]:
@@ -264,17 +265,21 @@ def _rule(name: str, default: Rule, given: Any) -> Rule:
             f"gate rule {name} must hold {', '.join(_keys(default))}, or be false to be off, got {given!r}"
         )
     refuse_unknown(map(str, given), _keys(default), kind=f"key of the gate rule {name}")
+    plain = dict(given)
     for key, value in given.items():
         where = f"{key} of the gate rule {name}"
         if key == "metric":
             if value not in METRICS:
                 raise ValueError(f"{where} must be one of {', '.join(METRICS)}, got {value!r}")
         elif key == "relative":
-            if not isinstance(value, bool):
+            plain[key] = boolean(value)
+            if plain[key] is None:
                 raise ValueError(f"{where} must be true or false, got {value!r}")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"{where} must be a number, at least 0, got {value!r}")
-    rule = replace(default, **given)
+        else:
+            plain[key] = number(value, whole=False)
+            if plain[key] is None or plain[key] < 0:
+                raise ValueError(f"{where} must be a number, at least 0, got {value!r}")
+    rule = replace(default, **plain)
     if name == "min_gain" and rule.relative and rule.metric == "loss" and rule.bound >= 1:
         raise ValueError(
             f"bound of the gate rule min_gain is {rule.bound!r}: no loss can fall by its whole. Give less than 1"

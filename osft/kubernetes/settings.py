@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from osft.parameters import Bounds, check_fields, parameters, refuse_unknown
+from osft.parameters import Bounds, check_fields, parameters, refuse_unknown, whole_numbers
 from osft.training.job import Limits
 
 _QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")  # of Kubernetes: 500m, 4, 16Gi
@@ -121,6 +121,7 @@ class PyTorchJobSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self.tolerations, self.affinity = whole_numbers(self.tolerations), whole_numbers(self.affinity)
         for name in ("cpu", "memory", "shared_memory"):
             value = getattr(self, name)
             if not _QUANTITY.fullmatch(value):

@@ -2,20 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from osft.evaluation.gate import GateRules
-from osft.parameters import read_file, refuse_unknown
+from osft.parameters import boolean, number, read_file, refuse_unknown
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "STRING": (str,),
-    "NUMBER_INTEGER": (int,),
-    "NUMBER_DOUBLE": (int, float),
-    "BOOLEAN": (bool,),
-    "LIST": (list,),
-    "STRUCT": (dict,),
+_TYPES: dict[str, type] = {
+    "STRING": str,
+    "NUMBER_INTEGER": int,
+    "NUMBER_DOUBLE": float,
+    "BOOLEAN": bool,
+    "LIST": list,
+    "STRUCT": dict,
 }
 _WANTED = {
     "STRING": "a text",
@@ -88,9 +87,11 @@ def _parsed(name: str, text: str, kind: str) -> Any:
 
 
 def _checked(name: str, value: Any, kind: str) -> Any:
-    if kind == "NUMBER_DOUBLE" and isinstance(value, str):
-        with suppress(ValueError):
-            value = float(value)  # PyYAML reads 1e-5 as a string, as YAML 1.1 wants
-    if kind in _TYPES and (not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "BOOLEAN")):
-        raise ValueError(f"{name} must be {_WANTED[kind]}, got {value!r}")
+    given = value
+    if kind in ("NUMBER_INTEGER", "NUMBER_DOUBLE"):
+        value = number(value, whole=kind == "NUMBER_INTEGER")
+    elif kind == "BOOLEAN":
+        value = boolean(value)
+    if kind in _TYPES and not isinstance(value, _TYPES[kind]):
+        raise ValueError(f"{name} must be {_WANTED[kind]}, got {given!r}")
     return value

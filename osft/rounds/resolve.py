@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from osft import examples, storage
 from osft.data.record_hashes import NONE
+from osft.parameters import number
 from osft.rounds.new_records import find_new_records
 from osft.rounds.sources import open_source
 from osft.tracking import lineage, registry
@@ -67,8 +68,10 @@ def resolve_round(
     Raises FileNotFoundError for missing data or a checkpoint that is gone, DataError for a bad record, LineageError for
     a champion without a readable history, and ValueError for another base model than the champion's.
     """
-    if isinstance(min_new_samples, bool) or not isinstance(min_new_samples, int) or min_new_samples < 1:
+    wanted = number(min_new_samples, whole=True)
+    if wanted is None or wanted < 1:
         raise ValueError(f"min_new_samples must be an integer of at least 1, got {min_new_samples!r}")
+    min_new_samples = int(wanted)
     for uri in (base_model, data_uri, storage_root):
         storage.is_remote(uri)  # refuses credentials, before anything is written down
     champion = registry.champion(mlflow, model_name)
