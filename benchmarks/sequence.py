@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import allocated_memory, peak_memory, reset_peak_memory, return_freed_memory
 from osft import examples
-from osft.checkpoint import CheckpointReader, write_checkpoint
+from osft.checkpoint import CheckpointReader, SavedTensor, write_checkpoint
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
 from osft.data.chat import tokenize
@@ -30,7 +30,8 @@ from osft.evaluation.scoring import score_records
 from osft.models import model_folder
 from osft.subspace import factor_store, select_targets
 from osft.training.loop import StepMetrics, run
-from osft.training.sharded_model import load_sharded, save_merged
+from osft.training.saving import save_merged
+from osft.training.sharded_model import load_sharded
 
 METHODS = {"osft": "OSFT, complement", "full": "full fine-tuning", "lora": "LoRA (PEFT)"}
 
@@ -99,7 +100,12 @@ def gather(settings: Settings, storage: Path, report: Callable[[str], None]) -> 
     base_model = storage / "base" / f"{data_name(settings.model)}-{settings.checkpoint_dtype}"
     if not base_model.is_dir():
         reader, dtype = CheckpointReader(source), getattr(torch, settings.checkpoint_dtype)
-        write_checkpoint(base_model, ((name, reader.tensor(name).to(dtype)) for name in reader.names()), source)
+        write_checkpoint(
+            base_model,
+            (SavedTensor(name, reader.tensor(name).to(dtype)) for name in reader.names()),
+            source,
+            dtype=dtype,
+        )
 
     tasks, held_out = [], settings.selection_samples + settings.report_samples
     for uri in settings.tasks:
@@ -216,9 +222,10 @@ def _build(
 def _save(state: dict[str, torch.Tensor], stored: ModelWeights, target: Path) -> None:
     """Write a tuned model as it came, like `save_merged`."""
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors() -> Iterator[SavedTensor]:
         for group in stored.groups:
-            yield from stored.stored_form(group, {name: state[name].cpu() for name in group.shapes})
+            for name, tensor in stored.stored_form(group, {name: state[name].cpu() for name in group.shapes}):
+                yield SavedTensor(name, tensor.to(stored.reader.served_dtype(name)))
 
     write_checkpoint(target, tensors(), stored.folder)
 

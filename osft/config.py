@@ -171,6 +171,10 @@ class TrainConfig(SubspaceConfig):
     save_final_checkpoint: bool = True
     """Write the model when training ends."""
 
+    save_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of the weights in the written models. "auto": as they came. Where it cannot hold what was learned, the rest
+    is kept beside the weights, in the folder `exact/`, from which a next run starts (osft/checkpoint.py)."""
+
     save_state_minutes: Annotated[float, Bounds(low=0.0)] = 15.0
     """Minutes between two savings of the training state (coefficients, optimizer, position), from which a run that
     was killed goes on. 0: only when the run is asked to end (SIGTERM)."""

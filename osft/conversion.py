@@ -3,12 +3,14 @@
 Checkpoints keep the names and shapes of the day they were published: GPT-NeoX stores its head as `embed_out`, GPT-2
 leaves out a prefix, a mixture of experts stores every expert by itself where the model stacks them. `transformers`
 describes each of these as renamings and converters that `from_pretrained` applies to the whole model. Here the same
-descriptions are applied to one tensor at a time, when it is read and, backwards, when it is written.
+descriptions are applied to one tensor at a time, when it is read and, backwards, when it is written. All of it works on
+exact tensors (`osft.checkpoint`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -120,7 +122,7 @@ class ModelWeights:
             )
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Entries [start, stop) of the first dimension of a tensor, in the dtype in which it is stored."""
+        """Entries [start, stop) of the first dimension of an exact tensor."""
         group = self._group_of[name]
         if group.converter is None:
             return self.reader.rows(group.stored_names[0], start, stop)
@@ -130,15 +132,24 @@ class ModelWeights:
             return torch.empty(0, *group.shapes[name][1:], dtype=self.dtype(name))
         part = {pattern: names[start:stop] for pattern, names in group.stored.items()}
         tensors = {stored: self.reader.tensor(stored) for names in part.values() for stored in names}
-        return self._convert(group, part, tensors)[name]
+        return self._convert(group, part, tensors)[name].to(self.dtype(name))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor, in the dtype in which it is stored. What it is made of is in memory beside it."""
-        return self._read(self._group_of[name])[name]
+        """A whole exact tensor. What it is made of is in memory beside it."""
+        return self._read(self._group_of[name])[name].to(self.dtype(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is stored."""
-        return self.reader.dtype(self._group_of[name].stored_names[0])
+        """The dtype that holds all exact tensors that this one is made of."""
+        dtypes = [self.reader.dtype(stored) for stored in self._group_of[name].stored_names]
+        return reduce(torch.promote_types, dtypes)
+
+    def served_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is stored in the model's own files."""
+        return self.reader.served_dtype(self._group_of[name].stored_names[0])
+
+    def are_exact(self, names: Sequence[str]) -> bool:
+        """Whether tensors are in float32, or were before they were rounded and that is kept (`exact/`)."""
+        return self.reader.is_exact or all(self.dtype(name) == torch.float32 for name in names)
 
     def sha256(self, name: str) -> str:
         """Hash of a tensor's dtype, shape and bytes, in the model's layout."""
@@ -151,21 +162,24 @@ class ModelWeights:
             return
         try:
             written = dict(self.stored_form(group, self._read(group)))
-            kept = all(torch.equal(written[stored], self.reader.tensor(stored)) for stored in group.stored_names)
+            kept = all(
+                torch.equal(written[stored].to(self.reader.dtype(stored)), self.reader.tensor(stored))
+                for stored in group.stored_names
+            )
         except (KeyError, NotImplementedError, ValueError, RuntimeError) as error:
             raise self._not_invertible(name) from error
         if not kept or len(written) != len(group.stored_names):
             raise self._not_invertible(name)
 
     def stored_form(self, group: Group, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The group's tensors under the names, in the layout and in the dtypes in which the checkpoint has them.
+        """The group's tensors under the names and in the layout in which the checkpoint has them.
 
         `tensors`: by the model's names, whole; those of the group that are missing are read from the checkpoint.
         """
         complete = dict(tensors) if set(tensors) >= set(group.shapes) else self._read(group) | dict(tensors)
         if group.converter is None:
             (stored,) = group.stored_names
-            yield stored, complete[group.name].to(self.reader.dtype(stored))
+            yield stored, complete[group.name]
             return
         reverse: Any = group.converter.reverse_transform()
         first = None
@@ -181,7 +195,7 @@ class ModelWeights:
         for name, tensor in converted.items():
             stored = stored_name[name]
             # A copy: a part of a stack would keep the stack in memory.
-            yield stored, _single(tensor).to(self.reader.dtype(stored), copy=True)
+            yield stored, _single(tensor).clone()
 
     def _read(self, group: Group) -> dict[str, torch.Tensor]:
         tensors = {stored: self.reader.tensor(stored) for stored in group.stored_names}
@@ -194,9 +208,11 @@ class ModelWeights:
         if group.converter is None:
             return {group.name: tensors[group.stored_names[0]]}
         converter: Any = deepcopy(group.converter)
+        # Of a stack of experts some may have been trained, and be exact in float32, while others are as they came.
+        dtype = reduce(torch.promote_types, [tensors[name].dtype for names in stored.values() for name in names])
         for pattern, names in stored.items():
             for name in names:
-                converter.add_tensor(group.name, name, pattern, tensors[name])
+                converter.add_tensor(group.name, name, pattern, tensors[name].to(dtype))
         converted = converter.convert(group.name, model=self._model, config=self._model.config)
         return {name: _single(tensor) for name, tensor in converted.items()}
 

@@ -16,7 +16,7 @@ from osft.config import SubspaceConfig
 from osft.conversion import ModelWeights
 from osft.models import empty_model
 from osft.subspace.factor_store import precompute
-from osft.training.sharded_model import save_merged
+from osft.training.saving import save_merged
 from tests.conftest import tiny_llama
 from tests.test_families import COMMON, load, logits, save_model, train_config, train_here
 
@@ -104,7 +104,7 @@ def test_experts_in_bfloat16_and_several_files_keep_both(tmp_path):
     assert sorted(after.names()) == sorted(base.names())
     changed = "model.layers.0.mlp.experts.2.down_proj.weight"
     assert not torch.equal(after.tensor(changed), base.tensor(changed))
-    assert {after.dtype(name) for name in after.names()} == {torch.bfloat16}
+    assert {after.served_dtype(name) for name in after.names()} == {torch.bfloat16}
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ from osft.models import empty_model
 from osft.subspace import osft_layers, select_targets
 from osft.subspace.factor_store import precompute
 from osft.training.loop import run
-from osft.training.sharded_model import load_sharded, save_merged
+from osft.training.saving import save_merged
+from osft.training.sharded_model import load_sharded
 from tests.subspace.test_linear import frozen_directions
 
 VOCABULARY, RATIO = 64, 0.25

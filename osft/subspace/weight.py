@@ -12,12 +12,62 @@ first dimension. Under FSDP2 every tensor is sharded by its first dimension. Of 
 `refresh_` needs nothing from other ranks.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from osft.config import FreeSubspace
 from osft.subspace.decomposition import Factors, factor_shapes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """A weight, its split and the coefficients of its update, whole, on one device. `Factors` has the shapes."""
+
+    base: torch.Tensor
+    """W0, (m, n) or (num_experts, m, n), in the dtype in which it is kept."""
+    coefficients: torch.Tensor
+    left: torch.Tensor | None
+    right: torch.Tensor | None
+    frozen: torch.Tensor | None
+
+    def update(self) -> torch.Tensor:
+        """D = L X R^T, float32."""
+        left, right = self._factors()
+        return left @ right
+
+    def weight(self) -> torch.Tensor:
+        """W0 + D, float32, computed as in the forward pass of a model in float32."""
+        left, right = self._factors()
+        base = self.base.float()
+        return torch.addmm(base, left, right) if base.ndim == 2 else torch.baddbmm(base, left, right)
+
+    def free_part(self, change: torch.Tensor) -> torch.Tensor:
+        """The part of any change of the weight that training could have made: orthogonal to the frozen directions.
+
+        change: as the weight, float32. It is the projection that X goes through, on both sides.
+        """
+        if self.left is not None and self.right is not None:
+            return self.left @ (self.left.mT @ change @ self.right) @ self.right.mT
+        assert self.frozen is not None, "a long side has frozen directions"
+        base = self.base.float()
+        if self.left is None:
+            assert self.right is not None
+            columns = change @ self.right
+            columns -= base @ (self.frozen @ (self.frozen.mT @ (base.mT @ columns)))
+            return columns @ self.right.mT
+        rows = self.left.mT @ change
+        rows -= ((rows @ base.mT) @ self.frozen) @ self.frozen.mT @ base
+        return self.left @ rows
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A, B with A B = L X R^T."""
+        if self.left is None:
+            assert self.right is not None
+            return self.coefficients, self.right.mT
+        return self.left, self.coefficients if self.right is None else self.coefficients @ self.right.mT
 
 
 class OSFTWeight(nn.Module):
@@ -94,6 +144,24 @@ class OSFTWeight(nn.Module):
         """This rank's part of the update D = L X R^T, float32: rows or experts (all on a single process)."""
         left, right = self._factors()
         return left @ right
+
+    @torch.no_grad()
+    def split(self) -> Split:
+        """Everything whole, gathered from every rank: call it on all of them."""
+
+        def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+        base, coefficients = whole(self.base_weight), whole(self.coefficients.detach())
+        assert base is not None
+        assert coefficients is not None
+        return Split(
+            base=base,
+            coefficients=coefficients,
+            left=whole(self.left_basis),
+            right=whole(self.right_basis),
+            frozen=whole(self.frozen_basis),
+        )
 
     def _project_(self) -> None:
         """X <- X - U U^T X on the long side, U = W0 B being the frozen directions of that side and B `frozen_basis`.

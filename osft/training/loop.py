@@ -8,7 +8,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from osft.data.chat import Sample
 from osft.data.packing import MicroBatch, collate, plan_micro_batches
 from osft.exit_codes import INTERRUPTED
 from osft.likelihood import token_nll
+from osft.origin import RoundingLoss
 from osft.subspace.model import refresh
 from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE, STOP
 
@@ -61,6 +62,11 @@ class StepMetrics:
     """Nats per loss token of the validation set after the step, where it was measured."""
     checkpoints: tuple[str, ...] = ()
     """The models that were written after the step, relative to the output folder."""
+    update_lost: float | None = None
+    """Of the last of these models, what rounding its weights did to the update (`osft.origin.RoundingLoss`). Rank 0
+    measures it."""
+    rounding_error: float | None = None
+    frozen_share: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -95,11 +101,21 @@ class Position:
     learning_rate: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenModel:
+    """A model on disk."""
+
+    path: str
+    """Relative to the output folder."""
+    rounding: RoundingLoss | None
+    """On rank 0."""
+
+
 class Saving(Protocol):
     """What the loop asks of whoever writes its results (`osft.training.outputs`). All ranks call it alike."""
 
-    def model(self, name: str) -> str:
-        """Write the tuned model under a name; returns its path relative to the output folder."""
+    def model(self, name: str, metrics: StepMetrics) -> WrittenModel:
+        """Write the tuned model after a step under a name."""
 
     def wanted(self) -> int:
         """This rank's wish: GO_ON, SAVE_STATE, INTERRUPT (save the state and end) or STOP (end training)."""
@@ -262,23 +278,25 @@ def run(
                 model, validation, config.max_tokens_per_gpu, device=device, rank=rank, world_size=world_size
             )
         scheduler.step(*([loss if validation_loss is None else validation_loss] if follows_loss else []))
-        on_step(
-            StepMetrics(
-                step=step.number,
-                epoch=step.epoch,
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=norm,
-                samples=position.samples,
-                tokens=position.tokens,
-                loss_tokens=position.loss_tokens,
-                tokens_per_second=sum(lengths) / seconds,
-                step_seconds=seconds,
-                timestamp=time.time(),
-                validation_loss=validation_loss,
-                checkpoints=_write_models(saving, config, step, position, validation_loss, is_last) if saving else (),
-            )
+        metrics = StepMetrics(
+            step=step.number,
+            epoch=step.epoch,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=norm,
+            samples=position.samples,
+            tokens=position.tokens,
+            loss_tokens=position.loss_tokens,
+            tokens_per_second=sum(lengths) / seconds,
+            step_seconds=seconds,
+            timestamp=time.time(),
+            validation_loss=validation_loss,
         )
+        if saving:
+            written = _write_models(saving, config, step, position, metrics, is_last=is_last)
+            rounding = asdict(written[-1].rounding) if written and written[-1].rounding else {}
+            metrics = replace(metrics, checkpoints=tuple(model.path for model in written), **rounding)
+        on_step(metrics)
         if is_last:
             return
         if saving and (wish in (SAVE_STATE, INTERRUPT) or _state_due(step, config)):
@@ -290,20 +308,21 @@ def run(
 
 
 def _write_models(
-    saving: Saving, config: TrainConfig, step: Step, position: Position, validation_loss: float | None, is_last: bool
-) -> tuple[str, ...]:
-    """Write the models that are due after a step, the best one by validation loss first. Returns their paths."""
+    saving: Saving, config: TrainConfig, step: Step, position: Position, metrics: StepMetrics, *, is_last: bool
+) -> list[WrittenModel]:
+    """Write the models that are due after a step, the best one by validation loss first."""
     written = []
+    validation_loss = metrics.validation_loss
     name = f"samples_{float(position.samples)}"  # as mini-trainer counts: the notebooks look for samples_*.0
     best = position.best_validation_loss
     if validation_loss is not None and (best is None or validation_loss < best):
         position.best_validation_loss = validation_loss
         if config.save_best_val_loss:
-            position.best_checkpoint = saving.model(f"{name}_best_val_loss")
-            written.append(position.best_checkpoint)
+            written.append(saving.model(f"{name}_best_val_loss", metrics))
+            position.best_checkpoint = written[-1].path
     if (is_last and config.save_final_checkpoint) or (step.ends_epoch and config.checkpoint_at_epoch):
-        written.append(saving.model(name))
-    return tuple(written)
+        written.append(saving.model(name, metrics))
+    return written
 
 
 def _validation_due(step: Step, config: TrainConfig) -> bool:

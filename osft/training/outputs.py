@@ -9,19 +9,24 @@ A process that receives SIGTERM (a preempted pod, a stopped or killed launcher) 
 the run saves its state and ends. All processes agree on that: each step's wishes are reduced over the ranks.
 """
 
+import json
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 from types import FrameType
 
 import torch
 from transformers import PreTrainedModel
 
+from osft.checkpoint import MODEL_CARD
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
-from osft.training.loop import Position
+from osft.model_card import model_card
+from osft.origin import ORIGIN, Origin, base_of
+from osft.training.loop import Position, StepMetrics, WrittenModel
 from osft.training.mirror import STOP_FILE, Mirror
-from osft.training.sharded_model import save_merged
+from osft.training.saving import SavedModel, save_merged
 from osft.training.state import save_state
 from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE
 
@@ -30,8 +35,16 @@ class Outputs:
     """Writes models and training states; `Saving` of `osft.training.loop`."""
 
     def __init__(
-        self, config: TrainConfig, model: PreTrainedModel, stored: ModelWeights, mirror: Mirror, *, rank: int
+        self,
+        config: TrainConfig,
+        model: PreTrainedModel,
+        stored: ModelWeights,
+        mirror: Mirror,
+        *,
+        dataset: Path,
+        rank: int,
     ) -> None:
+        self._config, self._dataset = config, dataset
         self._folder, self._mirror = mirror.folder, mirror
         self._model, self._stored, self._rank = model, stored, rank
         self._interval = config.save_state_minutes * 60
@@ -55,14 +68,34 @@ class Outputs:
             return SAVE_STATE
         return GO_ON
 
-    def model(self, name: str) -> str:
-        """Write the tuned model under a name; returns its path relative to the output folder."""
+    def model(self, name: str, metrics: StepMetrics) -> WrittenModel:
+        """Write the tuned model after a step under a name."""
         started = time.perf_counter()
         path = f"hf_format/{name}"
-        save_merged(self._model, self._stored, self._folder / path, rank=self._rank)
+
+        def files(saved: SavedModel) -> dict[str, str]:
+            origin = Origin(
+                base_model=base_of(self._config, self._stored.folder),
+                trained_from=self._config.model_path,
+                **{field.name: getattr(saved, field.name) for field in fields(saved)},
+            )
+            dataset = json.loads((self._dataset / "dataset.json").read_text(encoding="utf-8"))
+            card = model_card(
+                self._config, origin, base_folder=self._stored.folder, dataset=dataset, metrics=metrics, name=name
+            )
+            return {MODEL_CARD: card, ORIGIN: origin.to_json()}
+
+        saved = save_merged(
+            self._model,
+            self._stored,
+            self._folder / path,
+            save_dtype=self._config.save_dtype,
+            files=files,
+            rank=self._rank,
+        )
         self._mirror.model(path)
         self.seconds += time.perf_counter() - started
-        return path
+        return WrittenModel(path, saved.total if saved else None)
 
     def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
         """Write the training state."""

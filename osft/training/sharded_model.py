@@ -1,10 +1,10 @@
 """The model that a training process holds: its rows of every weight, read straight from disk.
 
 On one process the tensors are plain; on several, FSDP2 shards each transformer block by rows. The whole model is
-never in one process's memory, neither when it is loaded nor when it is saved.
+never in one process's memory, neither when it is loaded nor when it is saved (`osft.training.saving`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from osft.checkpoint import CheckpointReader, write_checkpoint
+from osft.checkpoint import CheckpointReader
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
 from osft.models import empty_model
@@ -154,32 +154,3 @@ def _load_tensors(model: nn.Module, stored: ModelWeights, factors: FactorSet, ra
     for name, parameter in model.named_parameters():
         if id(parameter) not in loaded:
             stored.require(name)
-
-
-def save_merged(model: PreTrainedModel, stored: ModelWeights, folder: Path, *, rank: int = 0) -> None:
-    """Write the tuned model as a plain Hugging Face folder, with the names, shapes and dtypes that it came with.
-
-    What was not trained is copied. Call it on every rank; rank 0 writes, one weight or stack of experts at a time.
-    """
-    tuned = {name + layer.tensor_suffix: layer for name, layer in osft_layers(model)}
-
-    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
-        for group in stored.groups:
-            tensors = {}
-            for name in group.shapes:
-                if name in tuned:
-                    weight = tuned[name].dense_weight().detach()
-                    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-                    tensors[name] = whole.cpu() if rank == 0 else whole
-            if rank == 0 and tensors:
-                yield from stored.stored_form(group, tensors)
-            elif rank == 0:
-                yield from ((name, stored.reader.tensor(name)) for name in group.stored_names)
-        if rank == 0:
-            yield from ((name, stored.reader.tensor(name)) for name in stored.unused)
-
-    if rank == 0:
-        write_checkpoint(folder, gathered(), stored.folder)
-    else:
-        for _ in gathered():
-            pass

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.distributed.tensor import DTensor
 from osft.atomic import write_json
 from osft.checkpoint import tensor_sha256
 from osft.config import TrainConfig
+from osft.conversion import ModelWeights
 from osft.data.dataset_folder import load_split
+from osft.origin import Origin, read_origin
 from osft.subspace.effective_rank import effective_rank
 from osft.subspace.factor_store import load_factor_set
 from osft.subspace.model import osft_layers
@@ -58,7 +61,7 @@ def train_process(work: dict[str, Any]) -> None:
     if work["liger"]:
         apply_liger(model)
     mirror = Mirror(config.ckpt_output_dir, output, rank=rank)
-    outputs = Outputs(config, model, stored, mirror, rank=rank)
+    outputs = Outputs(config, model, stored, mirror, dataset=dataset, rank=rank)
     state = Path(work["state"]) if work["state"] else None
     position = Position(**read_position(state)) if state else Position()
     loaded = time.perf_counter()
@@ -66,6 +69,9 @@ def train_process(work: dict[str, Any]) -> None:
     total = sum(p.numel() for name, p in model.named_parameters() if name in stored)
     steps: list[StepMetrics] = []
     if rank == 0:
+        print(
+            f"train: {_start(stored, [name + layer.tensor_suffix for name, layer in osft_layers(model)])}", flush=True
+        )
         print(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}", flush=True)
     with (
         mirror,
@@ -97,6 +103,8 @@ def train_process(work: dict[str, Any]) -> None:
     history = [metrics.to_dict() for metrics in steps]
     if rank == 0:  # the steps before this call, too
         history = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
+    checkpoints = [path for line in history for path in line["checkpoints"]]
+    origin = read_origin(output / checkpoints[-1]) if checkpoints else None  # of the model that the run is for
     summary = {
         "config": config.to_dict() | {"dataset": dataset.name},
         "steps": position.step,
@@ -107,7 +115,7 @@ def train_process(work: dict[str, Any]) -> None:
         "final_loss": history[-1]["loss"],
         "validation_loss": history[-1]["validation_loss"],
         "best_validation_loss": position.best_validation_loss,
-        "checkpoints": [path for line in history for path in line["checkpoints"]],
+        "checkpoints": checkpoints,
         "best_checkpoint": position.best_checkpoint,
         "world_size": world_size,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -120,8 +128,10 @@ def train_process(work: dict[str, Any]) -> None:
         "peak_memory_bytes": _peak_memory(device),
         "rank_layout": {
             name: _layout(described["shape"], described["rank"], update_norms[name], effective_ranks[name])
+            | (asdict(origin.weights[name]) if origin else {})
             for name, described in weights.items()
         },
+        "saved": None if origin is None else _described(origin),
     }
     if rank == 0:
         write_json(output / SUMMARY, summary)
@@ -131,6 +141,22 @@ def train_process(work: dict[str, Any]) -> None:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     mirror.finish()
+
+
+def _start(stored: ModelWeights, targets: list[str]) -> str:
+    """What the training starts from."""
+    if stored.reader.is_exact:
+        return f"starts from the exact weights of {stored.folder}"
+    if stored.are_exact(targets):
+        return f"starts from the float32 weights of {stored.folder}"
+    dtype = str(stored.served_dtype(targets[0])).removeprefix("torch.")
+    return f"starts from weights that are rounded to {dtype}: {stored.folder} keeps no exact ones"
+
+
+def _described(origin: Origin) -> dict[str, Any]:
+    """How the last model was written, and what that did to the update as a whole."""
+    names = ("base_model", "starts_from_exact", "dtype", "rounding")
+    return {name: getattr(origin, name) for name in names} | asdict(origin.total)
 
 
 def _layout(shape: list[int], rank: int, update_norm: float, effective_rank: float) -> dict[str, Any]:

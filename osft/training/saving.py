@@ -1,0 +1,200 @@
+"""Writing the tuned model: a plain Hugging Face folder, and beside its rounded weights what makes them exact again.
+
+The exact weight is W = W0 + D in float32, D = L X R^T the update. What is served is W in the dtype of the base model,
+or in `save_dtype`. Where that has fewer bits than W, the difference is kept in exact/ (`osft.residual`), and what the
+rounding did to the update is measured, for each weight, with D' = W' - W0 the update that is served:
+
+    update_lost      1 - <D', D> / |D|^2     the share of the update that is not in D' (negative: D' overshoots)
+    rounding_error   |D' - D| / |D|
+    frozen_share     |D' - P D'| / |D'|      P projects on what training can reach; of D itself the share is 0
+
+What was not trained, and a weight whose update is zero, is written byte for byte as it came.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from osft import residual
+from osft.checkpoint import SavedTensor, write_checkpoint
+from osft.conversion import Group, ModelWeights
+from osft.origin import RoundingLoss
+from osft.subspace.model import osft_layers
+from osft.subspace.weight import Split
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedModel:
+    """What was written."""
+
+    starts_from_exact: bool
+    """Whether the base's trained weights were exact: kept in exact/, or stored in float32."""
+    dtype: str
+    """Of the trained weights as they are served."""
+    rounding: str
+    """How they were rounded; "none" where the dtype holds them exactly."""
+    total: RoundingLoss
+    """Over all weights together."""
+    weights: dict[str, RoundingLoss]
+    """Of each target."""
+
+
+def save_merged(
+    model: PreTrainedModel,
+    stored: ModelWeights,
+    folder: Path,
+    *,
+    save_dtype: str = "auto",
+    files: Callable[[SavedModel], Mapping[str, str]] | None = None,
+    rank: int = 0,
+) -> SavedModel | None:
+    """Write the tuned model with the names, shapes and (save_dtype "auto") dtypes that it came with.
+
+    `files` gives more files of the folder, by name, when the weights are written. Call it on every rank; rank 0 writes,
+    one weight or stack of experts at a time, and gets what was written.
+    """
+    layers = {name + layer.tensor_suffix: (name, layer) for name, layer in osft_layers(model)}
+    writer = _Writer(stored, save_dtype, trained=list(layers))
+
+    def tensors() -> Iterator[SavedTensor]:
+        for group in stored.groups:
+            splits = {name: layers[name][1].split() for name in group.shapes if name in layers}  # on all ranks
+            if rank == 0:
+                yield from writer.group(group, {layers[name][0]: (name, split) for name, split in splits.items()})
+        if rank == 0:
+            yield from (writer.unchanged(name) for name in stored.unused)
+
+    if rank != 0:
+        for _ in tensors():
+            pass
+        return None
+    write_checkpoint(
+        folder,
+        tensors(),
+        stored.folder,
+        dtype=writer.new_dtype,
+        files=lambda: files(writer.summary()) if files else {},
+    )
+    return writer.summary()
+
+
+class _Writer:
+    """Rounds and measures, on rank 0."""
+
+    def __init__(self, stored: ModelWeights, save_dtype: str, *, trained: Sequence[str]) -> None:
+        self._stored = stored
+        self._main_dtype = stored.served_dtype(trained[0])
+        self._starts_from_exact = stored.are_exact(trained)
+        self.new_dtype: torch.dtype | None = None if save_dtype == "auto" else getattr(torch, save_dtype)
+        """What the stored dtype of the trained weights becomes; None: it stays."""
+        self._losses: dict[str, RoundingLoss] = {}
+        self._sums = _Sums()
+        self._dtypes: set[torch.dtype] = set()
+        self._rounded = False
+
+    def group(self, group: Group, trained: Mapping[str, tuple[str, Split]]) -> Iterator[SavedTensor]:
+        """The stored tensors that a group of the model's becomes. `trained`: target -> its tensor's name and split."""
+        exact, served = {}, {}
+        for target, (name, split) in trained.items():
+            dtype = self._dtype(group.stored_names[0])
+            self._dtypes.add(dtype)
+            update = split.update()
+            if not update.any():
+                self._losses[target] = RoundingLoss(update_lost=None, rounding_error=None, frozen_share=None)
+                continue
+            whole = split.weight()
+            rounded = whole.to(dtype)
+            sums = _Sums.of(split, update, rounded)
+            self._sums.add(sums)
+            self._losses[target] = sums.loss()
+            exact[name], served[name] = whole.cpu(), rounded.cpu()
+        if not exact:
+            yield from (self.unchanged(name) for name in group.stored_names)
+            return
+        pairs = zip(self._stored.stored_form(group, exact), self._stored.stored_form(group, served), strict=True)
+        for (name, whole), (_, rounded) in pairs:
+            if torch.equal(whole, self._stored.reader.tensor(name).to(whole.dtype)):  # an expert without an update
+                yield self.unchanged(name)
+            else:
+                yield self._saved(name, whole, rounded.to(self._dtype(name)))
+
+    def unchanged(self, name: str) -> SavedTensor:
+        """A stored tensor as it came, or in the dtype that was asked for."""
+        reader, dtype = self._stored.reader, self._dtype(name)
+        if dtype == reader.served_dtype(name):
+            return reader.saved(name)
+        exact = reader.tensor(name)
+        return self._saved(name, exact, exact.to(dtype))
+
+    def summary(self) -> SavedModel:
+        """What was written, when all is."""
+        return SavedModel(
+            starts_from_exact=self._starts_from_exact,
+            dtype=" and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self._dtypes)),
+            rounding="nearest" if self._rounded else "none",
+            total=self._sums.loss(),
+            weights=self._losses,
+        )
+
+    def _saved(self, name: str, exact: torch.Tensor, served: torch.Tensor) -> SavedTensor:
+        if torch.equal(exact.float(), served.float()):
+            return SavedTensor(name, served)
+        self._rounded = True
+        return SavedTensor(name, served, residual.encode(exact, served))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """In which a stored tensor is written. What has a dtype of its own (float32 in a bfloat16 model) keeps it."""
+        before = self._stored.reader.served_dtype(name)
+        return self.new_dtype if self.new_dtype is not None and before == self._main_dtype else before
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Squared norms and products of updates, which add up over weights."""
+
+    update: float = 0.0
+    """|D|^2."""
+    served: float = 0.0
+    """|D'|^2."""
+    product: float = 0.0
+    """<D', D>."""
+    difference: float = 0.0
+    """|D' - D|^2."""
+    outside: float = 0.0
+    """|D' - P D'|^2."""
+
+    @classmethod
+    def of(cls, split: Split, update: torch.Tensor, rounded: torch.Tensor) -> "_Sums":
+        """Those of one weight."""
+        served = rounded.float() - split.base.float()
+        outside = served - split.free_part(served)
+        return cls(
+            update=_square(update),
+            served=_square(served),
+            product=torch.sum(served * update, dtype=torch.float64).item(),
+            difference=_square(served - update),
+            outside=_square(outside),
+        )
+
+    def add(self, other: "_Sums") -> None:
+        """Add those of another weight."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def loss(self) -> RoundingLoss:
+        """The shares."""
+        if not self.update:
+            return RoundingLoss(update_lost=None, rounding_error=None, frozen_share=None)
+        return RoundingLoss(
+            update_lost=1 - self.product / self.update,
+            rounding_error=math.sqrt(self.difference / self.update),
+            frozen_share=math.sqrt(self.outside / self.served) if self.served else None,
+        )
+
+
+def _square(tensor: torch.Tensor) -> float:
+    return torch.sum(tensor.square(), dtype=torch.float64).item()
