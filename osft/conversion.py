@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -221,6 +222,19 @@ class ModelWeights:
             f"{self.folder} stores {name} in a form that can be read but not written. Load the model once with "
             "AutoModelForCausalLM and save it with `save_pretrained`, or leave this weight out with target_patterns"
         )
+
+
+@torch.no_grad()
+def fill_exact_(model: PreTrainedModel, folder: str | Path) -> None:
+    """Put the exact weights of a folder into the model that `from_pretrained` made of it in float32."""
+    reader = CheckpointReader(folder)
+    stored = ModelWeights(reader, model)
+    parameters = dict(model.named_parameters())
+    for group in stored.groups:
+        if any(reader.has_residual(name) for name in group.stored_names):
+            for name in group.shapes:
+                if name in parameters:
+                    parameters[name].copy_(stored.tensor(name))
 
 
 def _single(tensor: Any) -> torch.Tensor:

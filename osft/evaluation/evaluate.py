@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from osft.checkpoint import CheckpointReader
 from osft.data.records import DataError, Record, data_name, read_records
 from osft.evaluation.measure import MeasuredModel
 from osft.evaluation.score_store import ScoreStore
@@ -70,6 +71,8 @@ def evaluate(
     - `task`, `created`, `models[model]["path"]`, `sets[name]`: `role`, `source`, `num_samples`
     - `reference`: what the candidate is compared with, "champion" where there is one, else "base"
     - `results[model][set]`: the fields of `SetScore`
+    - `exact`: those of the candidate's exact weights on the new task, before they were rounded to be served; None where
+      the candidate keeps none
     - `changes[model][set]`: the candidate against this model, see `scoring.changes`
     - `benchmarks`: None, or `tasks[name]` and `results[model][name]`, see `benchmarks.Benchmarks`
     - `examples`: `set`, `prompt`, `reference` and `answers[model]`
@@ -99,6 +102,12 @@ def evaluate(
         if public is not None:
             benchmark_results[name] = model.benchmarks(public, f"{name} on benchmarks")
         del model  # the next one needs its memory
+    exact = None
+    if CheckpointReader(folders["candidate"]).is_exact:
+        unrounded = MeasuredModel(
+            folders["candidate"], store, max_tokens=max_tokens, trust_remote_code=trust_remote_code, exact=True
+        )
+        exact = unrounded.scores(task.records, f"candidate's exact weights on {task.name}").summary().to_dict()
 
     return {
         "task": task.name,
@@ -109,6 +118,7 @@ def evaluate(
         "results": {
             name: {key: score.summary().to_dict() for key, score in of_sets.items()} for name, of_sets in scores.items()
         },
+        "exact": exact,
         "changes": {
             name: {s.name: changes(scores[name][s.name], scores["candidate"][s.name]) for s in sets}
             for name in present

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from osft.conversion import fill_exact_
 from osft.data.records import Record
 from osft.evaluation.score_store import ScoreStore, measurement_key, model_hash
 from osft.evaluation.scoring import (
@@ -26,16 +27,20 @@ if TYPE_CHECKING:
 class MeasuredModel:
     """A model folder to be measured. The model is loaded when the first number is missing, and lives as long as this.
 
-    On a GPU it is computed in bfloat16, else in float32.
+    On a GPU it is computed in bfloat16, else in float32. `exact`: with the exact weights that its folder keeps, in
+    float32, instead of those that are served.
     """
 
-    def __init__(self, folder: Path, store: ScoreStore, *, max_tokens: int, trust_remote_code: bool) -> None:
+    def __init__(
+        self, folder: Path, store: ScoreStore, *, max_tokens: int, trust_remote_code: bool, exact: bool = False
+    ) -> None:
         self._folder = folder
         self._store = store
         self._max_tokens = max_tokens
         self._trust_remote_code = trust_remote_code
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
+        self._exact = exact
+        self._dtype = torch.bfloat16 if self._device == "cuda" and not exact else torch.float32
 
     def scores(self, records: Sequence[Record], description: str) -> RecordScores:
         """Of each record; `description` is what the progress bar shows."""
@@ -79,6 +84,8 @@ class MeasuredModel:
         trust = self._trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=trust)
         model: Any = AutoModelForCausalLM.from_pretrained(self._folder, dtype=self._dtype, trust_remote_code=trust)
+        if self._exact:
+            fill_exact_(model, self._folder)
         return model.to(self._device).eval(), tokenizer
 
     @cached_property
@@ -86,4 +93,6 @@ class MeasuredModel:
         return model_hash(self._folder)
 
     def _key(self, kind: str, **determined_by: Any) -> str:
+        if self._exact:
+            determined_by |= {"weights": "exact"}
         return measurement_key(kind, model=self._content, dtype=str(self._dtype), device=self._device, **determined_by)

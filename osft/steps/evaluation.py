@@ -84,6 +84,8 @@ def evaluate_model(
             for name, score in scores.items():
                 numbers = {key: score[key] for key in ("loss", "perplexity", "accuracy")}
                 step.log_metrics({f"{model}/{name}/{key}": value for key, value in numbers.items()}, to_parent=True)
+        if evaluation["exact"]:  # what rounding costs is the difference to candidate/<task>/loss
+            step.log_metrics({f"candidate_exact/{task}/loss": evaluation["exact"]["loss"]}, to_parent=True)
         metrics = storage.fetch(round.address("train", "metrics.jsonl")).read_text(encoding="utf-8")
         html = render_report(
             evaluation,

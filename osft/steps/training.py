@@ -63,6 +63,8 @@ def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Pa
         run_job(job, limits=limits, output=folder, callbacks=[step.live_metrics()])
         summary = read_json(storage.join(folder, "training.json"))
         step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
+        saved = summary.get("saved") or {}
+        step.log_metrics({f"saved/{k}": v for k, v in saved.items() if isinstance(v, float)})
         step.log_artifact(storage.local(storage.join(folder, "training.json")))
     return summary | {"checkpoint": storage.join(folder, summary["checkpoints"][-1])}
 

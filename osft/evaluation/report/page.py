@@ -65,6 +65,8 @@ def render_report(
         training_plots=training_plots(metrics, training) if metrics else [],
         metrics=metrics,
         subspace=subspace_section(factors, training) if factors else None,
+        exact=evaluation.get("exact"),
+        candidate=evaluation["results"]["candidate"][evaluation["task"]],
         dataset=dataset,
         cost=costs,
     )

@@ -39,6 +39,10 @@ def subspace_section(factors: "FactorSet", training: dict[str, Any] | None) -> d
         "spectra_plots": _spectra_plots(spectra, frozen),
         "updates_plot": _by_block("updates", "Size of each update, in percent of its weight's norm", sizes, digits=2),
         "largest_update": max(sizes.items(), key=lambda item: item[1]) if sizes else None,
+        "saved": training.get("saved") if training else None,
+        "frozen_plot": _by_block(
+            "frozen", "Share of each stored update in frozen directions, in percent", frozen_shares(layouts), high=1.0
+        ),
         "used_plot": _by_block("used", "Use of the free subspace, in percent of its directions", used, high=1.0),
         "used": sum(used.values()) / len(used) if used else None,
         "most_used": max(used.items(), key=lambda item: item[1]) if used else None,
@@ -77,6 +81,19 @@ def used_shares(layouts: dict[str, dict[str, Any]]) -> dict[Place, float]:
         place, rank = block_and_kind(target), layout.get("effective_rank")
         if place and rank is not None and math.isfinite(rank) and layout["unfrozen"]:
             found.setdefault(place, []).append(rank / layout["unfrozen"])
+    return {place: sum(shares) / len(shares) for place, shares in found.items()}
+
+
+def frozen_shares(layouts: dict[str, dict[str, Any]]) -> dict[Place, float]:
+    """(block, kind) -> share of the stored update in frozen directions, of `rank_layout`; of several weights the mean.
+
+    Runs before this was measured give nothing.
+    """
+    found: dict[Place, list[float]] = {}
+    for target, layout in layouts.items():
+        place, share = block_and_kind(target), layout.get("frozen_share")
+        if place and share is not None:
+            found.setdefault(place, []).append(share)
     return {place: sum(shares) / len(shares) for place, shares in found.items()}
 
 
