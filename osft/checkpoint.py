@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from osft import residual
 from osft.atomic import atomic_path
+from osft.origin import MODEL_CARD, ORIGIN
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -33,7 +34,6 @@ _MANIFEST = "manifest.json"
 _UNITS = ".units"
 FORMAT = 1
 """Of exact/manifest.json."""
-MODEL_CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +287,7 @@ _WEIGHTS = (
 _OF_THE_BASE = frozenset(
     {
         *(MODEL_CARD, "trainer_state.json", "trainer_log.jsonl", "all_results.json", "train_results.json"),
-        *("eval_results.json", "training_args.json", "adapter_config.json", "osft.json"),
+        *("eval_results.json", "training_args.json", "adapter_config.json", ORIGIN),
     }
 )
 """Files that tell how the base model was made or how it scored."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from osft.checkpoint import MODEL_CARD
+from osft.origin import MODEL_CARD
 
 if TYPE_CHECKING:
     from osft.config import TrainConfig

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from osft.config import TrainConfig
 
 ORIGIN = "osft.json"
+MODEL_CARD = "README.md"
+"""Of a model's folder; `osft.model_card` writes it."""
 FORMAT = 1
 
 

@@ -144,6 +144,12 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     assert b"<html" in object_store.files.cat(f"{root}/rounds/first/report.html")
     assert json.loads(object_store.files.cat(f"{root}/rounds/first/evaluation.json")) == evaluation
     mlflow = runs.client(tracking, root)
+    run_id = mlflow.get_model_version("tiny", str(version)).run_id
+    card = Path(mlflow.download_artifacts(run_id, "model/README.md")).read_text()
+    assert "base_model: " in card, "training's card"
+    assert "larger-number (new task) | loss" in card.split("## Scores")[1]
+    kept = lineage.read(mlflow, "tiny", version)
+    assert kept.checkpoint_sha256 == mlflow.get_model_version("tiny", str(version)).tags["osft.checkpoint_sha256"]
     assert mlflow.get_model_version_by_alias("tiny", "champion").version == version
     assert not any(SECRET.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 

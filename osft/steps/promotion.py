@@ -6,7 +6,10 @@ from typing import Any
 
 import osft
 from osft import storage
+from osft.content import folder_sha256
 from osft.data.record_hashes import RECORDS_FILE, read_hashes
+from osft.model_card import with_scores
+from osft.origin import MODEL_CARD
 from osft.rounds.resolve import ResolvedRound
 from osft.steps.evaluation import next_scores
 from osft.steps.round import EVALUATION_FILE, VERSION_FILE, Round, read_json
@@ -37,20 +40,28 @@ def register_model(
     with round.step("register_model") as step:
         folder = round.folder / "lineage"
         data = storage.fetch(data_path)
+        checkpoint = storage.fetch(checkpoint_path, marker="config.json")
+        digest = folder_sha256(checkpoint)
+        description = describe_version(evaluation, parent_version=resolved.parent_version)
+        card = checkpoint / MODEL_CARD
         lineage.write(
             folder,
-            _lineage(step.client, round, model_name, checkpoint_path, factors_path, image, evaluation, resolved),
+            _lineage(
+                step.client, round, model_name, checkpoint_path, digest, factors_path, image, evaluation, resolved
+            ),
             record_hashes=read_hashes(data / RECORDS_FILE),
             held_out=data / "validation.jsonl",
         )
         version = registry.register(
             step.client,
             model_name,
-            storage.fetch(checkpoint_path, marker="config.json"),
+            checkpoint,
             run_id=step.run_id,
-            description=describe_version(evaluation, parent_version=resolved.parent_version),
+            description=description,
             tags=tags,
             lineage=folder,
+            digest=digest,
+            model_card=with_scores(card.read_text(encoding="utf-8"), description) if card.is_file() else None,
         )
         step.log_params({"model_name": model_name, "model_version": version})
         round.write(VERSION_FILE, json.dumps({"model_name": model_name, "version": version}, indent=2) + "\n")
@@ -89,6 +100,7 @@ def _lineage(
     round: Round,
     model_name: str,
     checkpoint_path: str,
+    checkpoint_sha256: str,
     factors_path: str,
     image: str,
     evaluation: dict[str, Any],
@@ -104,6 +116,7 @@ def _lineage(
         base_model=resolved.base_model,
         task=resolved.task,
         checkpoint=checkpoint_path,
+        checkpoint_sha256=checkpoint_sha256,
         data=resolved.data,
         settings=read_json(round.address("train", "training.json"))["config"],
         factor_key=Path(factors_path).stem,

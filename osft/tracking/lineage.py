@@ -103,6 +103,8 @@ class Lineage:
     """Not the name of an ancestor's task."""
     checkpoint: str
     """Path or URI below the storage root; the same files are in the version's artifacts."""
+    checkpoint_sha256: str = ""
+    """Of the names and bytes of its files, exact weights included; empty in versions from before this was recorded."""
     data: DataManifest
     settings: dict[str, Any]
     factor_key: str

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from osft.content import folder_sha256
+from osft.origin import MODEL_CARD
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,10 +44,13 @@ def register(
     description: str,
     tags: dict[str, Any],
     lineage: Path | None = None,
+    digest: str | None = None,
+    model_card: str | None = None,
 ) -> int:
     """Log a checkpoint folder to a run and make it a new version of `model_name`, with the alias `candidate`.
 
-    `lineage` is the folder that `osft.tracking.lineage.write` made; it is logged before the version exists. Returns the
+    `lineage` is the folder that `osft.tracking.lineage.write` made; it is logged before the version exists. `digest` is
+    the `folder_sha256` of the checkpoint, if it is known; `model_card` replaces the checkpoint's own. Returns the
     version. Called again for the same tag `osft.checkpoint`, by a retried step, it returns the version that is there.
 
     Raises ValueError if that version holds other bytes, or if the run holds another version's.
@@ -58,7 +62,7 @@ def register(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    digest = folder_sha256(checkpoint)
+    digest = digest or folder_sha256(checkpoint)
     for known in mlflow.search_model_versions(f"name = '{model_name}'"):
         if known.tags.get(_CHECKPOINT_TAG) == tags[_CHECKPOINT_TAG]:
             if known.tags.get(_CONTENT_TAG, digest) != digest:
@@ -77,6 +81,8 @@ def register(
             "Register each version from a run of its own"
         )
     mlflow.log_artifacts(run_id, str(checkpoint), MODEL)
+    if model_card is not None:
+        mlflow.log_text(run_id, model_card, f"{MODEL}/{MODEL_CARD}")
     if lineage is not None:
         mlflow.log_artifacts(run_id, str(lineage), LINEAGE)
     version = mlflow.create_model_version(

@@ -19,11 +19,10 @@ from types import FrameType
 import torch
 from transformers import PreTrainedModel
 
-from osft.checkpoint import MODEL_CARD
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
 from osft.model_card import model_card
-from osft.origin import ORIGIN, Origin, base_of
+from osft.origin import MODEL_CARD, ORIGIN, Origin, base_of
 from osft.training.loop import Position, StepMetrics, WrittenModel
 from osft.training.mirror import STOP_FILE, Mirror
 from osft.training.saving import SavedModel, save_merged

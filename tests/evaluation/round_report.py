@@ -248,8 +248,16 @@ def new_training(factors: FactorSet) -> dict[str, Any]:
                 "update_norm": 0.05 * (i % 21 + 1),
                 "unfrozen": ranks[name],
                 "effective_rank": ranks[name] * (0.2 + 0.1 * (i % 6)),
+                "frozen_share": 0.3 + 0.01 * (i % 21),
             }
             for i, name in enumerate(factors.weights)
+        },
+        "saved": {
+            "dtype": "bfloat16",
+            "rounding": "nearest",
+            "update_lost": 0.2718,
+            "rounding_error": 0.5432,
+            "frozen_share": 0.3987,
         },
     }
 

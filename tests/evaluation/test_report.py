@@ -219,6 +219,18 @@ def test_prompt_with_a_script_is_shown_as_text(page):
     assert "<script" not in page
 
 
+def test_what_rounding_did_to_the_update_is_told_with_what_it_cost(factors):
+    evaluation = new_evaluation() | {"exact": {"loss": 1.23456}}
+    training = new_training(factors)
+    text = Page(render_report(evaluation, training=training, factors=factors)).text["subspace"]
+    for said in ("bfloat16, rounded (nearest)", "27.2", "54.3", "39.9", "the exact ones of 1.2346"):
+        assert said in text, said
+    training["saved"] |= {"rounding": "none", "dtype": "float32"}
+    text = Page(render_report(new_evaluation(), training=training, factors=factors)).text["subspace"]
+    assert "stored in float32, which holds the update" in text
+    assert "frozen directions" not in text.split("What saving did")[1].split("Use of")[0]
+
+
 def test_examples_stand_side_by_side_the_new_task_first(page):
     text = Page(page).text["examples"]
     assert re.findall(r"[\w-]+ (?:new|earlier) task", text) == [

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from osft import osft
 from osft.checkpoint import EXACT, CheckpointReader
+from osft.evaluation.evaluate import evaluate, load_set
 from osft.origin import read_origin
 from osft.training import loop
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama, write_jsonl
@@ -256,6 +257,22 @@ def test_damaged_residual_is_refused_with_its_name(train, damage):
         manifest.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="exact"):
         train(first)
+
+
+def test_evaluation_measures_what_is_served_and_beside_it_what_was_learned(train, bases, chats):
+    served_model = train("bfloat16", learning_rate=2e-5).checkpoint
+    exact_model = train("float32", learning_rate=2e-5).checkpoint
+    one_set = [load_set(str(chats), "new task", max_samples=40)]
+    (task,) = (one.name for one in one_set)
+    found, reference = (
+        evaluate({"base": str(bases[kind]), "candidate": str(tuned)}, one_set, num_examples=0)
+        for kind, tuned in (("bfloat16", served_model), ("float32", exact_model))
+    )
+    assert reference["exact"] is None, "it is what is served"
+    expected = reference["results"]["candidate"][task]["loss"]
+    assert found["exact"]["loss"] == pytest.approx(expected, rel=1e-6)
+    base = found["results"]["base"][task]["loss"]
+    assert base - found["exact"]["loss"] > 1.1 * (base - found["results"]["candidate"][task]["loss"])
 
 
 def test_lineage_leads_to_the_first_base_model(train, bases):
