@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class Record:
     """What the assistant may call, as the chat template wants it (JSON schemas of functions)."""
     unmask: bool = False
     """Loss on every message but the system's, not only on the assistant's."""
+    learn: tuple[bool | None, ...] = ()
+    """For each message, whether it has a loss; None where the record does not say. Empty if it says so of none."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template beside messages and tools, `documents` or `enable_thinking` for example."""
 
     def to_dict(self) -> dict[str, Any]:
         """The record as it is written in a JSON line; what is not there has no key."""
