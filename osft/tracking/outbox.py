@@ -3,11 +3,11 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Metric
 
 _log = logging.getLogger(__name__)
@@ -23,16 +23,19 @@ class MetricOutbox:
 
     Whoever measures only puts; a thread sends every `interval_seconds`. What the server does not take stays and is sent
     again. A metric that is sent twice (the answer to the first was lost) is equal to itself, and MLflow keeps one.
+
+    `send` gives up to 1000 metrics to the server. What it raises is the server's answer, a ValueError one for good.
     """
 
-    def __init__(self, mlflow: "MlflowClient", run_id: str, *, interval_seconds: float = 5.0) -> None:
-        self._mlflow, self._run_id, self._interval = mlflow, run_id, interval_seconds
+    def __init__(self, send: "Callable[[list[Metric]], object]", *, interval_seconds: float = 5.0) -> None:
+        self._take, self._interval = send, interval_seconds
         self._pending: list[Metric] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metric-outbox", daemon=True)
         self._starting = threading.Lock()
         self.problem = ""
-        """What the server said to the last attempt, if it did not take the metrics."""
+        """What the server said to the last attempt, if it did not take the metrics. An outage is told while this is
+        empty; who has told it sets it."""
 
     def put(self, name: str, value: float, *, step: int, seconds: float) -> None:
         """Take a metric; `seconds` since the epoch. It does not wait for the server."""
@@ -65,12 +68,12 @@ class MetricOutbox:
         while self._pending:
             batch = self._pending[:_BATCH]
             try:
-                self._mlflow.log_batch(self._run_id, metrics=batch)
-            except (MlflowException, OSError) as error:
+                self._take(batch)
+            except (MlflowException, OSError, ValueError) as error:
                 if not self.problem:  # an outage is told once, however long it lasts
                     _log.warning("metrics cannot be sent to MLflow, they are kept: %s", error)
                 self.problem = str(error)
-                lasting = isinstance(error, MlflowException) and error.error_code in _LASTING
+                lasting = isinstance(error, ValueError) or getattr(error, "error_code", "") in _LASTING
                 return _Answer.REFUSED if lasting else _Answer.NONE
             del self._pending[: len(batch)]
         self.problem = ""

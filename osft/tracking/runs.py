@@ -15,8 +15,11 @@ A round's run carries tags that find it, in the search field of MLflow's page or
     tags.`osft.model_name` = 'm' AND tags.`osft.model_version` = '3'    the round that made a version
     tags.`osft.outcome` = 'refused'                         as in `Outcome`
 
-When the tracking server goes away for a while:
+When the tracking server does not answer:
 
+    when a step begins            it is asked again for half a minute, then the step fails, before any work
+    when `osft()` begins          training goes on; the run is made, with all that was logged, when the server answers
+                                  (osft.tracking.training_run)
     a call of a step              is repeated by MLflow's client, for about four minutes
                                   (MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR); then it fails
     live and system metrics       never wait: they are kept and sent when the server is back. A step that ends waits
@@ -34,9 +37,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from osft import storage
+from osft.parameters import number
+from osft.tracking.addresses import bounded_requests, checked_address, explained_mlflow
 from osft.tracking.datasets import Context, dataset_input
 from osft.tracking.outbox import MetricOutbox
 from osft.tracking.system_metrics import system_metrics
@@ -59,7 +63,9 @@ _MAX_PARAM_LENGTH = 6000  # MLflow's own limits: on a parameter's value, a tag's
 _MAX_TAG_LENGTH = 5000
 _PARAMS_PER_REQUEST = 100
 _WAIT_SECONDS = 150.0  # MLflow's client makes its sixth attempt two minutes after its first
-_WAIT_AFTER_FAILURE_SECONDS = 5.0  # a cancelled pod has 30 s in all
+WAIT_AFTER_FAILURE_SECONDS = 5.0  # a cancelled pod has 30 s in all
+_RETRY_SECONDS = 2.0
+_START_SECONDS = 30.0  # a server that is started anew is back by then
 
 
 class Outcome(StrEnum):
@@ -69,10 +75,6 @@ class Outcome(StrEnum):
     REFUSED = "refused"
     NOTHING_TO_LEARN = "nothing to learn"
     FAILED = "failed"
-
-
-class TrackingRefused(PermissionError, ValueError):
-    """The tracking server takes no requests with these credentials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,7 @@ class StepRun:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record the step's settings. One that the run has already, from an earlier attempt, keeps its value."""
-        from mlflow.entities import Param
-
-        known = self.client.get_run(self.run_id).data.params
-        new = [Param(name, str(value)[:_MAX_PARAM_LENGTH]) for name, value in params.items() if name not in known]
-        for start in range(0, len(new), _PARAMS_PER_REQUEST):
-            self.client.log_batch(self.run_id, params=new[start : start + _PARAMS_PER_REQUEST])
+        log_params(self.client, self.run_id, params)
 
     def log_metrics(self, metrics: Mapping[str, float | None], *, to_parent: bool = False) -> None:
         """Record numbers; with `to_parent` also on the pipeline's run, where runs are compared. None is left out."""
@@ -153,46 +150,58 @@ class StepRun:
         return (self.run_id, self.parent_run_id) if to_parent else (self.run_id,)
 
 
-def client(tracking_uri: str, storage_root: str | Path) -> "MlflowClient":
+def log_params(mlflow: "MlflowClient", run_id: str, params: Mapping[str, Any]) -> None:
+    """Record settings of a run. One that it has already keeps its value."""
+    from mlflow.entities import Param
+
+    known = mlflow.get_run(run_id).data.params
+    new = [Param(name, str(value)[:_MAX_PARAM_LENGTH]) for name, value in params.items() if name not in known]
+    for start in range(0, len(new), _PARAMS_PER_REQUEST):
+        mlflow.log_batch(run_id, params=new[start : start + _PARAMS_PER_REQUEST])
+
+
+def client(tracking_uri: str, storage_root: str | Path, *, wait_seconds: float = _START_SECONDS) -> "MlflowClient":
     """A client for `tracking_uri`, or for MLFLOW_TRACKING_URI, or for a database below `storage_root`.
 
     A server's credentials come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, or
-    with MLFLOW_TRACKING_AUTH=kubernetes from the pod. Raises TrackingRefused if it does not take them, ValueError if
-    the address holds a password.
+    with MLFLOW_TRACKING_AUTH=kubernetes from the pod.
+
+    Raises TrackingRefused if it does not take them, ConnectionError if it does not answer within `wait_seconds`, and
+    ValueError for an address that is none, that holds a password, or whose database cannot be opened.
     """
     # Nothing that MLflow would report about its use belongs outside this installation.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each small file
+    uri = checked_address(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(storage_root))
     from mlflow import MlflowClient
-
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local_tracking_uri(storage_root)
-    if not uri.startswith("sqlite:") and urlsplit(uri).password:
-        raise ValueError(
-            "the tracking server's address must not hold a password, which would end up in logs. Set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for PostgreSQL: PGPASSWORD)"
-        )
-    if uri.startswith("sqlite:"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    mlflow = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    if uri.startswith(("http:", "https:")):
-        _check_access(mlflow, uri)
-    return mlflow
-
-
-def _check_access(mlflow: "MlflowClient", uri: str) -> None:
-    """Ask the server for something small. MLflow repeats what has no answer, and not what is refused."""
     from mlflow.exceptions import MlflowException
 
     try:
-        mlflow.search_experiments(max_results=1)
+        mlflow = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        if uri.startswith(("http:", "https:")):
+            _check_access(mlflow, uri, wait_seconds)
     except MlflowException as error:
-        if error.get_http_status_code() not in (401, 403):
-            raise
-        user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-        raise TrackingRefused(
-            f"{uri} does not take the credentials of {f'the user {user}' if user else 'this process'}. Set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        ) from None
+        raise explained_mlflow(error, uri) from None
+    return mlflow
+
+
+def _check_access(mlflow: "MlflowClient", uri: str, wait_seconds: float) -> None:
+    """Ask the server for something small, until it answers or `wait_seconds` are over."""
+    from mlflow.exceptions import MlflowException
+
+    deadline = time.monotonic() + wait_seconds
+    with bounded_requests(retries=0, timeout_seconds=10):
+        while True:
+            try:
+                mlflow.search_experiments(max_results=1)
+                return
+            except MlflowException as error:
+                told = explained_mlflow(error, uri)
+                if not isinstance(told, ConnectionError) or time.monotonic() >= deadline:
+                    raise told from None
+            except ValueError as error:  # an answer that is no JSON
+                raise ValueError(f"{uri} is no MLflow server: {error}. Check the address") from None
+            time.sleep(min(_RETRY_SECONDS, wait_seconds))
 
 
 def local_tracking_uri(storage_root: str | Path) -> str:
@@ -201,11 +210,16 @@ def local_tracking_uri(storage_root: str | Path) -> str:
 
 
 def experiment_of(mlflow: "MlflowClient", name: str, storage_root: str | Path) -> str:
-    """The id of an experiment, made on first use."""
+    """The id of an experiment, made on first use. Raises ValueError for one that was deleted."""
     from mlflow.exceptions import MlflowException
 
     known = mlflow.get_experiment_by_name(name)
     if known is not None:
+        if known.lifecycle_stage == "deleted":
+            raise ValueError(
+                f"the MLflow experiment {name!r} was deleted. Restore it (mlflow experiments restore --experiment-id "
+                f"{known.experiment_id}), or give another name"
+            )
         return str(known.experiment_id)
     # A server knows where its artifacts go; a local database is told.
     artifacts = None
@@ -283,14 +297,14 @@ def recorded(mlflow: "MlflowClient", run_id: str, parent_run_id: str = "") -> It
 
     Raises ConnectionError, if the block has not raised, where the last metrics could not be sent.
     """
-    wait_seconds = float(os.environ.get("OSFT_MLFLOW_WAIT_SECONDS") or _WAIT_SECONDS)
-    outbox = MetricOutbox(mlflow, run_id)
+    wait_seconds = last_wait_seconds()
+    outbox = MetricOutbox(lambda metrics: mlflow.log_batch(run_id, metrics=metrics))
     try:
         with system_metrics(outbox):
             yield StepRun(mlflow, run_id, parent_run_id, outbox)
     except BaseException as error:
-        outbox.close(min(wait_seconds, _WAIT_AFTER_FAILURE_SECONDS))
-        _record_failure(mlflow, run_id, parent_run_id, error)
+        outbox.close(min(wait_seconds, WAIT_AFTER_FAILURE_SECONDS))
+        record_failure(mlflow, run_id, parent_run_id, error)
         raise
     unsent = outbox.close(wait_seconds)
     if unsent:
@@ -299,6 +313,15 @@ def recorded(mlflow: "MlflowClient", run_id: str, parent_run_id: str = "") -> It
             f"(OSFT_MLFLOW_WAIT_SECONDS). {outbox.problem or 'The server does not answer'}"
         )
     mlflow.set_terminated(run_id, "FINISHED")
+
+
+def last_wait_seconds() -> float:
+    """How long a run that ends waits for a server that is away. Raises ValueError for what is no number."""
+    given = os.environ.get("OSFT_MLFLOW_WAIT_SECONDS") or _WAIT_SECONDS
+    seconds = number(given, whole=False)
+    if seconds is None or seconds < 0:
+        raise ValueError(f"OSFT_MLFLOW_WAIT_SECONDS must be a number of seconds, got {given!r}")
+    return seconds
 
 
 def step_seconds(mlflow: "MlflowClient", parent_run_id: str) -> dict[str, float]:
@@ -312,7 +335,7 @@ def step_seconds(mlflow: "MlflowClient", parent_run_id: str) -> dict[str, float]
     return {run.info.run_name: (run.info.end_time - run.info.start_time) / 1000 for run in found}
 
 
-def _record_failure(mlflow: "MlflowClient", run_id: str, parent_run_id: str, error: BaseException) -> None:
+def record_failure(mlflow: "MlflowClient", run_id: str, parent_run_id: str, error: BaseException) -> None:
     """Mark the run and its parent; what goes wrong then is told, and does not hide why they failed."""
     from mlflow.exceptions import MlflowException
 

@@ -1,20 +1,41 @@
-"""Tracking of a training run that is not a step of a pipeline: MLflow and TensorBoard, where they are asked for."""
+"""Tracking of a training run that is not a step of a pipeline: MLflow, TensorBoard and Weights & Biases.
+
+None of them ends or delays a training, but for what can be seen to be wrong before it begins. A tracking server that
+does not answer then is the same as one that goes away later: one line says so, the run is made and gets what was logged
+when the server answers, and what has not arrived at the end is in `metrics.jsonl`.
+"""
 
 import importlib.util
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from osft.config import TrainConfig
+from osft.errors import explained
+from osft.paths import check_writable
 from osft.tracking import runs
+from osft.tracking.addresses import bounded_requests, explained_mlflow
+from osft.tracking.live_metrics import LiveMetrics
+from osft.tracking.outbox import MetricOutbox
+from osft.tracking.system_metrics import system_metrics
 from osft.training.callbacks import TrainingCallback, TrainingContext
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+_RETRY_SECONDS = 2.0
 
 
 @contextmanager
 def tracked(config: TrainConfig) -> Iterator[list[TrainingCallback]]:
     """The callbacks that log the run to where `config` and the environment say; only node 0 logs.
 
-    Raises ValueError if a package that this needs is not installed.
+    Raises ValueError for an address, an experiment or a folder that cannot be used, and if a package that this needs is
+    not installed.
     """
     uri = config.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri and importlib.util.find_spec("mlflow") is None:
@@ -33,32 +54,98 @@ def tracked(config: TrainConfig) -> Iterator[list[TrainingCallback]]:
 
 @contextmanager
 def _mlflow_run(config: TrainConfig, uri: str) -> Iterator[TrainingCallback]:
-    """A run of its own with the settings as parameters and live metrics; FAILED if the block raises.
-
-    In a task of Kubeflow Pipelines it is nested in the task's run, unless an experiment is named: one task can train
-    several times. A training that has ended well is not failed by a server that is away.
-    """
-    from mlflow.exceptions import MlflowException
-
-    client = runs.client(uri, config.ckpt_output_dir)
-    experiment = config.mlflow_experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    injected = None if experiment else runs.injected_run(client)
-    if injected is not None:
-        experiment_id, tags = injected.info.experiment_id, {"mlflow.parentRunId": injected.info.run_id}
-    else:
-        experiment_id, tags = runs.experiment_of(client, experiment or "osft", config.ckpt_output_dir), {}
-    run_name = config.mlflow_run_name or os.environ.get("MLFLOW_RUN_NAME")
-    run_id = client.create_run(experiment_id, run_name=run_name, tags=tags).info.run_id
-    trained = False
-    try:
-        with runs.recorded(client, run_id) as recording:
-            recording.log_params(config.to_dict())
-            yield recording.live_metrics()
-            trained = True
-    except (MlflowException, OSError) as error:
-        if not trained:
+    """A run of its own with the settings as parameters and live metrics; FAILED if the block raises."""
+    run, patience = _TrainingRun(config, uri), runs.last_wait_seconds()
+    outbox = MetricOutbox(run.send)
+    with bounded_requests(retries=0, timeout_seconds=10):  # what has no answer is repeated here
+        try:
+            run.begin()
+        except ConnectionError as error:
+            outbox.problem = str(error)
+            print(f"mlflow: {error}. Training goes on; what it logs is sent when the server answers", flush=True)
+        try:
+            with system_metrics(outbox):
+                yield LiveMetrics(outbox)
+        except BaseException as error:
+            outbox.close(min(patience, runs.WAIT_AFTER_FAILURE_SECONDS))
+            run.end(error)
             raise
-        print(f"mlflow: {error}. All metrics are in metrics.jsonl in {config.ckpt_output_dir}", flush=True)
+        # Who never answered is not waited for.
+        unsent = outbox.close(patience if run.run_id else min(patience, runs.WAIT_AFTER_FAILURE_SECONDS))
+        problem = f"{unsent} metrics were not sent: {outbox.problem}" if unsent else run.end(None)
+        if problem:
+            print(f"mlflow: {problem}. All metrics are in metrics.jsonl in {config.ckpt_output_dir}", flush=True)
+
+
+class _TrainingRun:
+    """The MLflow run of a training, made when the server answers: before the first step, or any time later."""
+
+    def __init__(self, config: TrainConfig, uri: str) -> None:
+        self._config, self._uri = config, uri
+        self._started = time.time()
+        self._making = threading.Lock()
+        self._client: MlflowClient | None = None
+        self.run_id = ""
+        """Empty until the server has made it."""
+        self._has_params = False
+
+    def begin(self) -> "MlflowClient":
+        """Have the run made, once. Raises ConnectionError while the server is away, ValueError for what it refuses."""
+        from mlflow.exceptions import MlflowException
+
+        with self._making:
+            try:
+                if self._client is None:
+                    self._client = runs.client(self._uri, self._config.ckpt_output_dir, wait_seconds=0)
+                if not self.run_id:
+                    self.run_id = self._make(self._client)
+                if not self._has_params:
+                    runs.log_params(self._client, self.run_id, self._config.to_dict())
+                    self._has_params = True
+                return self._client
+            except MlflowException as error:
+                raise explained_mlflow(error, self._uri) from None
+
+    def _make(self, mlflow: "MlflowClient") -> str:
+        """In a task of Kubeflow Pipelines nested in its run, unless an experiment is named: a task may train often."""
+        config = self._config
+        experiment = config.mlflow_experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+        injected = None if experiment else runs.injected_run(mlflow)
+        tags: dict[str, Any] = {}
+        if injected is not None:
+            experiment_id, tags = injected.info.experiment_id, {"mlflow.parentRunId": injected.info.run_id}
+        else:
+            experiment_id = runs.experiment_of(mlflow, experiment or "osft", config.ckpt_output_dir)
+        run = mlflow.create_run(
+            experiment_id,
+            start_time=int(self._started * 1000),
+            run_name=config.mlflow_run_name or os.environ.get("MLFLOW_RUN_NAME"),
+            tags=tags,
+        )
+        return str(run.info.run_id)
+
+    def send(self, metrics: "list[Metric]") -> None:
+        """Log metrics to the run, which is made if need be."""
+        self.begin().log_batch(self.run_id, metrics=metrics)
+
+    def end(self, error: BaseException | None) -> str:
+        """Mark the run as ended. Returns what is wrong if the server does not take that."""
+        from mlflow.exceptions import MlflowException
+
+        if not self.run_id or self._client is None:
+            return ""
+        if error is not None:
+            runs.record_failure(self._client, self.run_id, "", error)
+            return ""
+        deadline = time.monotonic() + runs.last_wait_seconds()
+        while True:
+            try:
+                self._client.set_terminated(self.run_id, "FINISHED")
+                return ""
+            except (MlflowException, OSError) as away:
+                if time.monotonic() + _RETRY_SECONDS > deadline:
+                    return f"run {self.run_id} could not be marked as finished: {explained(away) or away}"
+            time.sleep(_RETRY_SECONDS)
 
 
 class TensorBoard(TrainingCallback):
@@ -68,7 +155,11 @@ class TensorBoard(TrainingCallback):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(f"tensorboard_log_dir needs the extra osft[tensorboard]: {error}") from None
+            raise ValueError(
+                "tensorboard_log_dir needs the extra osft[tensorboard]. Install it: pip install 'osft[tensorboard]' "
+                f"({error})"
+            ) from None
+        check_writable("tensorboard_log_dir", log_dir)
         self._writer: SummaryWriter = SummaryWriter(log_dir)
 
     def on_step_end(self, context: TrainingContext) -> None:

@@ -25,6 +25,10 @@ def history(mlflow, run_id: str, name: str) -> list[tuple[int, float]]:
     return [(metric.step, metric.value) for metric in mlflow.get_metric_history(run_id, name)]
 
 
+def outbox_of(mlflow, run_id: str, **options: float) -> MetricOutbox:
+    return MetricOutbox(lambda metrics: mlflow.log_batch(run_id, metrics=metrics), **options)
+
+
 def follow(outbox: MetricOutbox, file: Path) -> Follower:
     """What training does with the callback: reads the file while it grows."""
     return Follower(file.parent, [LiveMetrics(outbox)], after=0, interval_seconds=0.05)
@@ -32,7 +36,7 @@ def follow(outbox: MetricOutbox, file: Path) -> Follower:
 
 def test_live_metrics_arrive_once_and_partial_lines_wait(mlflow, tmp_path):
     run_id = new_run(mlflow, tmp_path)
-    outbox = MetricOutbox(mlflow, run_id, interval_seconds=0.05)
+    outbox = outbox_of(mlflow, run_id, interval_seconds=0.05)
     file = tmp_path / "metrics.jsonl"
     with follow(outbox, file), file.open("w") as lines:
         lines.write(metrics_line(1) + metrics_line(2) + metrics_line(3)[:5])
@@ -45,7 +49,7 @@ def test_live_metrics_arrive_once_and_partial_lines_wait(mlflow, tmp_path):
 
 def test_every_step_has_the_tokens_seen_as_its_other_axis(mlflow, tmp_path):
     run_id = new_run(mlflow, tmp_path)
-    outbox = MetricOutbox(mlflow, run_id)
+    outbox = outbox_of(mlflow, run_id)
     file = tmp_path / "metrics.jsonl"
     file.write_text(metrics_line(1) + metrics_line(2))
     with follow(outbox, file):
@@ -56,7 +60,7 @@ def test_every_step_has_the_tokens_seen_as_its_other_axis(mlflow, tmp_path):
 
 def test_metrics_of_an_outage_arrive_after_it(leaving, tmp_path):
     run_id = new_run(leaving, tmp_path)
-    outbox = MetricOutbox(leaving, run_id, interval_seconds=0.02)
+    outbox = outbox_of(leaving, run_id, interval_seconds=0.02)
     leaving.away = True
     for step in range(1, 2501):  # three of MLflow's batches
         outbox.put("train/loss", 1.0 / step, step=step, seconds=1.7e9 + step)
@@ -68,7 +72,7 @@ def test_metrics_of_an_outage_arrive_after_it(leaving, tmp_path):
 
 def test_batch_whose_answer_was_lost_is_kept_once(leaving, tmp_path):
     run_id = new_run(leaving, tmp_path)
-    outbox = MetricOutbox(leaving, run_id, interval_seconds=0.02)
+    outbox = outbox_of(leaving, run_id, interval_seconds=0.02)
     taken = leaving.log_batch
 
     def lose_the_answer(*arguments, **named):
@@ -83,7 +87,7 @@ def test_batch_whose_answer_was_lost_is_kept_once(leaving, tmp_path):
 
 
 def test_wait_for_a_server_that_stays_away_is_bounded_and_counts_what_is_left(leaving, tmp_path):
-    outbox = MetricOutbox(leaving, new_run(leaving, tmp_path), interval_seconds=0.02)
+    outbox = outbox_of(leaving, new_run(leaving, tmp_path), interval_seconds=0.02)
     leaving.away = True
     outbox.put("train/loss", 2.0, step=1, seconds=1.7e9)
     started = time.monotonic()
@@ -94,7 +98,7 @@ def test_wait_for_a_server_that_stays_away_is_bounded_and_counts_what_is_left(le
 def test_metrics_of_a_deleted_run_are_not_sent_again_and_again(leaving, tmp_path):
     run_id = new_run(leaving, tmp_path)
     leaving.delete_run(run_id)
-    outbox = MetricOutbox(leaving, run_id, interval_seconds=0.02)
+    outbox = outbox_of(leaving, run_id, interval_seconds=0.02)
     outbox.put("train/loss", 2.0, step=1, seconds=1.7e9)
     wait_for(lambda: "active" in outbox.problem)
     time.sleep(0.3)
@@ -116,7 +120,7 @@ def test_step_whose_last_metrics_are_not_sent_fails(leaving, tmp_path, monkeypat
 
 def test_training_that_ended_well_is_not_failed_by_a_server_that_is_away(leaving, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OSFT_MLFLOW_WAIT_SECONDS", "0.2")
-    monkeypatch.setattr(runs, "client", lambda *_: leaving)
+    monkeypatch.setattr(runs, "client", lambda *_, **__: leaving)
     config = TrainConfig.from_parameters(
         {
             "model_path": "m",

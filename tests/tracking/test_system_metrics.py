@@ -29,7 +29,7 @@ def test_step_measures_its_machine(mlflow, tmp_path):
 
 def test_samples_are_numbered_and_the_last_one_is_taken_at_the_end(mlflow, tmp_path):
     run_id = new_run(mlflow, tmp_path)
-    outbox = MetricOutbox(mlflow, run_id, interval_seconds=0.05)
+    outbox = MetricOutbox(lambda metrics: mlflow.log_batch(run_id, metrics=metrics), interval_seconds=0.05)
     with system_metrics(outbox, interval_seconds=0.1):
         wait_for(lambda: len(mlflow.get_metric_history(run_id, CPU)) >= 2)
     sent = len(mlflow.get_metric_history(run_id, CPU))
