@@ -26,6 +26,10 @@ def show_round(console: Console, folder: Path) -> None:
     for rule in decision["rules"]:
         if not rule["passed"]:
             console.print(f"         {rule_text(rule)}", soft_wrap=True)
+    training = folder / "train" / "training.json"
+    saved = _read(training).get("saved") if training.is_file() else None
+    if saved and saved["rounding_error"] is not None:
+        console.print(f"saved:   {_saved(saved, evaluation)}", soft_wrap=True)
     aliases = "candidate and champion" if decision["promote"] else "candidate and challenger; the champion did not move"
     console.print(
         f"version: {registered['model_name']} {registered['version']} ({aliases}), `make ui` shows it in MLflow"
@@ -87,6 +91,18 @@ def rule_text(rule: dict[str, Any]) -> str:
     return (
         f"{rule['rule']} of {rule['subject']} ({rule['metric']}, against {rule['against']}): "
         f"{_amount(rule, 'value')}{tolerance}, must be {rule['comparison']} {_amount(rule, 'bound')}"
+    )
+
+
+def _saved(saved: dict[str, Any], evaluation: dict[str, Any]) -> str:
+    """What the rounding of the served weights did to the update."""
+    if saved["rounding"] == "none":
+        return f"in {saved['dtype']}, which holds the update"
+    exact = evaluation.get("exact")
+    cost = f" (loss {exact['loss']:.3f} on {evaluation['task']})" if exact else ""
+    return (
+        f"in {saved['dtype']}, rounded ({saved['rounding']}), which loses {saved['update_lost']:.0%} of the update; the "
+        f"next round starts from the exact weights{cost}"
     )
 
 

@@ -98,6 +98,15 @@ class TrainResult:
         layout: dict[str, dict[str, Any]] = self.summary["rank_layout"]
         return layout
 
+    @property
+    def saved(self) -> dict[str, Any] | None:
+        """How the last model was written (`dtype`, `rounding`), and what that did to the update.
+
+        `update_lost`, `rounding_error` and `frozen_share` are those of osft/training/saving.py. None without a model.
+        """
+        described: dict[str, Any] | None = self.summary.get("saved")
+        return described
+
     def __repr__(self) -> str:
         summary, timings = self.summary, self.timings
         loss = f"{summary['first_loss']:.4f} -> {self.final_loss:.4f}"
@@ -114,8 +123,18 @@ class TrainResult:
             f"{self.num_loss_tokens:,} with loss)",
             f"  parameters  {summary['trainable_parameters']:,} trainable of {summary['total_parameters']:,}",
             f"  rank        {spread} unfrozen directions in {len(ranks)} weights",
+            *_saved_line(self.saved),
             f"  time        {timings['load']:.1f} s load, {timings['train']:.1f} s train, {timings['save']:.1f} s save",
             f"  memory      {self.peak_memory_bytes / 2**30:.2f} GiB at most, {summary['world_size']} x "
             f"{summary['device']}",
         ]
         return "\n".join(lines)
+
+
+def _saved_line(saved: dict[str, Any] | None) -> list[str]:
+    if saved is None or saved["rounding"] == "none" or saved["update_lost"] is None:
+        return []
+    return [
+        f"  saved       {saved['dtype']}, rounded ({saved['rounding']}): {saved['update_lost']:.1%} of the update is not "
+        "in the weights; exact/ keeps it"
+    ]

@@ -112,7 +112,8 @@ def test_exact_update_of_a_bfloat16_model_does_not_leak_and_the_served_one_is_me
         assert (shown["update_lost"], shown["frozen_share"]) == (loss.update_lost, loss.frozen_share)
     assert origin.total.rounding_error == pytest.approx((total["error"] / total["update"]) ** 0.5, rel=2e-3)
     assert origin.total.update_lost > {5e-6: 0.6, 2e-5: 0.3, 1e-4: 0.02}[rate], "else there was nothing to keep"
-    assert result.summary["saved"]["update_lost"] == origin.total.update_lost
+    assert result.saved["update_lost"] == origin.total.update_lost
+    assert f"saved       bfloat16, rounded (nearest): {origin.total.update_lost:.1%} of the update" in repr(result)
     last = result.history[-1]
     assert (last["update_lost"], last["frozen_share"]) == (origin.total.update_lost, origin.total.frozen_share)
 
