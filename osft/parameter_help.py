@@ -22,14 +22,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Validation": ("validation_split", "validation_data_path", "validation_frequency", "save_best_val_loss"),
     "Checkpoints": (
-        *(
-            "checkpoint_at_epoch",
-            "save_final_checkpoint",
-            "save_dtype",
-            "save_state_minutes",
-            "save_state_steps",
-            "resume",
-        ),
+        *("checkpoint_at_epoch", "save_final_checkpoint", "save_dtype", "save_rounding"),
+        *("save_state_minutes", "save_state_steps", "resume"),
     ),
     "Processes": (
         *("nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"),

@@ -13,11 +13,10 @@ number, so that rounding to the nearest one gives back the base's entry and lose
 """
 
 import hashlib
-from typing import Literal
 
 import torch
 
-Rounding = Literal["nearest", "stochastic", "compensated"]
+from osft.config import Rounding
 
 BLOCK_COLUMNS = 128
 """Columns between which errors are passed on one by one; to the columns after them it is one matrix product."""

@@ -101,8 +101,8 @@ def _saved(saved: dict[str, Any], evaluation: dict[str, Any]) -> str:
     exact = evaluation.get("exact")
     cost = f" (loss {exact['loss']:.3f} on {evaluation['task']})" if exact else ""
     return (
-        f"in {saved['dtype']}, rounded ({saved['rounding']}), which loses {saved['update_lost']:.0%} of the update; the "
-        f"next round starts from the exact weights{cost}"
+        f"in {saved['dtype']}, rounded ({saved['rounding']}), which loses {saved['update_lost']:.0%} of the update; "
+        f"the next round starts from the exact weights{cost}"
     )
 
 

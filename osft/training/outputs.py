@@ -89,6 +89,8 @@ class Outputs:
             self._stored,
             self._folder / path,
             save_dtype=self._config.save_dtype,
+            rounding=self._config.save_rounding,
+            seed=self._config.seed,
             files=files,
             rank=self._rank,
         )

@@ -135,6 +135,6 @@ def _saved_line(saved: dict[str, Any] | None) -> list[str]:
     if saved is None or saved["rounding"] == "none" or saved["update_lost"] is None:
         return []
     return [
-        f"  saved       {saved['dtype']}, rounded ({saved['rounding']}): {saved['update_lost']:.1%} of the update is not "
-        "in the weights; exact/ keeps it"
+        f"  saved       {saved['dtype']}, rounded ({saved['rounding']}): {saved['update_lost']:.1%} of the update is "
+        "not in the weights; exact/ keeps it"
     ]

@@ -21,10 +21,12 @@ from transformers import PreTrainedModel
 
 from osft import residual
 from osft.checkpoint import SavedTensor, write_checkpoint
+from osft.config import Rounding
 from osft.conversion import Group, ModelWeights
 from osft.origin import RoundingLoss
+from osft.rounding import generator_of, round_weight
 from osft.subspace.model import osft_layers
-from osft.subspace.weight import Split
+from osft.subspace.weight import OSFTWeight, Split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,22 +51,27 @@ def save_merged(
     folder: Path,
     *,
     save_dtype: str = "auto",
+    rounding: Rounding = "nearest",
+    moments: Callable[[str], torch.Tensor | None] = lambda target: None,
+    seed: int = 0,
     files: Callable[[SavedModel], Mapping[str, str]] | None = None,
     rank: int = 0,
 ) -> SavedModel | None:
     """Write the tuned model with the names, shapes and (save_dtype "auto") dtypes that it came with.
 
+    `rounding` is one of `osft.rounding`; `moments` gives the second moments of a target's inputs, which "compensated"
+    needs (where it gives None, as for experts, the nearest numbers are taken), and `seed` is for "stochastic".
     `files` gives more files of the folder, by name, when the weights are written. Call it on every rank; rank 0 writes,
     one weight or stack of experts at a time, and gets what was written.
     """
     layers = {name + layer.tensor_suffix: (name, layer) for name, layer in osft_layers(model)}
-    writer = _Writer(stored, save_dtype, trained=list(layers))
+    writer = _Writer(stored, save_dtype, _Rounder(rounding, moments, seed), trained=list(layers))
 
     def tensors() -> Iterator[SavedTensor]:
         for group in stored.groups:
             splits = {name: layers[name][1].split() for name in group.shapes if name in layers}  # on all ranks
             if rank == 0:
-                yield from writer.group(group, {layers[name][0]: (name, split) for name, split in splits.items()})
+                yield from writer.group(group, {name: (*layers[name], split) for name, split in splits.items()})
         if rank == 0:
             yield from (writer.unchanged(name) for name in stored.unused)
 
@@ -85,8 +92,8 @@ def save_merged(
 class _Writer:
     """Rounds and measures, on rank 0."""
 
-    def __init__(self, stored: ModelWeights, save_dtype: str, *, trained: Sequence[str]) -> None:
-        self._stored = stored
+    def __init__(self, stored: ModelWeights, save_dtype: str, rounder: "_Rounder", *, trained: Sequence[str]) -> None:
+        self._stored, self._round = stored, rounder
         self._main_dtype = stored.served_dtype(trained[0])
         self._starts_from_exact = stored.are_exact(trained)
         self.new_dtype: torch.dtype | None = None if save_dtype == "auto" else getattr(torch, save_dtype)
@@ -96,10 +103,10 @@ class _Writer:
         self._dtypes: set[torch.dtype] = set()
         self._rounded = False
 
-    def group(self, group: Group, trained: Mapping[str, tuple[str, Split]]) -> Iterator[SavedTensor]:
-        """The stored tensors that a group of the model's becomes. `trained`: target -> its tensor's name and split."""
+    def group(self, group: Group, trained: Mapping[str, tuple[str, OSFTWeight, Split]]) -> Iterator[SavedTensor]:
+        """The stored tensors that a group of the model's becomes. `trained`: tensor -> its target, layer and split."""
         exact, served = {}, {}
-        for target, (name, split) in trained.items():
+        for name, (target, layer, split) in trained.items():
             dtype = self._dtype(group.stored_names[0])
             self._dtypes.add(dtype)
             update = split.update()
@@ -107,7 +114,7 @@ class _Writer:
                 self._losses[target] = RoundingLoss(update_lost=None, rounding_error=None, frozen_share=None)
                 continue
             whole = split.weight()
-            rounded = whole.to(dtype)
+            rounded = self._round(target, layer, whole, split.base, dtype)
             sums = _Sums.of(split, update, rounded)
             self._sums.add(sums)
             self._losses[target] = sums.loss()
@@ -135,7 +142,7 @@ class _Writer:
         return SavedModel(
             starts_from_exact=self._starts_from_exact,
             dtype=" and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self._dtypes)),
-            rounding="nearest" if self._rounded else "none",
+            rounding=self._round.method if self._rounded else "none",
             total=self._sums.loss(),
             weights=self._losses,
         )
@@ -150,6 +157,30 @@ class _Writer:
         """In which a stored tensor is written. What has a dtype of its own (float32 in a bfloat16 model) keeps it."""
         before = self._stored.reader.served_dtype(name)
         return self.new_dtype if self.new_dtype is not None and before == self._main_dtype else before
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounder:
+    """Rounds a target's weight."""
+
+    method: Rounding
+    moments: Callable[[str], torch.Tensor | None]
+    seed: int
+
+    def __call__(
+        self, target: str, layer: OSFTWeight, exact: torch.Tensor, base: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The exact weight in `dtype`."""
+        moments = self.moments(target) if self.method == "compensated" else None
+        return round_weight(
+            exact,
+            base,
+            dtype,
+            "nearest" if self.method == "compensated" and moments is None else self.method,
+            moments=moments,
+            transposed=getattr(layer, "transposed", False),
+            generator=generator_of(target, self.seed) if self.method == "stochastic" else None,
+        )
 
 
 @dataclass(slots=True)

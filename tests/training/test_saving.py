@@ -28,13 +28,14 @@ LAYERS = [
 def bases(tmp_path_factory) -> dict[str, Path]:
     """The same weights, representable in bfloat16, in two dtypes; and weights that are not."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("bfloat16", "float32", "full")}
+    data = write_jsonl(tmp_path_factory.mktemp("data") / "few.jsonl", arithmetic(24))
     model = tiny_llama()
     model.save_pretrained(folders["full"])
     model.to(torch.bfloat16).save_pretrained(folders["bfloat16"])
     model.float().save_pretrained(folders["float32"])
     for folder in folders.values():
         byte_tokenizer().save_pretrained(folder)
-    return folders
+    return folders | {"data": data}
 
 
 @pytest.fixture
@@ -118,15 +119,14 @@ def test_exact_update_of_a_bfloat16_model_does_not_leak_and_the_served_one_is_me
     assert (last["update_lost"], last["frozen_share"]) == (origin.total.update_lost, origin.total.frozen_share)
 
 
-def test_five_rounds_of_five_tiny_steps_learn_in_bfloat16_what_they_learn_in_float32(train, bases, tmp_path):
+def test_five_rounds_of_five_tiny_steps_learn_in_bfloat16_what_they_learn_in_float32(train, bases):
     """Each round starts from the exact weights of the one before. Rounded, the sum of the steps would not arrive."""
-    data = write_jsonl(tmp_path / "few.jsonl", arithmetic(24))
     final, learned = {}, {}
     for kind in ("bfloat16", "float32"):
         model = bases[kind]
         losses = []
         for _ in range(5):
-            result = train(model, data_path=str(data), num_epochs=5)
+            result = train(model, data_path=str(bases["data"]), num_epochs=5)
             losses += [line["loss"] for line in result.history]
             model = result.checkpoint
         final[kind], learned[kind] = losses[-1], losses[0] - losses[-1]
@@ -231,6 +231,24 @@ def test_save_dtype_is_that_of_the_files_and_of_config_json(train, bases, base, 
         torch.testing.assert_close(exact.tensor(name).float(), expected[name], rtol=0, atol=6e-8)  # below 1
     assert (result.checkpoint / EXACT).exists() == (stored == "bfloat16")
     assert result.summary["saved"]["rounding"] == ("nearest" if stored == "bfloat16" else "none")
+
+
+@pytest.mark.covers("save_rounding", "seed")
+def test_stochastic_rounding_keeps_the_update_on_average_and_repeats(train, bases):
+    nearest, stochastic, again, other = (
+        train("bfloat16", save_rounding=how, seed=seed, data_path=str(bases["data"]), effective_batch_size=12)
+        for how, seed in (("nearest", 1), ("stochastic", 1), ("stochastic", 1), ("stochastic", 2))
+    )
+    assert (nearest.saved["rounding"], stochastic.saved["rounding"]) == ("nearest", "stochastic")
+    assert nearest.saved["update_lost"] > 0.6
+    assert abs(stochastic.saved["update_lost"]) < 0.2
+    name = "model.layers.0.mlp.up_proj.weight"
+    one, same, different = (served(result.checkpoint)[name] for result in (stochastic, again, other))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, different)
+    readers = [CheckpointReader(result.checkpoint) for result in (nearest, stochastic)]
+    exact = [reader.tensor(name) for reader in readers]
+    torch.testing.assert_close(*exact, rtol=0, atol=6e-8, msg="what is learned does not depend on how it is served")
 
 
 def test_weights_that_were_changed_beside_their_residual_are_refused(train):
