@@ -44,9 +44,10 @@ from benchmarks.sequence import (
     score_model,
     train_round,
 )
-from osft.atomic import exclusive, write_json
+from osft.atomic import write_json
 from osft.console import refused
 from osft.data.records import Record
+from osft.lock import exclusive
 from osft.training.loop import StepMetrics
 
 RATES: dict[str, dict[str, tuple[float, ...]]] = {

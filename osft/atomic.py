@@ -1,19 +1,30 @@
 """Files and folders that are either complete or absent.
 
-A process can be killed at any moment. What it was writing lies under a name with `.incomplete-` in it, which
-nothing reads, and the final name appears in one rename after the last byte is on disk.
+A process can be killed at any moment, and a machine can lose its power. What is being written lies under a name with
+`.incomplete-` in it, which nothing reads, and the final name appears in one rename after the last byte is on disk.
+
+    what happens                     what is there afterwards
+    the writer raises                what was there before; the incomplete one is removed
+    the writer is killed             what was there before; the incomplete one stays and is not read
+    the power fails                  either the old or the whole new one: bytes, then the name, are flushed (fsync)
+    the disk is full                 OSError (ENOSPC); what was there before
+    two writers of one file          the later one's, whole
+    two writers of one folder        the earlier one's, whole: such a folder is named by its content
+    two creators of one file         the earlier one's, whole; the later one is told (`create_exclusively`)
 """
 
-import fcntl
+import errno
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EMLINK, errno.EXDEV)
+"""What a file system answers that cannot flush a folder, or make a hard link."""
 
 
 def _incomplete(path: Path) -> Path:
@@ -33,7 +44,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir() and path.is_dir():
             return
+        flush(temporary)
         os.replace(temporary, path)
+        flush_folder(path.parent)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -41,27 +54,69 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def exclusive(folder: Path, *, patience_seconds: float = 0.0) -> Iterator[None]:
-    """Keep other processes out of `folder` until the block ends, or this process does.
+def flush(path: Path) -> None:
+    """Return when a file, or a folder with all that is in it, is on disk."""
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            if not entry.is_symlink():
+                flush(entry)
+        flush_folder(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    Raises RuntimeError if another one is in it, and still is after `patience_seconds`: the lock of a process whose
-    machine died stays on a network file system for a while.
+
+def flush_folder(folder: Path) -> None:
+    """Return when the names in a folder are on disk, as far as its file system can tell."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def create_exclusively(path: Path, content: bytes) -> bool:
+    """Make a file that is not there yet, whole and on disk. False if it is there: one of several creators makes it.
+
+    Creators must give different contents: on a network file system the answer to a successful request can be lost, and
+    what is then found there is told to be one's own by its content.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + patience_seconds
-    with (folder / ".lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise RuntimeError(
-                        f"another process is writing to {folder}. Wait for it, or give another folder"
-                    ) from None
-                time.sleep(0.5)
-        yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _incomplete(path)
+    try:
+        temporary.write_bytes(content)
+        flush(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return path.read_bytes() == content
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            return _created_in_place(path, content)
+        flush_folder(path.parent)
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _created_in_place(path: Path, content: bytes) -> bool:
+    """As `create_exclusively`, where there are no hard links: a reader can meet the file before it is whole."""
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        return path.read_bytes() == content
+    flush_folder(path.parent)
+    return True
 
 
 def write_json(path: Path, value: Any) -> None:

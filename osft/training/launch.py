@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from osft import storage
-from osft.atomic import exclusive, write_json
+from osft.atomic import write_json
 from osft.config import TrainConfig
 from osft.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
+from osft.lock import exclusive
 from osft.training.callbacks import Follower, TrainingCallback
 from osft.training.inputs import factor_set, local_model, prepare_training_data
 from osft.training.liger import liger_wanted

@@ -22,8 +22,9 @@ from pathlib import Path
 from types import TracebackType
 
 from osft import storage
-from osft.atomic import atomic_path, exclusive
+from osft.atomic import atomic_path
 from osft.config import TrainConfig
+from osft.lock import exclusive
 
 INTERVAL_SECONDS = 10.0
 METRICS, SUMMARY, SETTINGS = "metrics.jsonl", "training.json", "config.json"
