@@ -176,11 +176,11 @@ class TrainConfig(SubspaceConfig):
     """Dtype of the weights in the written models. "auto": as they came. Where it cannot hold what was learned, the rest
     is kept beside the weights, in the folder `exact/`, from which a next run starts (osft/checkpoint.py)."""
 
-    save_rounding: Rounding = "nearest"
-    """How weights are rounded where the files' dtype cannot hold them exactly (osft/rounding.py). "nearest";
-    "stochastic": without bias, so that on average nothing is lost, at the price of noise; "compensated": errors are
-    passed on so that what the layers compute changes least, as GPTQ does, by the moments of their inputs over
-    calibration_samples training samples (experts: nearest). benchmarks/results/rounding_cpu.md compares them."""
+    save_rounding: Rounding = "stochastic"
+    """How weights are rounded where the files' dtype cannot hold them exactly (osft/rounding.py). "stochastic": without
+    bias, so that the served model has what was learned, with a little noise. "nearest": least noise, but most of what
+    small learning rates learn is lost. "compensated": errors are passed on so that what the layers compute changes
+    least, as in GPTQ, by the moments of their inputs over calibration_samples training samples (experts: nearest)."""
 
     save_state_minutes: Annotated[float, Bounds(low=0.0)] = 15.0
     """Minutes between two savings of the training state (coefficients, optimizer, position), from which a run that

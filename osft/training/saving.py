@@ -51,7 +51,7 @@ def save_merged(
     folder: Path,
     *,
     save_dtype: str = "auto",
-    rounding: Rounding = "nearest",
+    rounding: Rounding = "stochastic",
     moments: Callable[[str], torch.Tensor | None] = lambda target: None,
     seed: int = 0,
     files: Callable[[SavedModel], Mapping[str, str]] | None = None,
