@@ -1,5 +1,10 @@
 """The few calls of the Kubernetes API that a launcher makes, each repeated while the server cannot answer.
 
+A server that restarts refuses connections, then answers 403 until it has read its roles (and 404 to paths that it does
+not serve yet), then 503, and what it was sending when it stopped breaks off. So a refusal counts only where nothing
+else has been heard: a call that was allowed before is repeated as long as one without an answer, one that never was for
+a few seconds. An answer counts when it is whole.
+
 `TrainingClient` finds the cluster and brings the clients. Its own methods for jobs turn every error into one
 RuntimeError, so that "exists already" looks like "server overloaded"; so the calls are made on its clients.
 
@@ -9,6 +14,7 @@ The rights that this needs are in pipelines/continual_learning/manifests/base/ro
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,13 +23,16 @@ from kubeflow.training import TrainingClient
 from kubeflow.training.constants import constants
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config import ConfigException, list_kube_config_contexts
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay
+from tenacity import RetryCallState, Retrying, retry_if_exception
 
 from osft.training.job import JobUnreachable
 
 _TIMEOUT = (10, 30)  # seconds to connect and to answer in
-_TRANSIENT = {429, 500, 502, 503, 504}
+_TRANSIENT = {408, 429, 500, 502, 503, 504}
+_REFUSED = {401, 403}
+_DOUBTED_SECONDS = 2.0  # a restarting server refuses everything for less than half a second
 _KIND = {"group": constants.GROUP, "version": constants.VERSION, "plural": constants.PYTORCHJOB_PLURAL}
+_READ_LOGS = "get pods/log"
 _SERVICE_ACCOUNT_NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
@@ -42,6 +51,7 @@ class ClusterApi:
         """
         self.namespace = namespace or own_namespace()
         self._patience = patience_seconds
+        self._allowed: set[str] = set()  # what has been answered with yes: a refusal of it passes
         try:
             # Read when it is needed: the kubernetes package does so when it is imported.
             client = TrainingClient(config_file=os.environ.get("KUBECONFIG"), namespace=self.namespace)
@@ -55,7 +65,7 @@ class ClusterApi:
     def create_job(self, manifest: dict[str, Any]) -> None:
         """Raises AlreadyExists, ValueError if the server refuses the manifest, PermissionError."""
         try:
-            self._call(
+            self._object(
                 "create PyTorchJobs",
                 lambda: self._jobs.create_namespaced_custom_object(
                     **_KIND, namespace=self.namespace, body=manifest, _request_timeout=_TIMEOUT
@@ -109,13 +119,12 @@ class ClusterApi:
 
     def pod(self, name: str) -> dict[str, Any] | None:
         """One pod, or None."""
-        response = self._found(
+        pod: dict[str, Any] | None = self._found(
             "get pods",
             lambda: self._core.read_namespaced_pod(
                 name, self.namespace, _preload_content=False, _request_timeout=_TIMEOUT
             ),
         )
-        pod: dict[str, Any] | None = json.loads(response.data) if response is not None else None
         return pod
 
     def events(self, name: str) -> list[dict[str, Any]]:
@@ -133,16 +142,17 @@ class ClusterApi:
 
     def log(self, pod: str, *, tail_lines: int) -> list[str]:
         """The last lines of a pod's log; none if it cannot be read."""
-        try:
-            response = self._found(
-                "get pods/log",
-                lambda: self._core.read_namespaced_pod_log(
-                    pod, self.namespace, tail_lines=tail_lines, _preload_content=False, _request_timeout=_TIMEOUT
-                ),
+
+        def read() -> str:
+            response = self._core.read_namespaced_pod_log(
+                pod, self.namespace, tail_lines=tail_lines, _preload_content=False, _request_timeout=_TIMEOUT
             )
-        except ApiException:
+            return bytes(response.data).decode("utf-8", "replace")
+
+        try:
+            return str(self._call(_READ_LOGS, read)).splitlines()
+        except (ApiException, PermissionError, JobUnreachable):
             return []  # 400: the container has not started
-        return response.data.decode("utf-8", "replace").splitlines() if response is not None else []
 
     def follow_log(self, pod: str, *, since_seconds: int | None) -> Iterator[str]:
         """The lines of a pod's log with their timestamps, as they come, until the container or the connection ends.
@@ -158,6 +168,7 @@ class ClusterApi:
             _preload_content=False,
             _request_timeout=(10, 120),  # without a line for so long the connection may be dead
         )
+        self._allowed.add(_READ_LOGS)
         try:
             rest = b""
             for chunk in response.stream(amt=None, decode_content=False):
@@ -168,32 +179,59 @@ class ClusterApi:
             response.close()
             response.release_conn()
 
+    def may_follow_later(self, error: BaseException) -> bool:
+        """Whether a log that could not be followed for `error` may be readable later."""
+        return transient(error) or (_READ_LOGS in self._allowed and _is_refusal(error))
+
     def _items(self, right: str, call: Callable[[], Any]) -> list[dict[str, Any]]:
-        items: list[dict[str, Any]] = json.loads(self._call(right, call).data)["items"]
+        items: list[dict[str, Any]] = self._object(right, call)["items"]
         return items
 
     def _found(self, right: str, call: Callable[[], Any]) -> Any:
-        """The answer, or None if there is no such object."""
+        """The object, or None if there is none."""
         try:
-            return self._call(right, call)
+            return self._object(right, call)
         except ApiException as error:
             if error.status == 404:
                 return None
             raise
 
+    def _object(self, right: str, call: Callable[[], Any]) -> dict[str, Any]:
+        """The JSON object that a call answers with; one that breaks off is asked for again."""
+
+        def read() -> dict[str, Any]:
+            answer = call()
+            try:
+                found = answer if isinstance(answer, dict) else json.loads(answer.data)
+            except (AttributeError, ValueError):  # the client hands on text that is not JSON
+                found = None
+            if not isinstance(found, dict):
+                raise ConnectionError("the API server's answer breaks off or is no JSON object")
+            return found
+
+        answer: dict[str, Any] = self._call(right, read)
+        return answer
+
     def _call(self, right: str, call: Callable[[], Any]) -> Any:
         """The answer to a call. Raises PermissionError for lack of the `right`, JobUnreachable without an answer."""
+        began = time.monotonic()
+
+        def is_over(state: RetryCallState) -> bool:
+            error = state.outcome.exception() if state.outcome else None
+            doubted = error is not None and not transient(error) and right not in self._allowed
+            return time.monotonic() - began >= (min(_DOUBTED_SECONDS, self._patience) if doubted else self._patience)
+
         retrying = Retrying(
-            retry=retry_if_exception(transient),
+            retry=retry_if_exception(lambda error: transient(error) or _is_refusal(error)),
             wait=_wait,
-            stop=stop_after_delay(self._patience),
+            stop=is_over,
             before_sleep=_tell,
             reraise=True,
         )
         try:
-            return retrying(call)
+            answer = retrying(call)
         except ApiException as error:
-            if error.status in (401, 403):
+            if error.status in _REFUSED:
                 raise PermissionError(
                     f"the service account may not {right} in namespace {self.namespace} ({error.status}): "
                     f"{_message(error)}. Apply pipelines/continual_learning/manifests, and bind its role to the "
@@ -204,6 +242,8 @@ class ClusterApi:
             raise
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise JobUnreachable(f"the Kubernetes API did not answer for {self._patience:.0f} s: {error}") from None
+        self._allowed.add(right)
+        return answer
 
 
 def own_namespace() -> str:
@@ -223,6 +263,23 @@ def transient(error: BaseException) -> bool:
     if isinstance(error, ApiException):
         return error.status in _TRANSIENT
     return isinstance(error, urllib3.exceptions.HTTPError | ConnectionError | TimeoutError)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the server says that this may not be done, or that it does not know such objects, and may mean not yet.
+
+    A 404 for an object that is not there carries a Status that names it; one for an unknown path does not.
+    """
+    if not isinstance(error, ApiException):
+        return False
+    return error.status in _REFUSED or (error.status == 404 and not _names_object(error))
+
+
+def _names_object(error: ApiException) -> bool:
+    try:
+        return bool(json.loads(error.body)["details"]["name"])
+    except (TypeError, ValueError, KeyError):
+        return False
 
 
 def _wait(state: RetryCallState) -> float:

@@ -2,8 +2,9 @@
 
 What happens when things fail:
 
-the API is slow, overloaded, away     Each call is repeated with growing pauses for ten minutes, then JobUnreachable:
-                                      the job is left as it is, and a retried step finds it again.
+the API is slow, overloaded, away,    Each call is repeated with growing pauses for ten minutes, then JobUnreachable:
+restarts                              the job is left as it is, and a retried step finds it again. So is a call that
+                                      is refused all of a sudden (401, 403), and an answer that breaks off.
 the answer to a creation got lost     The repeated creation says 409; the job is found by its name, and is ours if its
                                       spec has our hash.
 this process dies                     The job goes on. The retried step has the same job name, finds the job and watches
@@ -27,7 +28,7 @@ import yaml
 from kubernetes.client.exceptions import ApiException
 
 from osft.exit_codes import FIRST_RETRYABLE
-from osft.kubernetes.api import AlreadyExists, ClusterApi, transient
+from osft.kubernetes.api import AlreadyExists, ClusterApi
 from osft.kubernetes.log_position import LogPosition
 from osft.kubernetes.manifest import SPEC_HASH, differences
 from osft.kubernetes.pods import (
@@ -130,7 +131,9 @@ class PyTorchJobLauncher:
                         if text is not None:
                             yield text
             except (ApiException, urllib3.exceptions.HTTPError, OSError, JobUnreachable) as error:
-                if transient(error):  # opened again below, after the job's end too: its last lines are still there
+                if self._api.may_follow_later(
+                    error
+                ):  # opened again below, after the job's end too: its last lines are still there
                     ended = False
             if ended:
                 return

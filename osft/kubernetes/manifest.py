@@ -15,9 +15,10 @@ terminationGracePeriodSeconds   Long enough to save the training state.
 terminationMessagePolicy        FallbackToLogsOnError: the last lines of a failed pod are in its status, even if its log
                                 cannot be read any more.
 
-Pods run as a user that is not root, without capabilities, privilege escalation or a token of the API, under the
-runtime's default seccomp profile, and without Istio's proxy. Nothing secret is written here: credentials are
-references to secrets.
+Training runs as a user that is not root, without capabilities, privilege escalation or a token of the API, under the
+runtime's default seccomp profile, and without Istio's proxy. That it is not root is said of the container, not of the
+pod: the operator gives Workers an init container that runs as root, and the kubelet would never start it. Nothing
+secret is written here: credentials are references to secrets.
 """
 
 import hashlib
@@ -204,7 +205,10 @@ def _pod_spec(settings: PyTorchJobSettings, *, image: str, command: list[str], s
         volume_mounts=mounts,
         termination_message_policy="FallbackToLogsOnError",
         security_context=k8s.V1SecurityContext(
-            allow_privilege_escalation=False, capabilities=k8s.V1Capabilities(drop=["ALL"])
+            run_as_non_root=True,
+            run_as_user=settings.run_as_user,
+            allow_privilege_escalation=False,
+            capabilities=k8s.V1Capabilities(drop=["ALL"]),
         ),
     )
     return k8s.V1PodSpec(
@@ -219,8 +223,6 @@ def _pod_spec(settings: PyTorchJobSettings, *, image: str, command: list[str], s
         priority_class_name=settings.priority_class,
         termination_grace_period_seconds=settings.termination_grace_seconds,
         security_context=k8s.V1PodSecurityContext(
-            run_as_non_root=True,
-            run_as_user=settings.run_as_user,
             fs_group=settings.fs_group,
             seccomp_profile=k8s.V1SeccompProfile(type="RuntimeDefault"),
         ),

@@ -3,14 +3,15 @@
 `Launcher` is what a job looks like from outside. `osft.training.local_job` has the one for processes on this machine,
 `osft.kubernetes.launcher` the one for a PyTorchJob. `run_job` is the life of either:
 
-    the job cannot be started       nothing runs; raised
+    the job cannot be started       raised; what an earlier call has started, if it did, is left alone
     it succeeds                     returns
     it fails                        JobFailed with the launcher's reason; what is left of it can be looked at
     a limit is reached              cancelled, then RuntimeError
     this process gets SIGTERM       cancelled, and gone before the process ends with 143 (a cancelled pipeline run)
     this process is killed          the job goes on; the next call with the same job finds it (or, for local
                                     processes, they end with this one and the next call resumes their state)
-    nobody can tell how it is       JobUnreachable; the job is left alone, for the next call to find
+    nobody can tell how it is       JobUnreachable; the job is left alone, for the next call to find. So it is whatever
+                                    else asking for it raises: only its own answer, a limit or a person ends a job
 """
 
 import signal
@@ -110,16 +111,18 @@ def run_job(
     `output` is a path or URI. Raises JobFailed if it fails, RuntimeError if a limit ends it, ValueError if it cannot be
     started, JobUnreachable, and SystemExit(143) on SIGTERM. But for JobUnreachable, it does not run any more then.
     """
+    submitted = False
     with _sigterm_raises() as ignore_sigterm:
         try:
             launcher.submit()
+            submitted = True
             heartbeat = _Heartbeat()
             with _printed(launcher), Follower(output, [*callbacks, heartbeat], after=0):
                 _wait(launcher, limits, heartbeat, poll_seconds)
-        except JobUnreachable:
+        except (JobUnreachable, JobFailed):
             raise
         except BaseException as error:
-            if not isinstance(error, JobFailed):
+            if submitted or not isinstance(error, Exception):
                 ignore_sigterm()  # told once is enough: what follows must not be cut off
                 print(f"train: {type(error).__name__}, the job is cancelled", flush=True)
                 _cancel(launcher)
@@ -138,7 +141,7 @@ def _wait(launcher: Launcher, limits: Limits, heartbeat: "_Heartbeat", poll_seco
     """Return when the job has succeeded."""
     reported = _Report()
     while True:
-        status = launcher.status()
+        status = _status(launcher)
         reported.show(status)
         if status.phase is Phase.SUCCEEDED:
             return
@@ -146,6 +149,18 @@ def _wait(launcher: Launcher, limits: Limits, heartbeat: "_Heartbeat", poll_seco
             raise JobFailed(status.reason)
         _check_limits(status, limits, heartbeat)
         time.sleep(poll_seconds)
+
+
+def _status(launcher: Launcher) -> JobStatus:
+    """How the job is. Raises JobUnreachable whatever goes wrong: not to know is no reason to end it."""
+    try:
+        return launcher.status()
+    except JobUnreachable:
+        raise
+    except Exception as error:
+        raise JobUnreachable(
+            f"the job was left alone, and may be running: its state cannot be read ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _check_limits(status: JobStatus, limits: Limits, heartbeat: "_Heartbeat") -> None:

@@ -53,6 +53,8 @@ class ApiServer(kmock.KubernetesScaffold):
         self.token = secrets.token_urlsafe(16)
         self.streams = Streams()
         self.address = ""
+        self._refusal: ApiError | None = None
+        """What everything is answered with while the server starts."""
         for kind in KINDS.values():
             self.resources[f"{kind.api_version}/{kind.plural}"] = kmock.ResourceInfo(kind=kind.name, namespaced=True)
         self._started, self._stopping = threading.Event(), asyncio.Event()
@@ -90,6 +92,10 @@ class ApiServer(kmock.KubernetesScaffold):
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         path.chmod(0o600)
 
+    def restart(self, refused: float, forbidden: float, unavailable: float) -> None:
+        """As `Cluster.restart_api`."""
+        asyncio.run_coroutine_threadsafe(self._restart(refused, forbidden, unavailable), self._loop)
+
     def drop_streams(self, clean: bool = False) -> None:
         """Cut every open log stream and watch; `clean`: end it as a server does whose time for it is over."""
         asyncio.run_coroutine_threadsafe(self.streams.drop(clean), self._loop).result()
@@ -110,15 +116,32 @@ class ApiServer(kmock.KubernetesScaffold):
 
     async def _serve_until_stopped(self) -> None:
         async with self:
-            runner = aiohttp.web.ServerRunner(aiohttp.web.Server(self), shutdown_timeout=0.1)
-            await runner.setup()
-            site = aiohttp.web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            self.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            self._runner = aiohttp.web.ServerRunner(aiohttp.web.Server(self), shutdown_timeout=0.1)
+            await self._runner.setup()
+            self._site = aiohttp.web.TCPSite(self._runner, "127.0.0.1", 0)
+            await self._site.start()
+            self._port = self._runner.addresses[0][1]
+            self.address = f"http://127.0.0.1:{self._port}"
             self._started.set()
             await self._stopping.wait()
             await self.streams.drop(clean=False)
-            await runner.cleanup()
+            await self._runner.cleanup()
+
+    async def _restart(self, refused: float, forbidden: float, unavailable: float) -> None:
+        await self._site.stop()
+        server = self._runner.server
+        assert server is not None
+        for connection in list(server.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        await asyncio.sleep(refused)
+        self._site = aiohttp.web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
+        await self._site.start()
+        self._refusal = ApiError(403, "forbidden: not yet ready to handle request")
+        await asyncio.sleep(forbidden)
+        self._refusal = ApiError(503, "apiserver is shutting down")
+        await asyncio.sleep(unavailable)
+        self._refusal = None
 
     async def _handle(self, request: kmock.Request) -> aiohttp.web.StreamResponse:
         del self._requests[:-KEPT_REQUESTS]
@@ -151,6 +174,8 @@ class ApiServer(kmock.KubernetesScaffold):
         )
         self.calls.append(call)
         self._authenticate(request)
+        if self._refusal is not None:
+            raise self._refusal
         faults = self.faults.take(call)
         await asyncio.sleep(sum(fault.seconds for fault in faults))
         for fault in faults:
@@ -166,7 +191,23 @@ class ApiServer(kmock.KubernetesScaffold):
         response = await self._serve(call, plural, request, raw)
         if any(fault.cut == "after" for fault in faults):
             raise Cut
+        if any(fault.cut == "within" for fault in faults):
+            return await self._break_off(response, raw)
         return response
+
+    async def _break_off(
+        self, response: aiohttp.web.StreamResponse, raw: aiohttp.web.BaseRequest
+    ) -> aiohttp.web.StreamResponse:
+        """Send a body up to its middle, and close the connection."""
+        assert isinstance(response, aiohttp.web.Response)
+        assert isinstance(response.body, bytes)
+        broken = aiohttp.web.StreamResponse(status=response.status)
+        broken.content_type, broken.content_length = response.content_type, len(response.body)
+        await broken.prepare(raw)
+        await broken.write(response.body[: len(response.body) // 2])
+        if raw.transport is not None:
+            raw.transport.close()
+        return broken
 
     def _authenticate(self, request: kmock.Request) -> None:
         given = {key.lower(): value for key, value in request.headers.items()}.get("authorization", "")

@@ -259,10 +259,25 @@ class Cluster:
         """Serve the next `times` matching calls so much later."""
         self.faults.add_answer(AnswerFault(verb=verb, resource=resource, times=times, seconds=seconds))
 
-    def cut(self, verb: str = "*", resource: str = "*", times: int | None = 1, served: bool = False) -> None:
-        """Reset the connection of the next `times` matching calls; `served`: after the call has done its work."""
-        cut = "after" if served else "before"
+    def cut(
+        self,
+        verb: str = "*",
+        resource: str = "*",
+        times: int | None = 1,
+        served: bool = False,
+        within_body: bool = False,
+    ) -> None:
+        """Reset the connection of the next `times` matching calls.
+
+        `served`: after the call has done its work; `within_body`: then, too, when half of the answer's body is sent.
+        """
+        cut = "within" if within_body else "after" if served else "before"
         self.faults.add_answer(AnswerFault(verb=verb, resource=resource, times=times, cut=cut))
+
+    def restart_api(self, refused: float = 0.3, forbidden: float = 0.3, unavailable: float = 2.0) -> None:
+        """Restart the API server: every connection is cut, and new ones are refused for so many seconds; then it
+        forbids everything (403), then it answers 503. Returns at once."""
+        self.api.restart(refused, forbidden, unavailable)
 
     def drop_streams(self, clean: bool = False) -> None:
         """Cut every open log stream and watch now; `clean`: end them as a server does whose time for them is over."""

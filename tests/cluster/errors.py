@@ -23,9 +23,16 @@ class ApiError(Exception):
     """A request that is answered with `status` and a Status object."""
 
     def __init__(
-        self, status: int, message: str, reason: str | None = None, headers: dict[str, str] | None = None
+        self,
+        status: int,
+        message: str,
+        reason: str | None = None,
+        headers: dict[str, str] | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(message)
+        self.name = name
+        """Of the object that the error is about, where it is about one."""
         self.status, self.message, self.headers = status, message, headers or {}
         self.reason = reason or REASONS.get(status, "")
 
@@ -38,4 +45,4 @@ class ApiError(Exception):
             "message": self.message,
             "reason": self.reason,
             "code": self.status,
-        }
+        } | ({"details": {"name": self.name}} if self.name else {})

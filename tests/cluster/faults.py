@@ -28,7 +28,8 @@ class AnswerFault:
     seconds: float = 0.0
     """How long the request waits before it is served."""
     cut: str = ""
-    """`before`: the connection is cut before the request is served; `after`: after it was, so the answer is lost."""
+    """`before`: the connection is cut before the request is served; `after`: after it was, so the answer is lost;
+    `within`: in the middle of the answer's body."""
 
     def matches(self, call: Call) -> bool:
         return fnmatchcase(call.verb, self.verb) and fnmatchcase(call.resource, self.resource)

@@ -19,6 +19,7 @@ from tests.cluster.pod_logs import ContainerLog, PodLogs
 from tests.cluster.schema import CONTAINER
 from tests.cluster.store import Object, Store
 from tests.cluster.timestamps import seconds_text
+from tests.cluster.users import root_problem
 
 # What an image would bring. Nothing else of the test's own environment reaches a pod.
 IMAGE_VARIABLES = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
@@ -117,7 +118,11 @@ class Kubelet:
     def _start_pod(self, pod: Object, spec: dict[str, Any], run: Run) -> None:
         if not self._schedule(pod):
             return
+        if self._init_container_fails(pod):
+            return
         waiting, message = self._reason_to_wait(pod)
+        if not waiting and (message := root_problem(pod, spec)):
+            waiting = "CreateContainerConfigError"
         if not waiting:
             try:
                 values = self._environment(pod, spec)
@@ -160,6 +165,19 @@ class Kubelet:
             at = f"{pod['metadata']['namespace']}/{pod['metadata']['name']}"
             self._scheduler_events.record(pod, "Scheduled", f"Successfully assigned {at} to {NODE}")
         return True
+
+    def _init_container_fails(self, pod: Object) -> bool:
+        """Whether an init container must not start, which the pod then waits for, for ever."""
+        for spec in pod["spec"].get("initContainers") or []:
+            problem = root_problem(pod, spec)
+            if problem:
+                state = {"waiting": {"reason": "CreateContainerConfigError", "message": problem}}
+                if pod_status.set_init_state(pod, spec, state):
+                    pod_status.set_phase(pod, "Pending")
+                    self._store.changed(pod)
+                    self._events.record(pod, "Failed", f"Error: {problem}", warning=True)
+                return True
+        return False
 
     def _reason_to_wait(self, pod: Object) -> tuple[str, str]:
         """Reason and message of the waiting state, empty if there is none."""

@@ -232,7 +232,8 @@ class Operator:
                 ports.append({"name": PORT_NAME, "containerPort": PORT, "protocol": "TCP"})
         if replica == "Worker" and "Master" in job["spec"]["pytorchReplicaSpecs"]:
             command = ["sh", "-c", f"until nslookup {metadata['name']}-master-0; do sleep 2; done"]
-            init = {"name": INIT_CONTAINER, "image": "alpine:3.10", "command": command}
+            limits = {"limits": {"cpu": "100m", "memory": "20Mi"}, "requests": {"cpu": "50m", "memory": "10Mi"}}
+            init = {"name": INIT_CONTAINER, "image": "alpine:3.10", "command": command, "resources": limits}
             pod_spec.setdefault("initContainers", []).append(init)
         owner = {"apiVersion": job["apiVersion"], "kind": KIND, "name": metadata["name"], "uid": metadata["uid"]}
         return {

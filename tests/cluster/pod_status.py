@@ -64,6 +64,16 @@ def set_container_state(pod: Object, spec: dict[str, Any], state: dict[str, Any]
     return True
 
 
+def set_init_state(pod: Object, spec: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Write the state of the init container; whether it changed anything."""
+    new = {"name": spec["name"], "image": spec.get("image", ""), "restartCount": 0, "ready": False, "state": state}
+    status = pod.setdefault("status", {})
+    if status.get("initContainerStatuses") == [new]:
+        return False
+    status["initContainerStatuses"] = [new]
+    return True
+
+
 def set_phase(pod: Object, phase: str, reason: str = "", message: str = "") -> None:
     status = pod.setdefault("status", {})
     status["phase"] = phase

@@ -107,7 +107,7 @@ class Store:
         found = self.find(plural, namespace, name)
         if found is None:
             group = KINDS[plural].group
-            raise ApiError(404, f'{plural}{"." + group if group else ""} "{name}" not found')
+            raise ApiError(404, f'{plural}{"." + group if group else ""} "{name}" not found', name=name)
         return found
 
     def objects(self, plural: str, namespace: str | None = None) -> list[Object]:

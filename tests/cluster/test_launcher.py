@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kubernetes.client.exceptions import ApiException
 
 from osft.kubernetes.api import ClusterApi
 from osft.kubernetes.launcher import PyTorchJobLauncher
@@ -134,7 +135,7 @@ def test_creation_whose_answer_got_lost_makes_one_job(cluster, launch):
     assert_only_job(cluster, "Succeeded")
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+@pytest.mark.parametrize("status", [429, 500, 503])
 def test_transient_error_of_any_call_is_repeated(cluster, launch, status):
     for verb, resource in (("create", "pytorchjobs"), ("get", "pytorchjobs"), ("list", "pods"), ("get", "pods/log")):
         cluster.refuse(status, verb=verb, resource=resource, times=2)
@@ -168,6 +169,83 @@ def test_api_that_stays_away_leaves_the_job_alone(cluster, launch):
     cluster.recover()
     assert len(cluster.jobs()) == 1
     assert cluster.processes()
+
+
+def deletions(cluster: Cluster) -> list[str]:
+    return [call.verb for call in cluster.calls if call.verb == "delete"]
+
+
+def test_restarting_api_server_does_not_end_the_job(cluster, launch):
+    running = launch("for i in 1 2 3 4 5 6 7 8; do echo line-$i; sleep 0.5; done")
+    running.launcher.submit()
+    before = uids(cluster)
+    restart = threading.Timer(0.7, cluster.restart_api)
+    restart.start()
+    printed = running.run()
+    for told in ("Connection refused", "403", "503"):
+        assert told in printed
+    assert [line for line in printed.splitlines() if line.startswith("line-")] == [f"line-{i}" for i in range(1, 9)]
+    assert (uids(cluster), deletions(cluster)) == (before, [])
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_refusals_and_broken_answers_of_what_worked_before_are_repeated(cluster, launch):
+    running = launch("sleep 1.5; echo done")
+    running.launcher.submit()
+    running.launcher.status()
+    cluster.refuse(401, verb="get", resource="pytorchjobs")
+    cluster.refuse(404, verb="get", resource="pytorchjobs", message="404 page not found")
+    cluster.refuse(403, verb="list", resource="pods")
+    for verb, resource in (("get", "pytorchjobs"), ("list", "pods")):
+        cluster.cut(verb=verb, resource=resource, within_body=True)
+    printed = running.run()
+    for told in ("401", "403", "404", "IncompleteRead"):
+        assert told in printed
+    assert "done" in printed
+    assert deletions(cluster) == []
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_attempt_that_begins_while_the_api_server_restarts_finds_the_job(cluster, launch):
+    launch("sleep 1; echo done").launcher.submit()
+    cluster.refuse(403, times=1)
+    cluster.refuse(503, times=1)
+    assert "found PyTorchJob" in launch("sleep 1; echo done").run()
+    assert deletions(cluster) == []
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_creation_whose_answer_breaks_off_makes_one_job(cluster, launch):
+    cluster.cut(verb="create", resource="pytorchjobs", within_body=True)
+    launch().run()
+    assert_only_job(cluster, "Succeeded")
+
+
+@pytest.mark.parametrize("status", [401, 403, 400, 422])
+def test_answer_that_is_no_state_leaves_the_job_alone(cluster, launch, status):
+    running = launch("sleep 60", patience=0.5)
+    running.launcher.submit()
+    cluster.wait_until(cluster.processes)
+    running.launcher.status()
+    cluster.refuse(status, verb="get", resource="pytorchjobs", times=None)
+    with pytest.raises((JobUnreachable, PermissionError, ApiException)):
+        running.run()
+    assert deletions(cluster) == []
+    assert cluster.processes()
+
+
+def test_workers_start_beside_the_operators_init_container_that_is_root(cluster, launch):
+    launch("exit 0", num_workers=3).run()
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_worker_never_starts_where_the_whole_pod_must_not_be_root(cluster, launch):
+    running = launch("sleep 60", max_queued_minutes=0.03)
+    for replica in running.manifest["spec"]["pytorchReplicaSpecs"].values():
+        replica["template"]["spec"]["securityContext"]["runAsNonRoot"] = True
+    with pytest.raises(RuntimeError, match=r"max_queued_minutes.*CreateContainerConfigError.*will run as root.*init-"):
+        running.run()
+    assert_nothing_left(cluster)
 
 
 def test_operator_that_is_away_for_a_while_changes_nothing(cluster, launch):

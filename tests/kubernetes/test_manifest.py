@@ -111,15 +111,25 @@ def test_what_is_set_arrives_where_kubernetes_reads_it():
         assert spec["affinity"] == AFFINITY
         assert spec["serviceAccountName"] == "trainer"
         assert spec["imagePullSecrets"] == [{"name": "registry"}]
-        assert spec["securityContext"]["runAsUser"] == 1234
+        assert container["securityContext"]["runAsUser"] == 1234
 
 
 def test_pods_have_no_rights_that_training_does_not_need():
     for spec in pod_specs(manifest()):
         assert spec["automountServiceAccountToken"] is False
-        assert spec["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
         (container,) = spec["containers"]
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "runAsNonRoot": True,
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
+
+
+@pytest.mark.parametrize("settings", [{}, {"run_as_user": 1234, "fs_group": 5}], ids=["defaults", "given"])
+def test_nothing_of_the_pod_forbids_the_operators_init_container_to_be_root(settings):
+    for spec in pod_specs(manifest(settings)):
+        assert not spec["securityContext"].keys() & {"runAsNonRoot", "runAsUser", "runAsGroup"}
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
 
 
 def test_istio_is_kept_out_by_label_and_annotation_unless_it_is_wanted():
