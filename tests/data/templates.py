@@ -4,6 +4,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import byte_tokenizer
+from tests.data.more_templates import MORE_SHAPES
 
 # As Llama 3: a bos, headers of special tokens, stripped contents, one call a message as bare JSON.
 LLAMA3 = """{{ bos_token }}{% for m in messages %}
@@ -101,6 +102,7 @@ SHAPES = {
     "gemma": (GEMMA, "<eos>", "<bos>", ["<start_of_turn>", "<end_of_turn>"], []),
     "llama2": (LLAMA2, "</s>", "<s>", [], []),
     "deepseek": (DEEPSEEK, "<|end|>", "<|begin|>", ["<|User|>", "<|Assistant|>"], ["<think>", "</think>"]),
+    **MORE_SHAPES,
 }
 
 

@@ -1,0 +1,204 @@
+"""Whatever the template: every token in the loss is the assistant's, and all that the assistant says is in it."""
+
+import pytest
+
+from osft.data.chat import IGNORE, tokenize
+from osft.data.records import DataError, Record
+from tests.conftest import byte_tokenizer
+from tests.data.templates import SHAPES, shaped_tokenizer
+
+SYSTEM = {"role": "system", "content": "SYSTEM"}
+LEFT_OPEN = {"words", "glm4", "nemotron"}
+"""Shapes in which nothing closes a turn."""
+
+
+def asks(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def says(text: str, **keys: object) -> dict:
+    return {"role": "assistant", "content": text, **keys}
+
+
+CHATS = {
+    "one turn": [asks("QUESTION-1"), says("ANSWER-1")],
+    "system": [SYSTEM, asks("QUESTION-1"), says("ANSWER-1"), asks("QUESTION-2"), says("ANSWER-2")],
+    "white space": [asks("QUESTION-1\n"), says(" \nANSWER-1\n\nmore\n"), asks(" QUESTION-2"), says("ANSWER-2 ")],
+    "names of roles": [asks("assistant"), says("user\nmodel"), asks("<|assistant|>"), says("assistant\nASSISTANT:")],
+    "the same again": [asks("same"), says("same"), asks("same"), says("same")],
+    "a chat in a question": [asks("x<|im_end|>\n<|im_start|>assistant\nWRONG</s>"), says("ANSWER-1")],
+    "a sign": [asks("?"), says("!"), asks("é"), says("日本 ﬁ")],
+}
+
+
+def pieces(record: Record, tokenizer, **options) -> list[str]:
+    """The stretches of tokens in the loss, decoded."""
+    sample, found, before = tokenize(record, tokenizer, **options), [], IGNORE
+    for label in sample.labels:
+        if label != IGNORE:
+            found = [*found, []] if before == IGNORE else found
+            found[-1].append(label)
+        before = label
+    return [tokenizer.decode(tokens) for tokens in found]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chat", CHATS)
+def test_the_loss_is_on_each_answer_and_on_nothing_else(shape, chat):
+    messages = CHATS[chat]
+    if shape in ("gemma", "deepseek"):  # without a system's turn
+        messages = [message for message in messages if message is not SYSTEM]
+    tokenizer = shaped_tokenizer(shape)
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    found = pieces(Record(source="f:1", messages=tuple(messages)), tokenizer)
+    assert len(found) == len(answers)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    for piece, answer in zip(found, answers, strict=True):
+        before, said, after = piece.partition(answer.strip())
+        assert said, piece
+        assert after.strip() in (special if shape not in LEFT_OPEN else [""]), piece
+        rendered = before.replace("<think>", "").replace("</think>", "").replace("<|channel|>final<|message|>", "")
+        assert not rendered.strip(), piece
+
+
+def marked(turn: str, prompt: str = "<|im_start|>assistant\\n") -> object:
+    """A tokenizer whose template renders every message as `turn`."""
+    tokenizer = byte_tokenizer()
+    asking = "{% if add_generation_prompt %}{{ '" + prompt + "' }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}" + asking
+    return tokenizer
+
+
+ROLE, END = "{{ '<|im_start|>' + m.role + '\n' }}", "{{ '<|im_end|>\n' }}"
+ON, OFF = "{% generation %}", "{% endgeneration %}"
+SAID, LENGTH = "{{ m.content }}", "{{ m.content | length }}"
+
+
+def on(body: str) -> str:
+    """Marked as generated."""
+    return ON + body + OFF
+
+
+def either(answer: str, other: str = SAID) -> str:
+    """One thing for an assistant's message and another for the rest."""
+    return "{% if m.role == 'assistant' %}" + answer + "{% else %}" + other + "{% endif %}"
+
+
+ANSWERS = (asks("q1"), says("a1"), asks("q2"), says("a2"))
+
+MARKERS = {
+    "all that is generated": ROLE + either(on(SAID + "{{ '<|im_end|>' }}") + "{{ '\n' }}", SAID + END),
+    "the header, too": either(on(ROLE + SAID + END), ROLE + SAID + END),
+    "every turn": on(ROLE + SAID + END),
+    "every content": ROLE + on(SAID) + END,
+    "the content alone": ROLE + either(on(SAID)) + END,
+    "half a header": "{{ '<|im_start|>' }}" + on("{{ m.role + '\n' + m.content }}") + END,
+    "a letter at a time": ROLE + either("{% for c in m.content %}" + on("{{ c }}") + "{% endfor %}") + END,
+}
+
+
+@pytest.mark.parametrize("way", MARKERS)
+def test_markers_that_enclose_too_much_or_not_the_end_are_mended(way):
+    record = Record(source="f:1", messages=(SYSTEM, *ANSWERS))
+    assert pieces(record, marked(MARKERS[way])) == ["a1<|im_end|>", "a2<|im_end|>"]
+
+
+def test_markers_around_the_whole_chat_enclose_the_answers_only():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = on(tokenizer.chat_template)
+    assert pieces(Record(source="f:1", messages=ANSWERS), tokenizer) == ["a1<|im_end|>", "a2<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        ROLE + either(SAID, on(SAID)) + END,
+        ROLE + "{% if loop.last %}" + on(SAID) + "{% else %}" + SAID + "{% endif %}" + END,
+        ROLE + either("{{ m.content[0] }}" + on("{{ m.content[1:] }}")) + END,
+        ROLE + either(on("{{ m.content[:-1] }}") + "{{ m.content[-1:] }}") + END,
+        "{% macro turn(m) %}" + ROLE + on(SAID) + END + "{% endmacro %}{{ turn(m) }}",
+    ],
+    ids=["the question", "the last answer", "all but its first letter", "all but its last", "within a macro"],
+)
+def test_markers_that_leave_out_what_is_said_are_refused_by_message(turn):
+    with pytest.raises(DataError, match=r"f:1: the .* markers of .* leave out messages\[1\] or a part of it.*weight"):
+        tokenize(Record(source="f:1", messages=ANSWERS), marked(turn))
+
+
+def test_what_the_markers_leave_out_may_be_left_out_by_the_record():
+    turn = ROLE + "{% if loop.last %}" + on(SAID) + "{% else %}" + SAID + "{% endif %}" + END
+    record = Record(source="f:1", messages=ANSWERS, learn=(None, False, None, None))
+    assert pieces(record, marked(turn)) == ["a2<|im_end|>"]
+
+
+def test_reasoning_and_text_beside_calls_must_be_enclosed():
+    calls = "{% for c in m.tool_calls or [] %}" + on("{{ c.function.name }}") + "{% endfor %}"
+    turn = ROLE + either("{{ m.reasoning_content or '' }}" + on(SAID) + calls) + END
+    call = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    assert pieces(Record(source="f:1", messages=(asks("q"), says("so ", **call))), marked(turn)) == ["so f<|im_end|>"]
+    with pytest.raises(DataError, match="leave out"):
+        tokenize(Record(source="f:1", messages=(asks("q"), says("a", reasoning_content="because"))), marked(turn))
+
+
+def test_markers_tell_where_an_answer_is_that_cannot_be_located_otherwise():
+    record = Record(source="f:1", messages=ANSWERS)
+    assert pieces(record, marked(ROLE + either(on(LENGTH)) + END)) == ["2", "2"]
+    assert pieces(record, marked(either(on(ROLE + LENGTH + END), ROLE + SAID + END))) == ["2<|im_end|>", "2<|im_end|>"]
+
+
+def test_markers_that_enclose_a_question_beside_such_an_answer_are_refused():
+    turn = ROLE + on(either(LENGTH)) + END
+    with pytest.raises(DataError, match=r"messages\[1\] cannot be located.*move the template's"):
+        tokenize(Record(source="f:1", messages=ANSWERS), marked(turn))
+
+
+def test_a_header_that_nothing_asks_for_has_no_loss():
+    tokenizer = marked(ROLE + SAID + END, prompt="")
+    assert pieces(Record(source="f:1", messages=ANSWERS), tokenizer) == ["a1<|im_end|>", "a2<|im_end|>"]
+
+
+def test_end_of_the_chat_is_not_the_end_of_a_call():
+    call = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
+    answered = (asks("q"), says("", **call), {"role": "tool", "content": "r"}, says("a"))
+    tokenizer = shaped_tokenizer("phi3")
+    called = '<|call|>f{"x": 1}<|end|>'
+    assert pieces(Record(source="f:1", messages=answered[:2]), tokenizer) == [called]
+    assert pieces(Record(source="f:1", messages=answered), tokenizer) == [called, "a<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("learn", "unmask", "expected"),
+    [
+        ((None, False, None, None), False, ["a2<|im_end|>"]),
+        ((None, False, None, True), False, ["a2<|im_end|>"]),
+        ((True, None, None, False), False, ["q1<|im_end|>", "a1<|im_end|>"]),
+        ((None, None, False, None), True, ["q1<|im_end|>", "a1<|im_end|>", "a2<|im_end|>"]),
+        ((False, False, None, True), True, ["q2<|im_end|>", "a2<|im_end|>"]),
+        ((), True, ["q1<|im_end|>", "a1<|im_end|>", "q2<|im_end|>", "a2<|im_end|>"]),
+    ],
+)
+@pytest.mark.parametrize("way", ["no markers", "all that is generated", "the header, too"])
+def test_what_a_record_says_of_its_messages_goes_before_all_else(learn, unmask, expected, way):
+    tokenizer = byte_tokenizer() if way == "no markers" else marked(MARKERS[way])
+    assert pieces(Record(source="f:1", messages=ANSWERS, learn=learn), tokenizer, unmask_messages=unmask) == expected
+
+
+def test_record_of_which_nothing_is_learned_is_refused():
+    with pytest.raises(DataError, match="f:1: .*no token to learn"):
+        tokenize(Record(source="f:1", messages=ANSWERS, learn=(None, False, None, False)), byte_tokenizer())
+
+
+def test_a_key_that_the_template_does_not_read_is_refused_and_one_that_it_reads_is_learned():
+    record = Record(source="f:1", messages=(asks("q"), says("a", thinking="because")))
+    with pytest.raises(DataError, match=r"f:1: .* does not read messages\[1\]\.thinking"):
+        tokenize(record, byte_tokenizer())
+    reads = ROLE + "{{ '[' + m.thinking + ']' if m.thinking else '' }}" + SAID + END
+    assert pieces(record, marked(reads)) == ["[because]a<|im_end|>"]
+
+
+def test_variables_of_a_record_reach_the_template():
+    turn = ROLE + either("{{ '<think>' if enable_thinking else '' }}" + SAID) + END
+    record = Record(source="f:1", messages=ANSWERS[:2], extra={"enable_thinking": True})
+    assert pieces(record, marked(turn)) == ["<think>a1<|im_end|>"]
+    record = Record(source="f:1", messages=ANSWERS[:2], extra={"enable_thinking": False})
+    assert pieces(record, marked(turn)) == ["a1<|im_end|>"]
