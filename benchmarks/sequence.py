@@ -23,8 +23,9 @@ from osft.config import TrainConfig
 from osft.conversion import ModelWeights
 from osft.data.chat import tokenize
 from osft.data.dataset_folder import hash_files, load_split
+from osft.data.files import data_name
 from osft.data.prepare import prepare
-from osft.data.records import DataError, Record, data_name
+from osft.data.records import DataError, Record
 from osft.evaluation.evaluate import load_set
 from osft.evaluation.scoring import score_records
 from osft.models import model_folder

@@ -27,7 +27,8 @@ from typing import Any
 
 from osft import storage
 from osft.atomic import atomic_path
-from osft.data.records import data_name, read_records
+from osft.data.files import data_name
+from osft.data.records import read_records
 
 SCHEME = "example:"
 

@@ -75,7 +75,8 @@ def check(arguments: dict[str, Any]) -> None:
     """Refuse what can be seen to be wrong before a step is started."""
     from osft.checkpoint import CheckpointReader
     from osft.config import TrainConfig
-    from osft.data.records import check_names, is_hub_dataset, read_records
+    from osft.data.files import check_names, is_hub_dataset
+    from osft.data.records import read_records
     from osft.examples import SCHEME
     from osft.models import empty_model
     from osft.parameters import parameters

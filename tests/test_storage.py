@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from osft import TrainConfig, storage, store_client
-from osft.data.records import data_files, read_records
+from osft.data.files import data_files
+from osft.data.records import read_records
 from osft.store_client import StorageRefused
 
 
@@ -71,7 +72,7 @@ def test_only_what_is_missing_or_differs_is_fetched(bucket, object_store):
 def test_file_that_the_store_no_longer_has_is_not_read_from_the_mirror(bucket, object_store):
     for name in ("one", "two"):
         object_store.files.pipe(f"{bucket}/data/{name}.jsonl", b"{}")
-    object_store.files.pipe(f"{bucket}/data/other.txt", b"{}")
+    object_store.files.pipe(f"{bucket}/data/README.md", b"{}")
     assert [file.name for file in data_files(f"{bucket}/data/*.jsonl")] == ["one.jsonl", "two.jsonl"]
     object_store.files.rm(f"{bucket}/data/two.jsonl")
     assert [file.name for file in data_files(f"{bucket}/data")] == ["one.jsonl"]

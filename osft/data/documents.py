@@ -20,7 +20,9 @@ from osft.data.dataset_folder import (
     hash_tokenizer,
     publish_dataset,
 )
-from osft.data.records import DataError, data_files, read_json_lines
+from osft.data.files import data_files
+from osft.data.records import DataError
+from osft.data.rows import read_rows
 from osft.data.split import check_sides, check_validation, is_held_out
 
 BATCH_DOCUMENTS = 256
@@ -39,7 +41,7 @@ def prepare_documents(
     trust_remote_code: bool = False,
     report: Callable[[str], None] = print,
 ) -> PreparedData:
-    """Prepare the documents of `data_uri` (JSON lines: a file, a folder or a glob) for the model at `model_path`.
+    """Prepare the documents of `data_uri` (as in `osft.data.files.data_files`) for the model at `model_path`.
 
     Each document is tokenized as the tokenizer does it by itself (with a begin token if it adds one, without a chat
     template) and ends with one end-of-text token. In the order of the files, all of it is one stream, cut into
@@ -183,7 +185,7 @@ def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[list[str], 
 
 def read_documents(uri: str, column: str) -> Iterator[tuple[str, str]]:
     """Text and source of each document. Raises DataError at the first that has none."""
-    for source, value in read_json_lines(uri):
+    for source, value in read_rows(uri, columns=(column,)):
         text = value.get(column)
         if column not in value:
             columns = ", ".join(map(repr, value)) or "none"

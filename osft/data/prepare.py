@@ -21,8 +21,9 @@ from osft.data.dataset_folder import (
     hash_tokenizer,
     publish_dataset,
 )
+from osft.data.files import data_files
 from osft.data.record_hashes import HASH, RECORDS_FILE, short_hash, write_hashes
-from osft.data.records import DataError, Record, data_files, read_records
+from osft.data.records import DataError, Record, read_records
 from osft.data.split import check_sides, check_validation, is_held_out
 
 

@@ -24,7 +24,9 @@ from osft.data.dataset_folder import (
     open_dataset,
     publish_dataset,
 )
-from osft.data.records import DataError, data_files, read_json_lines
+from osft.data.files import data_files
+from osft.data.records import DataError
+from osft.data.rows import read_file
 from osft.data.split import check_sides, check_validation, is_held_out
 
 COLUMNS = ("input_ids", "labels", "len", "num_loss_counted_tokens")
@@ -159,7 +161,7 @@ def read_rows(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
             except pa.ArrowInvalid as error:
                 raise DataError(f"{storage.name_of(file)} is not a Parquet file: {error}") from None
         else:
-            yield from read_json_lines(str(file))
+            yield from read_file(file)
 
 
 def _table_rows(name: str, tables: Iterator[pa.Table | pa.RecordBatch]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from osft.checkpoint import CheckpointReader
-from osft.data.records import DataError, Record, data_name, read_records
+from osft.data.files import data_name
+from osft.data.records import DataError, Record, read_records
 from osft.evaluation.measure import MeasuredModel
 from osft.evaluation.score_store import ScoreStore
 from osft.evaluation.scoring import RecordScores, changes

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO
 
@@ -35,6 +35,8 @@ class NewRecords:
     """Path or URI of the JSON lines, in the order of their hashes; empty if there are too few."""
     files: frozenset[str]
     """What the new records were read from, as their sources name it."""
+    conversions: Mapping[str, int]
+    """What was converted and ignored (`osft.data.records.report_lines`)."""
 
 
 def find_new_records(source: Source, known: Hashes, folder: str, *, min_new_samples: int = 1) -> NewRecords:
@@ -50,14 +52,14 @@ def find_new_records(source: Source, known: Hashes, folder: str, *, min_new_samp
         distinct, first = np.unique(hashes, return_index=True)
         data = source.manifest(num_records=num_records, num_new=len(distinct))
         if len(distinct) < max(1, min_new_samples):
-            return NewRecords(data=data, location="", files=files)
+            return NewRecords(data=data, location="", files=files, conversions=source.conversions)
         location = storage.join(folder, f"{hashlib.sha256(distinct.tobytes()).hexdigest()[:32]}.jsonl")
         if storage.find(location) is None:
             with atomic_path(storage.local(location)) as temporary, temporary.open("wb") as lines:
                 for at in first.tolist():
                     lines.write(os.pread(spool.fileno(), bounds[at + 1] - bounds[at], bounds[at]))
             storage.publish(location)
-    return NewRecords(data=data, location=location, files=files)
+    return NewRecords(data=data, location=location, files=files, conversions=source.conversions)
 
 
 def _spool(source: Source, known: Hashes, spool: IO[bytes]) -> tuple[Hashes, "array[int]", frozenset[str], int]:

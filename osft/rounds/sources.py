@@ -1,12 +1,12 @@
 """Where the records of a round come from: files that a path or URI names, or a data set of the Hugging Face hub."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from osft import storage
-from osft.data.records import Record, data_files, data_name, is_hub_dataset, parse_record, read_records
+from osft.data.files import data_files, data_name, fetch_hub_dataset, hub_commit, is_hub_dataset
+from osft.data.records import Record, read_records_of
 from osft.tracking.lineage import DataFile, DataManifest
 
 
@@ -14,6 +14,8 @@ class Source(Protocol):
     """Something that records are read from, once."""
 
     uri: str
+    conversions: Counter[str]
+    """What `records` converted and ignored, as `osft.data.records.read_records` counts it."""
 
     def name(self, files: frozenset[str]) -> str:
         """What a round that learns records of these files is called."""
@@ -36,12 +38,13 @@ def open_source(uri: str) -> "Source":
 
 
 class Files:
-    """JSON lines; which files, is settled when this is made."""
+    """Files of any format that is read; which ones, is settled when this is made."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._files = data_files(uri)
         self._counts: Counter[str] = Counter()
+        self.conversions: Counter[str] = Counter()
 
     def name(self, files: frozenset[str]) -> str:
         """The file's name, or for records of several files the folder's."""
@@ -51,7 +54,7 @@ class Files:
         """All records, file by file. Raises DataError at the first bad line."""
         for file in self._files:
             name = storage.name_of(file)
-            for record in read_records(str(file)):
+            for record in read_records_of(file, counts=self.conversions):
                 self._counts[name] += 1
                 yield record
 
@@ -67,15 +70,13 @@ class Files:
 
 
 class HubDataset:
-    """A data set of the Hugging Face hub at the commit that its revision names now, streamed.
-
-    Its rows are records as in JSON lines; a column that is empty in a row is not there.
-    """
+    """A data set of the Hugging Face hub at the commit that its revision names now."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._id, _, revision = uri.partition("@")
-        self._revision = self._ask_hub(lambda: _commit(self._id, revision or None))
+        self.conversions: Counter[str] = Counter()
+        self._id = uri.partition("@")[0]
+        self._revision = hub_commit(uri)
 
     def name(self, files: frozenset[str]) -> str:
         """The id without its owner."""
@@ -83,12 +84,7 @@ class HubDataset:
 
     def records(self) -> Iterator[Record]:
         """All rows. Raises DataError at the first that is no record, FileNotFoundError if the hub gives none."""
-        from datasets import load_dataset
-
-        rows = self._ask_hub(lambda: load_dataset(self._id, revision=self._revision, split="train", streaming=True))
-        for number, row in enumerate(rows):
-            given = {name: value for name, value in row.items() if value is not None}
-            yield parse_record(json.dumps(given), f"{self._id}@{self._revision}:{number}")
+        yield from read_records_of(fetch_hub_dataset(self._id, self._revision), counts=self.conversions)
 
     def manifest(self, *, num_records: int, num_new: int) -> DataManifest:
         """The commit, and what was read."""
@@ -96,20 +92,3 @@ class HubDataset:
         return DataManifest(
             uri=self.uri, revision=self._revision, files=(file,), num_records=num_records, num_new=num_new
         )
-
-    def _ask_hub(self, question: Any) -> Any:
-        try:
-            return question()
-        except Exception as error:  # those of the HTTP client, which is another one in each generation of the hub's
-            raise FileNotFoundError(
-                f"data {self.uri} is neither a file or folder nor a data set that the Hugging Face hub gives: {error}. "
-                "Without access to the hub, download the data elsewhere and give the path of the JSON lines"
-            ) from error
-
-
-def _commit(dataset: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi
-
-    found = HfApi().dataset_info(dataset, revision=revision).sha
-    assert found is not None, "the hub answers with a commit"
-    return found

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from osft import examples, storage
-from osft.data.records import DataError, check_names, data_files, data_name, read_records
+from osft.data.files import check_names, data_files, data_name
+from osft.data.records import DataError, read_records
 from osft.rounds.resolve import ResolvedRound
 from osft.rounds.resolve import resolve_round as resolve
 from osft.steps.round import ROUND_FILE, Round

@@ -4,7 +4,7 @@ import json
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from osft.data.records import is_hub_dataset
+from osft.data.files import is_hub_dataset
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput

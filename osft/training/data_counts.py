@@ -10,7 +10,8 @@ from typing import Any
 from osft import storage
 from osft.config import TrainConfig
 from osft.data.chat import Sample, tokenize
-from osft.data.records import DataError, data_files, read_records
+from osft.data.records import DataError, read_records
+from osft.data.rows import read_rows
 from osft.data.split import is_held_out
 
 MAX_COUNTED = 1000
@@ -176,11 +177,8 @@ def _from_statistics(config: TrainConfig, statistics: Path) -> DataCounts:
 
 
 def _without_tokenizer(config: TrainConfig) -> DataCounts:
-    """The number of lines is all that is known."""
-    records = 0
-    for file in data_files(config.data_path):
-        with file.open(encoding="utf-8") as lines:
-            records += sum(1 for line in lines if line.strip())
+    """The number of records is all that is known."""
+    records = sum(1 for _ in read_rows(config.data_path, columns=()))
     return DataCounts(
         samples=records,
         tokens=None,

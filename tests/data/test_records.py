@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from osft.data.records import DataError, check_names, data_name, parse_record, read_records
+from osft.data.files import check_names, data_name
+from osft.data.records import DataError, parse_record, read_records
 from tests.conftest import write_jsonl
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
@@ -17,8 +18,8 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         ("[1, 2]", "must be a JSON object, this is a list"),
         ('{"prompt": "a"}', "needs a non-empty list 'messages'.*this one has 'prompt'"),
         ('{"messages": []}', "needs a non-empty list 'messages'"),
-        ('{"messages": ["hello"]}', r"messages\[0\] needs a role"),
-        ('{"messages": [{"role": "bot", "content": "a"}]}', "role out of system, user, assistant, tool; got 'bot'"),
+        ('{"messages": ["hello"]}', r"messages\[0\] must be an object with a role"),
+        ('{"messages": [{"role": 7, "content": "a"}]}', "role out of system, developer, user, .*; got 7"),
         ('{"messages": [{"role": "user", "content": 3}]}', r"messages\[0\] needs a string 'content'; got 3"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant message with text"),
         ('{"messages": [{"role": "assistant", "content": "  "}]}', "no assistant message with text"),
@@ -45,7 +46,7 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         ),
         (
             '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]}',
-            "arguments of a tool call must be an object or a string",
+            "arguments of a tool call must be an object or a JSON text",
         ),
         (
             '{"messages": [{"role": "tool", "content": "a", "name": 1}]}',
@@ -90,7 +91,7 @@ def test_file_folder_and_glob_give_the_same_records(tmp_path):
 
 @pytest.mark.parametrize("uri", ["missing.jsonl", "missing/*.jsonl", "."])
 def test_missing_data_is_refused(tmp_path, uri):
-    with pytest.raises(FileNotFoundError, match="does not exist|holds no .jsonl file"):
+    with pytest.raises(FileNotFoundError, match="does not exist|holds no data file"):
         list(read_records(str(tmp_path / uri)))
 
 
