@@ -30,7 +30,7 @@ def json_rows(content: io.BufferedReader, name: str) -> Iterator[tuple[str, Row]
     try:
         value = _decode(first, source)
     except json.JSONDecodeError as error:
-        if not _is_incomplete(error, len(first.strip())):
+        if not (first.lstrip().startswith("{") and _is_incomplete(error, len(first.strip()))):
             raise _not_json(source, error, first) from None
         yield from _values(_JsonStream(first, number, content, name))  # an object over several lines
         return
