@@ -1,4 +1,4 @@
-"""The command `osft`: train, decompose, evaluate, lineage; those for pipeline runs are in `orchestration.commands`.
+"""The command `osft`: train, decompose, evaluate, export, lineage; those of pipeline runs are `orchestration.commands`.
 
 Importing this module loads neither torch nor transformers, so that `--help` answers at once; each command imports
 what it needs.
@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 from osft import exit_codes
 from osft.config import TrainConfig
 from osft.console import ended, output, refused
+from osft.export_command import export
 from osft.lineage_command import lineage
 from osft.orchestration.commands import add_commands
 from osft.parameter_help import default_text, grouped_parameters, one_paragraph
@@ -242,6 +243,7 @@ def plan_tables(plan: "TrainingPlan") -> Group:
     return Group(Text(plan.model_path, style="bold"), facts, memory, Text(plan.verdict(), style="bold"), *notes)
 
 
+app.command()(export)
 app.command()(lineage)
 add_commands(app)
 

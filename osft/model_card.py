@@ -88,6 +88,11 @@ def with_scores(card: str, scores: str) -> str:
     return card.split(_SCORES_HEADING)[0] + f"{_SCORES_HEADING}\n\n{scores.strip()}\n"
 
 
+def with_rounding(card: str, before: "Origin", after: "Origin") -> str:
+    """The card of a copy without exact/, whose weights are rounded as `after` says."""
+    return card.replace(_rounding_text(before), _rounding_text(after, has_exact=False))
+
+
 def _licence(base_folder: Path) -> dict[str, Any]:
     """What the base model's card says of its licence and its languages, if it has a card that can be read."""
     card = base_folder / MODEL_CARD
@@ -107,18 +112,21 @@ def _licence_text(licence: Any, base: str) -> str:
     return f"The folder of the base model does not say under which licence it is: look it up where `{base}` came from."
 
 
-def _rounding_text(origin: "Origin") -> str:
+def _rounding_text(origin: "Origin", *, has_exact: bool = True) -> str:
     total = origin.total
     if total.rounding_error is None:
         return "Nothing was learned: all weights are the base model's."
     if origin.rounding == "none":
         return f"The weights are stored in {origin.dtype}, which holds the update to its own precision."
-    frozen = "" if total.frozen_share is None else f"{total.frozen_share:.1%} of the norm of the stored update lies in "
-    return (
+    sentences = [
         f"The weights are stored in {origin.dtype}, rounded ({origin.rounding}): {total.update_lost:.1%} of the update "
-        f"was lost, the rounding error is {total.rounding_error:.1%} of the update's norm, and {frozen}frozen "
-        "directions. The folder `exact/` keeps what rounding took: a next round starts from the exact weights."
-    )
+        f"was lost, and the rounding error is {total.rounding_error:.1%} of the update's norm."
+    ]
+    if total.frozen_share is not None:
+        sentences.append(f"{total.frozen_share:.1%} of the norm of the stored update lies in frozen directions.")
+    if has_exact:
+        sentences.append("The folder `exact/` keeps what rounding took: a next round starts from the exact weights.")
+    return " ".join(sentences)
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

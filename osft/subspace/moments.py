@@ -1,0 +1,45 @@
+"""The second moments of what layers are fed: `C = E[x x^T]`.
+
+To first order an error E of a weight changes what its layer computes by E x, whose mean square is tr(E C E^T).
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def input_moments(layers: Mapping[str, nn.Module], forward: Callable[[], object]) -> dict[str, torch.Tensor]:
+    """The mean of x x^T over all inputs x that reach each of `layers` while `forward` runs: (n, n), float32.
+
+    layers: by name, modules whose first argument is (..., n). They cost n^2 numbers each, so of a large model name the
+    layers of one block at a time. On several processes each gives `forward` its share; all get the mean over all.
+    Raises ValueError for a layer that got no input, such as an expert to which no token was sent.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+
+    def add(name: str, inputs: tuple[Any, ...]) -> None:
+        flat = inputs[0].detach().flatten(0, -2).float()
+        if name not in sums:
+            sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
+        sums[name].addmm_(flat.T, flat)
+        counts[name] += len(flat)
+
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs))
+            hooks.callback(handle.remove)
+        forward()
+    for name in layers:
+        if not counts[name]:
+            raise ValueError(f"no input reached {name}, so that there are no moments to round it by")
+        total = torch.tensor(float(counts[name]), dtype=torch.float64, device=sums[name].device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+            torch.distributed.all_reduce(sums[name])
+        sums[name] /= total
+    return sums
