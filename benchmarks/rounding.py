@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -275,7 +276,7 @@ def measure(cache: Path, settings: Settings, progress: Callable[[str], None]) ->
     model = LastBlocks(whole.eval().requires_grad_(False), tokens, settings.blocks)
     base = {name: layer.weight.detach().clone() for name, layer in model.linear_layers().items()}
     moments = {
-        name: input_moments(model.linear_layers(), lambda name=name: model.loss(name))
+        name: input_moments(model.linear_layers(), partial(model.loss, name))
         for name in ("the training text", "web text")
     }
     measured = Measure(model, base, settings.unfreeze_rank_ratio)
