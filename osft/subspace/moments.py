@@ -16,8 +16,9 @@ def input_moments(layers: Mapping[str, nn.Module], forward: Callable[[], object]
     """The mean of x x^T over all inputs x that reach each of `layers` while `forward` runs: (n, n), float32.
 
     layers: by name, modules whose first argument is (..., n). They cost n^2 numbers each, so of a large model name the
-    layers of one block at a time. On several processes each gives `forward` its share; all get the mean over all.
-    Raises ValueError for a layer that got no input, such as an expert to which no token was sent.
+    layers of one block at a time. On several processes each gives `forward` its share, and all get the mean over all.
+    Raises ValueError, on all processes, for a layer that on one of them got no input, such as an expert to which no
+    token was sent.
     """
     sums: dict[str, torch.Tensor] = {}
     counts = dict.fromkeys(layers, 0)
@@ -34,12 +35,17 @@ def input_moments(layers: Mapping[str, nn.Module], forward: Callable[[], object]
             handle = layer.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs))
             hooks.callback(handle.remove)
         forward()
-    for name in layers:
-        if not counts[name]:
-            raise ValueError(f"no input reached {name}, so that there are no moments to round it by")
-        total = torch.tensor(float(counts[name]), dtype=torch.float64, device=sums[name].device)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
-            torch.distributed.all_reduce(sums[name])
-        sums[name] /= total
+    distributed = torch.distributed.is_initialized()
+    device = next((tensor.device for tensor in sums.values()), torch.device("cpu"))
+    fewest, total = (torch.tensor(list(counts.values()), device=device) for _ in range(2))
+    if distributed:
+        torch.distributed.all_reduce(fewest, op=torch.distributed.ReduceOp.MIN)
+        torch.distributed.all_reduce(total)
+    for name, count in zip(layers, fewest.tolist(), strict=True):
+        if not count:
+            raise ValueError(f"no input reached {name}, so that it has no moments")
+    for tensor, count in zip((sums[name] for name in layers), total.tolist(), strict=True):
+        if distributed:
+            torch.distributed.all_reduce(tensor)
+        tensor /= count
     return sums
