@@ -23,7 +23,7 @@ def export(
         Literal["lora", "hf"],
         typer.Option(help="lora: the update, an adapter for PEFT. hf: all weights, a plain model folder."),
     ],
-    output: Annotated[Path, typer.Option(help="The new folder.", show_default=False)],
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="A new folder.", show_default=False)],
     base: Annotated[
         str | None,
         typer.Option(help="The model that the lineage started from; by default the one that MODEL's osft.json names."),
@@ -48,23 +48,29 @@ def export(
 
     `--format hf` writes all weights: in float32 exactly, in bfloat16 as they are served.
     """
-    import torch
-
     try:
+        import torch
+
+        from osft import storage
+        from osft.paths import expanded
+
+        if storage.is_remote(output):
+            raise ValueError(f"--output {output}: give a folder of this machine, and copy it from there")
+        if format == "hf" and rank is not None:
+            raise ValueError("--rank is for `--format lora`: a whole model has no rank")
+        folder, model = Path(expanded(output)), expanded(model)
+        base = base and expanded(base)
+        tensor_dtype: torch.dtype = getattr(torch, dtype)
         if format == "hf":
-            if rank is not None:
-                raise ValueError("--rank is for `--format lora`: a whole model has no rank")
             from osft.export import export_model
 
-            written = export_model(
-                model, output, dtype=getattr(torch, dtype), base=base, trust_remote_code=trust_remote_code
-            )
-            console.print(Text(str(written)), soft_wrap=True)
+            export_model(model, folder, base=base, dtype=tensor_dtype, trust_remote_code=trust_remote_code)
+            console.print(Text(str(folder)), soft_wrap=True)
             return
         from osft.adapter import export_adapter
 
         adapter = export_adapter(
-            model, output, base=base, rank=rank, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+            model, folder, base=base, rank=rank, dtype=tensor_dtype, trust_remote_code=trust_remote_code
         )
     except (ValueError, FileNotFoundError) as error:
         raise refused(error) from None

@@ -211,6 +211,27 @@ def test_command_refuses_in_one_line(arguments, said, folders, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("output", ["s3://bucket/adapter", "s3:///adapter"])
+def test_output_in_an_object_store_is_refused(output, folders, tmp_path, monkeypatch):
+    _, tuned = folders
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = invoke("export", tuned, "--format", "hf", "--output", output)
+    assert code == 2
+    assert output in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_home_folder_is_expanded_in_every_path(folders, tmp_path, monkeypatch):
+    base, tuned = folders
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base").symlink_to(base)
+    (tmp_path / "tuned").symlink_to(tuned)
+    arguments = "--format", "lora", "--base", "~/base", "--output", "~/adapter"
+    code, _output, errors = invoke("export", "~/tuned", *arguments)
+    assert code == 0, errors
+    assert files(tmp_path / "adapter") == {"adapter_model.safetensors", "adapter_config.json"}
+
+
 def test_help_of_export_teaches_both_forms():
     code, output, _ = invoke("export", "--help")
     assert code == 0
