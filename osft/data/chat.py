@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from osft.data.records import DataError, Record
 from osft.data.rendered_chat import RenderedChat
-from osft.data.template_keys import check_read, with_known_roles
+from osft.data.template_keys import check_read, knows_role, with_known_roles
 from osft.data.token_spans import TokenizerMismatchError, tokens_of_spans
 
 IGNORE = -100
@@ -47,6 +47,8 @@ def tokenize(
     if record.text:
         input_ids = tokenizer(record.text, truncation=True, max_length=max_text_tokens)["input_ids"]
         return Sample(input_ids, list(input_ids))
+    if _is_document(record, tokenizer):
+        return _document(record, tokenizer)
     if tokenizer.chat_template is None:
         raise DataError(
             f"{record.source}: the model's tokenizer has no chat template. Use a chat model, or set "
@@ -72,6 +74,21 @@ def tokenize(
     if sample.num_loss_tokens == 0:
         raise DataError(f"{record.source}: the chat template leaves no token to learn from")
     return sample
+
+
+def _is_document(record: Record, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a record is one text of the role `pretraining` (InstructLab's), for which the template has no form."""
+    if [message["role"] for message in record.messages] != ["pretraining"]:
+        return False
+    return tokenizer.chat_template is None or not knows_role(tokenizer.get_chat_template(), "pretraining")
+
+
+def _document(record: Record, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """All of a text, and the token that ends it, as `osft.data.documents` joins texts."""
+    input_ids = list(tokenizer(record.messages[0]["content"], verbose=False)["input_ids"])
+    if tokenizer.eos_token_id is not None and input_ids[-1:] != [tokenizer.eos_token_id]:
+        input_ids.append(tokenizer.eos_token_id)
+    return Sample(input_ids, list(input_ids))
 
 
 def _is_learned(record: Record, position: int, unmask: bool) -> bool:

@@ -11,7 +11,7 @@ from osft.data.files import data_name
 from osft.data.records import DataError, Record, read_records
 from osft.evaluation.measure import MeasuredModel
 from osft.evaluation.score_store import ScoreStore
-from osft.evaluation.scoring import RecordScores, changes
+from osft.evaluation.scoring import RecordScores, changes, describe_accuracy
 from osft.models import model_folder
 
 MODELS = ("base", "champion", "candidate")
@@ -69,7 +69,8 @@ def evaluate(
 
     Returns a plain dict, which `osft.steps` completes and writes as `evaluation.json`:
 
-    - `task`, `created`, `models[model]["path"]`, `sets[name]`: `role`, `source`, `num_samples`
+    - `task`, `created`, `models[model]["path"]`, `sets[name]`: `role`, `source`, `num_samples`, `notes` on its
+      accuracy
     - `reference`: what the candidate is compared with, "champion" where there is one, else "base"
     - `results[model][set]`: the fields of `SetScore`
     - `exact`: those of the candidate's exact weights on the new task, before they were rounded to be served; None where
@@ -103,6 +104,10 @@ def evaluate(
         if public is not None:
             benchmark_results[name] = model.benchmarks(public, f"{name} on benchmarks")
         del model  # the next one needs its memory
+    notes = {s.name: describe_accuracy(s.records, scores["candidate"][s.name]) for s in sets}
+    for set_name, of_set in notes.items():
+        for note in of_set:
+            print(f"evaluation set {set_name}: {note}", flush=True)
     exact = None
     if CheckpointReader(folders["candidate"]).is_exact:
         unrounded = MeasuredModel(
@@ -115,7 +120,10 @@ def evaluate(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "models": {name: {"path": str(models[name]), "version": None} for name in present},
         "reference": "champion" if "champion" in models else "base",
-        "sets": {s.name: {"role": s.role, "source": s.source, "num_samples": len(s.records)} for s in sets},
+        "sets": {
+            s.name: {"role": s.role, "source": s.source, "num_samples": len(s.records), "notes": notes[s.name]}
+            for s in sets
+        },
         "results": {
             name: {key: score.summary().to_dict() for key, score in of_sets.items()} for name, of_sets in scores.items()
         },

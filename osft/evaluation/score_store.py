@@ -19,7 +19,7 @@ from typing import Any
 from osft import storage
 from osft.content import folder_sha256
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raise it when what is stored, or how it is computed, changes."""
 
 

@@ -1,10 +1,10 @@
 """Scores of a model on a set of records, and what changed between two models on the same records.
 
 - loss: nats per token of the answers (of all tokens, for plain text); perplexity is its exponential.
-- accuracy of a record with choices: is the right answer the most probable one, that is, is the sum of its tokens'
-  log-likelihoods the largest?
-- accuracy of a short answer without choices ("exact match"): is each of its tokens the most probable one? That
-  is whether greedy decoding gives exactly this answer, found in one forward pass.
+- accuracy of a record with choices: is the right answer more probable than every other, that is, is the sum of its
+  tokens' log-likelihoods the largest? One that ties with another is not right, and the only one is not, either.
+- accuracy of a short answer without choices ("exact match"): is each of its tokens the most probable one, the one
+  that ends it included? That is whether greedy decoding gives exactly this answer, found in one forward pass.
 
 Standard errors treat the records as a random sample of the task's. The loss is a ratio of two sums over records, so
 its error is that of the ratio estimator (Cochran, Sampling Techniques, 3rd edition, chapter 6). Two models are
@@ -24,10 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from osft.data.chat import Sample, tokenize
 from osft.data.packing import collate, plan_micro_batches
 from osft.data.records import Record
+from osft.data.template_keys import with_known_roles
 from osft.likelihood import cross_entropy, target_logits
 
 SHORT_ANSWER_TOKENS = 16
 """A set has an exact-match accuracy if no answer is longer than this."""
+TIE = 1e-4
+"""Nats. Answers whose log-likelihoods are closer tie: so much may come from rounding, and from what they were batched
+with. In a dtype with a larger machine epsilon, that."""
 MAX_TEXT_TOKENS = 256
 """Of a plain text, the tokens that are scored."""
 MAX_NEW_TOKENS = 24
@@ -49,6 +53,8 @@ class SetScore:
     """Standard error of the accuracy, sqrt(p (1 - p) / n)."""
     accuracy_kind: str | None
     """`choice`, `exact match`, or None where the set has neither."""
+    num_ties: int = 0
+    """Records with choices of which none is right because another is as probable, or there is no other."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -66,6 +72,8 @@ class RecordScores:
     correct: list[bool] | None
     """(n,) None where the set has no accuracy."""
     accuracy_kind: str | None
+    """As in `SetScore`."""
+    num_ties: int = 0
     """As in `SetScore`."""
 
     @property
@@ -94,6 +102,7 @@ class RecordScores:
             accuracy=accuracy,
             accuracy_stderr=None if accuracy is None else math.sqrt(accuracy * (1 - accuracy) / samples),
             accuracy_kind=self.accuracy_kind,
+            num_ties=self.num_ties,
         )
 
 
@@ -140,38 +149,72 @@ def score_records(
 ) -> RecordScores:
     """Score `records` (at least one). Samples are packed into batches of at most `max_tokens` tokens."""
     samples: list[Sample] = []
-    owners: list[tuple[int, str]] = []  # which record and which of its possible answers a sample is
-    for index, record in enumerate(records):
+    answers: list[
+        list[int]
+    ] = []  # of each record: its answers' positions in samples; those with equal tokens share one
+    for record in records:
+        position_of: dict[tuple[int, ...], int] = {}
+        of_record = []
         for answer in record.choices or ("",):
-            samples.append(tokenize(_answered(record, answer), tokenizer, max_text_tokens=MAX_TEXT_TOKENS))
-            owners.append((index, answer))
+            sample = tokenize(_answered(record, answer), tokenizer, max_text_tokens=MAX_TEXT_TOKENS)
+            position = position_of.setdefault(tuple(sample.input_ids), len(samples))
+            if position == len(samples):
+                samples.append(sample)
+            of_record.append(position)
+        answers.append(of_record)
     nll, exact = _score_samples(model, samples, max_tokens, description)
 
-    right = [0] * len(records)
-    for position, (index, answer) in enumerate(owners):
-        if not records[index].choices or answer == records[index].messages[-1]["content"]:
-            right[index] = position
+    right = [
+        of_record[record.choices.index(record.messages[-1]["content"]) if record.choices else 0]
+        for record, of_record in zip(records, answers, strict=True)
+    ]
     num_loss_tokens = [samples[position].num_loss_tokens for position in right]
-
-    correct: list[bool] | None = None
-    kind: str | None = None
+    scores = RecordScores([nll[position] for position in right], num_loss_tokens, None, None)
     if all(record.choices for record in records):
-        kind = "choice"
-        likeliest: dict[int, tuple[float, str]] = {}
-        for position, (index, answer) in enumerate(owners):
-            likeliest[index] = min(likeliest.get(index, (math.inf, "")), (nll[position], answer))
-        correct = [likeliest[i][1] == record.messages[-1]["content"] for i, record in enumerate(records)]
-    elif all(record.messages for record in records) and max(num_loss_tokens) <= SHORT_ANSWER_TOKENS:
-        kind = "exact match"
-        correct = [exact[position] for position in right]
-    return RecordScores([nll[position] for position in right], num_loss_tokens, correct, kind)
+        tie = max(TIE, torch.finfo(next(model.parameters()).dtype).eps)
+        margins = [
+            _margin([nll[p] for p in of_record], record.choices.index(record.messages[-1]["content"]))
+            for record, of_record in zip(records, answers, strict=True)
+        ]
+        ties = sum(abs(margin) <= tie for margin in margins)
+        return replace(scores, correct=[m > tie for m in margins], accuracy_kind="choice", num_ties=ties)
+    if all(map(_has_answer, records)) and max(num_loss_tokens) <= SHORT_ANSWER_TOKENS:
+        return replace(scores, correct=[exact[position] for position in right], accuracy_kind="exact match")
+    return scores
+
+
+def describe_accuracy(records: Sequence[Record], scores: RecordScores) -> list[str]:
+    """What a reader of the set's accuracy should know of it, each in a sentence."""
+    notes = []
+    with_choices = sum(bool(record.choices) for record in records)
+    if 0 < with_choices < len(records):
+        found = f"its accuracy is by {scores.accuracy_kind} of all"
+        found = found if scores.correct is not None else "it has no accuracy"
+        notes.append(f"{with_choices} of {len(records)} records have choices and the others none, so {found}")
+    if scores.num_ties:
+        notes.append(
+            f"{scores.num_ties} of {len(records)} records have a right answer that is as probable as another, or no "
+            "two different choices; they count as not right"
+        )
+    return notes
+
+
+def _margin(nll: Sequence[float], right: int) -> float:
+    """By how much the right answer is more probable than the likeliest other one, in nats; 0 if there is no other."""
+    others = [value for answer, value in enumerate(nll) if answer != right]
+    return min(others) - nll[right] if others else 0.0
+
+
+def _has_answer(record: Record) -> bool:
+    """Whether what has a loss is what the assistant says."""
+    return bool(record.messages) and record.messages[-1]["role"] == "assistant" and not record.unmask
 
 
 def _answered(record: Record, answer: str) -> Record:
-    """The record with another last message."""
+    """The record with another content of its last message."""
     if not answer:
         return record
-    messages = (*record.messages[:-1], {"role": "assistant", "content": answer})
+    messages = (*record.messages[:-1], record.messages[-1] | {"content": answer})
     return replace(record, messages=messages)
 
 
@@ -179,7 +222,10 @@ def _answered(record: Record, answer: str) -> Record:
 def _score_samples(
     model: PreTrainedModel, samples: Sequence[Sample], max_tokens: int, description: str
 ) -> tuple[list[float], list[bool]]:
-    """Per sample: the sum of its targets' negative log-likelihoods, and whether each target is the argmax."""
+    """Per sample: the sum of its targets' negative log-likelihoods, and whether each is more probable than any other.
+
+    A target that ties with another token is not: which of them greedy decoding takes is chance.
+    """
     device = next(model.parameters()).device
     lengths = [len(sample.input_ids) for sample in samples]
     (plan,) = plan_micro_batches(lengths, max(max_tokens, *lengths))
@@ -190,7 +236,8 @@ def _score_samples(
             batch = collate([samples[position] for position in packed]).to(device)
             logits = target_logits(model, batch)
             losses = cross_entropy(logits, batch.targets).double().cpu()
-            misses = (logits.argmax(-1) != batch.targets).long().cpu()
+            as_probable = (logits >= logits.gather(1, batch.targets[:, None])).sum(-1)  # the target itself, too
+            misses = (as_probable != 1).long().cpu()
             sample_of_target = torch.tensor(packed)[batch.sample_of_target.cpu()]
             nll.index_add_(0, sample_of_target, losses)
             wrong.index_add_(0, sample_of_target, misses)
@@ -203,13 +250,14 @@ def generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Record, *, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> str:
     """The model's own answer to a record's prompt, by greedy decoding."""
-    prompt = list(record.messages[:-1])
+    record = with_known_roles(tokenizer.get_chat_template(tools=list(record.tools) or None), record)
     encoded: Any = tokenizer.apply_chat_template(
-        prompt,
+        list(record.messages[:-1]),
         tools=list(record.tools) or None,
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
+        **record.extra,
     )
     encoded = encoded.to(next(model.parameters()).device)
     generating: Any = model  # its type is an nn.Module's, whose attributes may be tensors

@@ -202,3 +202,30 @@ def test_variables_of_a_record_reach_the_template():
     assert pieces(record, marked(turn)) == ["<think>a1<|im_end|>"]
     record = Record(source="f:1", messages=ANSWERS[:2], extra={"enable_thinking": False})
     assert pieces(record, marked(turn)) == ["a1<|im_end|>"]
+
+
+PRETRAINING = Record(source="f:1", messages=({"role": "pretraining", "content": "some text"},))
+
+
+def test_text_of_the_role_pretraining_counts_whole():
+    assert pieces(PRETRAINING, shaped_tokenizer("instructlab")) == ["some text<|endoftext|>"]
+    sample = tokenize(PRETRAINING, shaped_tokenizer("instructlab"))
+    assert shaped_tokenizer("instructlab").decode(sample.input_ids) == "<|pretrain|>some text<|endoftext|><|/pretrain|>"
+
+
+@pytest.mark.parametrize("shape", ["llama3", "qwen3", None])
+def test_text_of_the_role_pretraining_is_a_document_where_the_template_has_no_form_for_it(shape):
+    tokenizer = shaped_tokenizer(shape) if shape else byte_tokenizer()
+    if not shape:
+        tokenizer.chat_template = None
+    assert pieces(PRETRAINING, tokenizer) == ["some text" + tokenizer.eos_token]
+    assert tokenize(PRETRAINING, tokenizer).num_loss_tokens == len("some text")
+
+
+def test_a_developers_message_is_the_systems_where_the_template_has_none():
+    record = Record(source="f:1", messages=({"role": "developer", "content": "d"}, *ANSWERS[:2]))
+    sample = tokenize(record, shaped_tokenizer("qwen3"), unmask_messages=True)
+    assert "<|im_start|>system\nd<|im_end|>" in shaped_tokenizer("qwen3").decode(sample.input_ids)
+    assert pieces(record, shaped_tokenizer("qwen3"), unmask_messages=True)[0] == "q1<|im_end|>", (
+        "as the system's: masked"
+    )

@@ -96,7 +96,12 @@ def test_what_was_evaluated_is_described(evaluation, models):
     assert evaluation["task"] == "new"
     assert evaluation["reference"] == "champion"
     assert evaluation["models"] == {name: {"path": path, "version": None} for name, path in models.items()}
-    assert evaluation["sets"]["old"] == {"role": "earlier task", "source": "old.jsonl", "num_samples": 5}
+    assert evaluation["sets"]["old"] == {
+        "role": "earlier task",
+        "source": "old.jsonl",
+        "num_samples": 5,
+        "notes": [],
+    }
     assert evaluation["benchmarks"] is None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from osft.evaluation import score_store
-from osft.evaluation.score_store import ScoreStore, measurement_key, model_hash
+from osft.evaluation.score_store import FORMAT, ScoreStore, measurement_key, model_hash
 
 VALUE = {"nll": [1 / 3, math.pi], "correct": [True, False], "kind": None}
 
@@ -39,7 +39,7 @@ def changed_value(content: str) -> str:
 
 
 def changed_format(content: str) -> str:
-    return content.replace('"format": 1', '"format": 0')
+    return content.replace(f'"format": {FORMAT}', '"format": 0')
 
 
 @pytest.mark.parametrize(
@@ -115,4 +115,4 @@ def test_model_is_its_files_content_wherever_it_lies(tmp_path):
 def test_entry_says_what_it_is(tmp_path):
     ScoreStore(tmp_path).put("key", VALUE)
     entry = json.loads((tmp_path / "key.json").read_text())
-    assert (entry["format"], entry["key"], entry["value"]) == (1, "key", VALUE)
+    assert (entry["format"], entry["key"], entry["value"]) == (FORMAT, "key", VALUE)

@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from osft.data.chat import tokenize
 from osft.data.records import Record
-from osft.evaluation.scoring import RecordScores, changes, generate, score_records
-from tests.conftest import arithmetic, tiny_llama
+from osft.evaluation.scoring import RecordScores, changes, describe_accuracy, generate, score_records
+from tests.conftest import arithmetic, byte_tokenizer, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,126 @@ def test_long_answers_have_no_accuracy(model, tokenizer):
         model, tokenizer, [Record(source="f", messages=({"role": "user", "content": "?"}, long))]
     ).summary()
     assert score.accuracy is None
+
+
+def asked(answer: str, *choices: str) -> Record:
+    messages = ({"role": "user", "content": "which?"}, {"role": "assistant", "content": answer})
+    return Record(source="f:1", messages=messages, choices=choices)
+
+
+def rewarding(tokenizer, answer: str) -> LlamaForCausalLM:
+    """A model that thinks the answer's tokens likely, wherever they come."""
+    model = tiny_llama(tie_word_embeddings=False, initializer_range=1e-4).eval()
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+        model.model.norm.weight[0] = 1.0
+        model.model.embed_tokens.weight[:, 0] = 1.0  # survives the layers, which do next to nothing
+        model.lm_head.weight.zero_()
+        for token in set(tokenizer(answer)["input_ids"]) | {tokenizer.eos_token_id}:
+            model.lm_head.weight[token, 0] = 1.0
+    return model
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "right"),
+    [
+        ("ab", ("ab", "cd"), True),
+        ("cd", ("ab", "cd"), False),
+        ("ab", ("ab", "ba"), False),  # as probable, in another order
+        ("ab", ("ab",), False),
+        ("ab", ("ab", "ab"), False),
+        ("ab", ("ab", "cd", "ab"), False),
+        ("ab", ("ab", "cd", "cd"), True),  # it is a wrong one that comes twice
+        ("ab", ("cd", "ab", "ef", "abx"), True),
+        ("ab", ("ab", " ab"), True),  # not the same to this template
+        ("abab", ("abab", "ab"), False),  # longer, and so less probable
+    ],
+)
+def test_only_an_answer_that_is_more_probable_than_every_other_is_right(tokenizer, answer, choices, right):
+    found = score_records(rewarding(tokenizer, "ab"), tokenizer, [asked(answer, *choices)])
+    assert found.correct == [right]
+    assert found.num_ties == (answer == "ab" and not right)
+
+
+@pytest.mark.parametrize("choices", [("ab", " ab"), ("ab", "ab\n"), ("AB", "ab")])
+def test_choices_that_the_template_makes_equal_tie(tokenizer, choices):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("['content']", "['content'] | trim | lower")
+    found = score_records(tiny_llama(), tokenizer, [asked(choices[0], *choices)])
+    assert (found.correct, found.num_ties) == ([False], 1)
+
+
+def test_a_model_without_a_clue_is_never_right(tokenizer):
+    model = tiny_llama(tie_word_embeddings=False).eval()
+    torch.nn.init.zeros_(model.lm_head.weight)  # every token is as probable as any other
+    of_choices = score_records(model, tokenizer, [asked("a", "a", "b"), asked("b", "a", "b"), asked("cd", "ab", "cd")])
+    assert (of_choices.correct, of_choices.num_ties) == ([False] * 3, 3)
+    first_token = chr(33)  # the token 0, which an argmax would take
+    assert score_records(model, tokenizer, [asked(first_token)]).correct == [False]
+
+
+def test_ties_are_within_what_a_dtype_can_tell(tokenizer):
+    model = rewarding(tokenizer, "ab")
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer("c")["input_ids"][0], 0] = 0.9999
+    answers = [asked("ab", "ab", "cb"), asked("ab", "ab", "cd")]
+    assert score_records(model, tokenizer, answers).correct == [True, True]
+    assert score_records(model.bfloat16(), tokenizer, answers).correct == [False, True]
+
+
+@pytest.mark.parametrize("max_tokens", [60, 200, 5000])
+def test_scores_do_not_depend_on_the_order_or_on_what_is_packed_together(model, tokenizer, max_tokens):
+    chosen = [*records(9), *records(6, choices=False)]
+    usual = score_records(model, tokenizer, chosen)
+    turned = score_records(model, tokenizer, chosen[::-1], max_tokens=max_tokens)
+    assert turned.nll[::-1] == pytest.approx(usual.nll, rel=1e-5)
+    of_choices = [
+        score_records(model, tokenizer, part, max_tokens=max_tokens) for part in (records(9), records(9)[::-1])
+    ]
+    assert of_choices[0].correct == of_choices[1].correct[::-1]
+
+
+def test_an_answer_that_does_not_end_is_no_exact_match(tokenizer):
+    model = tiny_llama(tie_word_embeddings=False).eval()
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.model.norm.weight[0] = 1.0
+        model.model.embed_tokens.weight[:, 0] = 100.0
+        model.lm_head.weight[tokenizer("a")["input_ids"][0], 0] = 1.0  # says nothing but a, for ever
+    assert score_records(model, tokenizer, [asked("aaa")]).correct == [False]
+    open_template = byte_tokenizer()
+    open_template.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}"
+    assert score_records(model, open_template, [asked("aaa")]).correct == [True], "nothing ends an answer here"
+
+
+def test_an_empty_answer_is_its_end(tokenizer):
+    call = {"role": "assistant", "content": ""}
+    record = Record(source="f:1", messages=({"role": "user", "content": "?"}, call))
+    assert score_records(tiny_llama(), tokenizer, [record]).num_loss_tokens == [1]
+
+
+def test_a_chosen_answer_keeps_what_else_its_message_has(tokenizer):
+    thinking = byte_tokenizer()
+    thinking.chat_template = tokenizer.chat_template.replace(
+        "message['content']", "(message['thinking'] or '') + message['content']"
+    )
+    record = asked("ab", "ab", "cd")
+    record = replace(record, messages=(record.messages[0], record.messages[1] | {"thinking": "because "}))
+    assert score_records(tiny_llama(), thinking, [record]).num_loss_tokens == [len("because ab") + 1]
+
+
+def test_what_is_unusual_of_an_accuracy_is_said(model, tokenizer):
+    mixed = [*records(3), *records(2, choices=False)]
+    (note,) = describe_accuracy(mixed, score_records(model, tokenizer, mixed))
+    assert note == "3 of 5 records have choices and the others none, so its accuracy is by exact match of all"
+    long = [*records(1), asked("a long answer of more than sixteen tokens")]
+    (note,) = describe_accuracy(long, score_records(model, tokenizer, long))
+    assert note.endswith("so it has no accuracy")
+    tied = [asked("a", "a"), *records(2)]
+    (note,) = describe_accuracy(tied, score_records(model, tokenizer, tied))
+    assert note.startswith("1 of 3 records have a right answer that is as probable as another, or no two different")
+    assert describe_accuracy(records(3), score_records(model, tokenizer, records(3))) == []
 
 
 def scores(nll: list[float], tokens: list[int], correct: list[bool] | None = None) -> RecordScores:
