@@ -1,6 +1,6 @@
 """What rounding to bfloat16 leaves of an update: the gain on the task, the drift elsewhere, the leak.
 
-    python -m benchmarks.rounding      # CPU, about ten minutes on one core; needs apt and network for the data
+    python -m benchmarks.rounding      # CPU, about ten minutes on a quiet core; needs apt and network for the data
 
 SmolLM2-135M-Instruct learns German manual pages (Debian's package manpages-de) in its last blocks, by OSFT in float32,
 at three learning rates. The exact weights are then rounded in each way of `osft.rounding`, and measured:
@@ -254,8 +254,8 @@ class Measure:
         }
 
 
-def measure(cache: Path, settings: Settings, progress: Callable[[str], None]) -> list[dict[str, Any]]:
-    """One record for each learning rate, seed and way of rounding, the exact weights first."""
+def load(cache: Path, settings: Settings, progress: Callable[[str], None]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The model in float32, and the tokens of each text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = examples.resolve(MODEL, cache, progress)
@@ -271,8 +271,15 @@ def measure(cache: Path, settings: Settings, progress: Callable[[str], None]) ->
         "web text": blocks_of_tokens(tokenizer, web[: len(web) // 2], trained // 2, size),
         "held-out web text": blocks_of_tokens(tokenizer, web[len(web) // 2 :], held_out, size),
     }
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, tokens
+
+
+def measure(
+    whole: Any, tokens: dict[str, torch.Tensor], settings: Settings, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """One record for each learning rate, seed and way of rounding, the exact weights first."""
     progress("the blocks that are not trained")
-    whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = LastBlocks(whole.eval().requires_grad_(False), tokens, settings.blocks)
     base = {name: layer.weight.detach().clone() for name, layer in model.linear_layers().items()}
     moments = {
@@ -320,9 +327,7 @@ def table_rows(records: list[dict[str, Any]]) -> list[list[str]]:
         groups.setdefault((record["learning_rate"], record["way"]), []).append(record)
     rows = []
     for (rate, way), group in groups.items():
-        average = {
-            key: mean(record[key] for record in group) for key in ("gain", "kept", "kl", "frozen_share", "error")
-        }
+        average = {key: mean(record[key] for record in group) for key in MEASURED}
         kept = [record["kept"] for record in group]
         rows.append(
             [
@@ -341,6 +346,7 @@ def table_rows(records: list[dict[str, Any]]) -> list[list[str]]:
 
 def report(result: dict[str, Any], folder: Path) -> None:
     """Write the records as JSON and the table as Markdown, and print the table."""
+    write_json(folder / "rounding_cpu.json", result)
     machine, settings = result["machine"], Settings(**result["settings"])
     lines = [
         "# Rounding of the served weights",
@@ -363,7 +369,6 @@ def report(result: dict[str, Any], folder: Path) -> None:
     ]
     text = "\n".join(lines) + "\n"
     print(text)
-    write_json(folder / "rounding_cpu.json", result)
     (folder / "rounding_cpu.md").write_text(text, encoding="utf-8")
 
 
@@ -379,7 +384,7 @@ def main(
     def progress(what: str) -> None:
         print(f"{time.perf_counter() - started:5.0f} s  {what}", file=sys.stderr, flush=True)
 
-    records = measure(cache, settings, progress)
+    records = measure(*load(cache, settings, progress), settings, progress)
     result = {
         "date": date.today().isoformat(),
         "machine": describe_machine("cpu"),
