@@ -44,7 +44,7 @@ def test_only_rounded_weights_leak_and_nearest_loses_the_most(records):
             assert record["frozen_share"] < 1e-3  # float32 noise of an update that is small, too
             assert (record["kept"], record["error"]) == (1.0, 0.0)
         else:
-            assert record["frozen_share"] > 0.1
+            assert record["frozen_share"] > 0.01
     small = {record["way"]: record for record in records if record["learning_rate"] == 1e-4 and record["seed"] == 0}
     assert small["nearest"]["changed"] < 0.5 * small["exact"]["changed"]
     assert small["nearest"]["error"] < small["stochastic"]["error"]
