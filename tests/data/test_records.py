@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from osft.data.files import check_names, data_name
 from osft.data.records import DataError, parse_record, read_records
 from tests.conftest import write_jsonl
 
@@ -93,25 +92,6 @@ def test_file_folder_and_glob_give_the_same_records(tmp_path):
 def test_missing_data_is_refused(tmp_path, uri):
     with pytest.raises(FileNotFoundError, match="does not exist|holds no data file"):
         list(read_records(str(tmp_path / uri)))
-
-
-@pytest.mark.parametrize(
-    ("uri", "name"),
-    [
-        ("in/news.jsonl", "news"),
-        ("in/week-47/*.jsonl", "week-47"),
-        ("in/week-47", "week-47"),
-        ("example:web-text", "web-text"),
-    ],
-)
-def test_data_is_named_after_its_file_or_folder(uri, name):
-    assert data_name(uri) == name
-
-
-def test_two_sets_of_one_name_are_refused():
-    check_names(["a/x.jsonl", "b/y.jsonl"])
-    with pytest.raises(DataError, match=r"called 'x' \(a/x.jsonl, b/x.jsonl\)"):
-        check_names(["a/x.jsonl", "b/x.jsonl"])
 
 
 def test_plain_text_is_for_evaluation_only():
