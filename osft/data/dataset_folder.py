@@ -28,7 +28,7 @@ from osft import storage
 from osft.content import file_sha256
 from osft.data.chat import IGNORE, Sample
 
-FORMAT = 3
+FORMAT = 4
 """Part of every dataset's hash: raise it when a preparation or the layout changes."""
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "source": Value("string")})

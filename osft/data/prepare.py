@@ -1,5 +1,6 @@
 """Chats -> a validated, deduplicated, split and tokenized dataset on disk (see `osft.data.dataset_folder`)."""
 
+from collections import Counter
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
@@ -23,8 +24,9 @@ from osft.data.dataset_folder import (
 )
 from osft.data.files import data_files
 from osft.data.record_hashes import HASH, RECORDS_FILE, short_hash, write_hashes
-from osft.data.records import DataError, Record, read_records
-from osft.data.split import check_sides, check_validation, is_held_out
+from osft.data.records import DataError, Record, read_records, report_lines
+from osft.data.split import check_sides, check_validation, held_out_prompts
+from osft.data.template_keys import replaced_roles
 
 
 def prepare(
@@ -35,6 +37,7 @@ def prepare(
     max_seq_len: int = 1024,
     validation_fraction: float = 0.1,
     validation_data: str | None = None,
+    hold_out_a_prompt: bool = False,
     max_train_samples: int = 0,
     max_validation_samples: int = 0,
     deduplicate: bool = True,
@@ -42,11 +45,12 @@ def prepare(
     trust_remote_code: bool = False,
     report: Callable[[str], None] = print,
 ) -> PreparedData:
-    """Prepare `data_uri` (a .jsonl file, a folder or a glob) for the model at `model_path`.
+    """Prepare `data_uri` (as in `osft.data.files.data_files`) for the model at `model_path`.
 
     Which side of the split a record is on depends on the hash of its prompt only, so it stays there when the file is
-    sorted anew or grows, and one question is never on both sides. With a `validation_fraction` of 0 everything
-    trains, and `validation_data` (a path as `data_uri`) may name the held-out records.
+    sorted anew or grows, and one question is never on both sides. Only where a side would be empty, one prompt is
+    moved to it. With a `validation_fraction` of 0 everything trains, unless `hold_out_a_prompt` asks for one to
+    measure, and `validation_data` (a path as `data_uri`) may name the held-out records.
 
     With `deduplicate`, duplicates are dropped, and so are training records that `validation_data` holds; without it
     every line of `data_uri` is a sample, and those in `validation_data` are only counted. `unmask_messages` puts a
@@ -68,6 +72,7 @@ def prepare(
     settings = {
         "max_seq_len": max_seq_len,
         "validation_fraction": validation_fraction,
+        "hold_out_a_prompt": hold_out_a_prompt,
         "max_train_samples": max_train_samples,
         "max_validation_samples": max_validation_samples,
         "deduplicate": deduplicate,
@@ -79,11 +84,12 @@ def prepare(
         return found
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 
-    records, num_records = _read(data_uri, deduplicate)
+    counts: Counter[str] = Counter()
+    records, num_records = _read(data_uri, deduplicate, counts)
     num_duplicates = num_records - len(records)
     num_also_held_out = 0
     if validation_data:
-        held_out = _read(validation_data, deduplicate)[0]
+        held_out = _read(validation_data, deduplicate, counts)[0]
         hashes = {content_hash for content_hash, _ in held_out}
         train = [entry for entry in records if entry[0] not in hashes]
         num_also_held_out = len(records) - len(train)
@@ -92,7 +98,11 @@ def prepare(
         if not train:
             raise DataError(f"{data_uri}: validation_data={validation_data!r} holds all of its records. Give others")
     else:
-        on_side = [is_held_out(record.prompt_hash, validation_fraction) for _, record in records]
+        prompts = [record.prompt_hash for _, record in records]
+        chosen = held_out_prompts(prompts, validation_fraction, at_least_one=hold_out_a_prompt)
+        if hold_out_a_prompt and len(set(prompts)) < 2:
+            raise DataError(f"{data_uri}: the records have one prompt in all, and one to measure is needed. Give more")
+        on_side = [prompt in chosen for prompt in prompts]
         held_out = [entry for entry, out in zip(records, on_side, strict=True) if out]
         train = [entry for entry, out in zip(records, on_side, strict=True) if not out]
         unit = "distinct records" if deduplicate else "records"
@@ -102,6 +112,8 @@ def prepare(
     with atomic_path(storage.local(address)) as temporary, DatasetWriter(temporary, max_seq_len=max_seq_len) as writer:
         sides = [("training", data_uri, train, writer.train)]
         sides += [("validation", validation_data or data_uri, held_out, writer.validation)]
+        template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+        counts.update(name for _, record in (*train, *held_out) for name in replaced_roles(template, record))
         for side, uri, entries, split in sides:
             _tokenize_all(entries, tokenizer, split, unmask_messages=unmask_messages, description=f"tokenize {side}")
             if not split.num_samples and (side == "training" or validation_data):
@@ -122,6 +134,7 @@ def prepare(
                 "num_duplicates": num_duplicates,
                 "num_also_held_out": num_also_held_out,
                 "num_held_out_records": len(held_out),
+                "conversions": dict(counts),
             }
         )
     dropped = statistics["dropped_as_too_long"]
@@ -135,12 +148,15 @@ def prepare(
         f"and {dropped['samples']} samples longer than {max_seq_len} tokens ({dropped['share_of_tokens']:.1%} of all "
         f"tokens){overlap}"
     )
+    for line in report_lines(counts):
+        report(f"data: {line}")
     return publish_dataset(address, statistics)
 
 
-def _read(uri: str, deduplicate: bool) -> tuple[list[tuple[str, Record]], int]:
+def _read(uri: str, deduplicate: bool, counts: Counter[str]) -> tuple[list[tuple[str, Record]], int]:
     """Content hash and record, in the order of the hashes; and how many records there were with the duplicates."""
-    entries = sorted(((record.content_hash, record) for record in read_records(uri)), key=itemgetter(0))
+    read = read_records(uri, counts=counts)
+    entries = sorted(((record.content_hash, record) for record in read), key=itemgetter(0))
     if not deduplicate:
         return entries, len(entries)
     distinct: dict[str, Record] = {}

@@ -15,7 +15,7 @@ Every error names the file and the line.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def parse_record(line: str, source: str, *, allow_text: bool = False) -> Record:
     return _to_record(parse_line(line, source), source, Counter(), allow_text=allow_text)
 
 
-def report_lines(counts: Counter[str]) -> list[str]:
+def report_lines(counts: Mapping[str, int]) -> list[str]:
     """What `read_records` counted, for people: `120 records converted from ShareGPT`."""
     return [f"{number} {'record' if number == 1 else 'records'}: {what}" for what, number in sorted(counts.items())]
 

@@ -1,5 +1,7 @@
 """Which samples train and which are held out to measure the result."""
 
+from collections.abc import Iterable
+
 from osft.data.records import DataError
 
 
@@ -18,6 +20,21 @@ def check_validation(validation_fraction: float, validation_data: str | None) ->
 def is_held_out(content_hash: str, validation_fraction: float) -> bool:
     """Whether something is on the validation side: decided by its hash (hexadecimal) alone."""
     return int(content_hash[:8], 16) < validation_fraction * 2**32
+
+
+def held_out_prompts(
+    prompt_hashes: Iterable[str], validation_fraction: float, *, at_least_one: bool = False
+) -> frozenset[str]:
+    """Those of the prompts that are held out: each by its own hash.
+
+    If the hashes would leave one side empty, the prompt with the smallest hash is held out, or the one with the largest
+    trains. With a fraction of 0 nothing is held out, unless `at_least_one` asks for it.
+    """
+    prompts = set(prompt_hashes)
+    chosen = {prompt for prompt in prompts if is_held_out(prompt, validation_fraction)}
+    if len(prompts) > 1 and (validation_fraction > 0 or at_least_one):
+        chosen = (chosen or {min(prompts)}) - ({max(prompts)} if chosen == prompts else set())
+    return frozenset(chosen)
 
 
 def check_sides(data_uri: str, unit: str, num_train: int, num_validation: int, validation_fraction: float) -> None:

@@ -16,11 +16,11 @@ from jinja2.parser import Parser
 
 from osft.data.records import DataError, Record
 
-FALLBACK_ROLES = {"developer": "system", "function": "tool"}
-"""Roles of the OpenAI form, and what takes their place where a template does not name them."""
+FALLBACK_ROLES = {"developer": "system", "function": "tool", "ipython": "tool", "observation": "tool"}
+"""Roles of the OpenAI form and of some templates, and what takes their place where a template does not name them."""
 STANDARD_ROLES = ("system", "user", "assistant", "tool")
 """Handed to any template, which refuses what it does not want."""
-_LINKS = {"tool": ("tool_call_id", "name"), "function": ("tool_call_id", "name")}
+_LINKS = dict.fromkeys(("tool", "function", "ipython", "observation"), ("tool_call_id", "name"))
 """Keys that say which call a message answers. Its place in the chat says so too, so a template need not read them."""
 _REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
 """transformers hands a message's reasoning to the template under each of these names, whichever the record has."""
@@ -95,11 +95,18 @@ def knows_role(template: str, role: str) -> bool:
     return role in template_reads(template).roles
 
 
+def replaced_roles(template: str, record: Record) -> list[str]:
+    """What `with_known_roles` does to a record, for people: `role 'developer' taken as 'system'`, once a role."""
+    roles = {message["role"] for message in record.messages} & FALLBACK_ROLES.keys()
+    unknown = sorted(role for role in roles if not knows_role(template, role))
+    return [f"role {role!r} taken as {FALLBACK_ROLES[role]!r}" for role in unknown]
+
+
 def with_known_roles(template: str, record: Record) -> Record:
-    """The record with `developer` and `function` as `system` and `tool`, where `template` does not name them."""
-    roles = {role: other for role, other in FALLBACK_ROLES.items() if not knows_role(template, role)}
-    if not any(message["role"] in roles for message in record.messages):
+    """The record with the roles of `FALLBACK_ROLES` replaced, where `template` does not name them."""
+    if not replaced_roles(template, record):
         return record
+    roles = {role: other for role, other in FALLBACK_ROLES.items() if not knows_role(template, role)}
     messages = tuple(message | {"role": roles.get(message["role"], message["role"])} for message in record.messages)
     return replace(record, messages=messages)
 

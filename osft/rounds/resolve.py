@@ -1,7 +1,8 @@
 """The first step of a round: which model goes on, and whether there is something for it to learn."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from osft import examples, storage
@@ -35,6 +36,8 @@ class ResolvedRound:
     """Path or URI of the new records, JSON lines; empty if there is nothing to learn."""
     nothing_to_learn: str
     """Why the round ends here; empty if it goes on."""
+    conversions: Mapping[str, int] = field(default_factory=dict)
+    """What was converted in the data and ignored, and in how many records."""
 
     def to_json(self) -> str:
         """For the steps that follow."""
@@ -98,6 +101,7 @@ def resolve_round(
         task=task,
         earlier_tasks=tuple(tasks),
         data=new.data,
+        conversions=dict(new.conversions),
         records=new.location,
         nothing_to_learn=_reason(new.data, min_new_samples, champion) if not new.location else "",
     )

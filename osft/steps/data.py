@@ -7,7 +7,7 @@ from typing import Any
 
 from osft import examples, storage
 from osft.data.files import check_names, data_files, data_name
-from osft.data.records import DataError, read_records
+from osft.data.records import DataError, read_records, report_lines
 from osft.rounds.resolve import ResolvedRound
 from osft.rounds.resolve import resolve_round as resolve
 from osft.steps.round import ROUND_FILE, Round
@@ -68,7 +68,8 @@ def resolve_round(
         step.log_artifact(round.write(ROUND_FILE, found.to_json()))
         step.log_params({"task": found.task, "parent_version": found.parent_version or "none"})
         step.log_metrics({"records": found.data.num_records, "new_records": found.data.num_new})
-        print(f"round: {found.nothing_to_learn or _described(found, model_name)}", flush=True)
+        for line in (found.nothing_to_learn or _described(found, model_name), *report_lines(found.conversions)):
+            print(f"round: {line}", flush=True)
         if found.nothing_to_learn:
             step.tag_round(model_name=model_name, outcome=Outcome.NOTHING_TO_LEARN)
             mlflow.set_terminated(parent, "FINISHED")
@@ -129,6 +130,7 @@ def prepare_data(
             storage.join(root, "data"),
             max_seq_len=max_seq_len,
             validation_fraction=validation_fraction,
+            hold_out_a_prompt=True,
             max_train_samples=max_train_samples,
             max_validation_samples=max_validation_samples,
         )

@@ -12,7 +12,7 @@ from osft.config import TrainConfig
 from osft.data.chat import Sample, tokenize
 from osft.data.records import DataError, read_records
 from osft.data.rows import read_rows
-from osft.data.split import is_held_out
+from osft.data.split import held_out_prompts, is_held_out
 
 MAX_COUNTED = 1000
 """Up to so many records are tokenized; of more, so many that are spread evenly."""
@@ -58,11 +58,9 @@ def count_data(config: TrainConfig, folder: Path) -> DataCounts:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     if config.is_pretraining:
         return _count_documents(config, tokenizer)
-    records = [
-        record
-        for record in read_records(config.data_path)
-        if not is_held_out(record.prompt_hash, config.validation_split)
-    ]
+    everything = [(record.prompt_hash, record) for record in read_records(config.data_path)]
+    held_out = held_out_prompts((prompt for prompt, _ in everything), config.validation_split)
+    records = [record for prompt, record in everything if prompt not in held_out]
     if not records:
         raise DataError(f"{config.data_path}: validation_split={config.validation_split} leaves no training sample")
     chosen = [records[position] for position in _spread(len(records))]
