@@ -22,7 +22,7 @@ from osft.data.files import DataError
 from osft.data.json_rows import DECODER
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "pretraining")
-_ALIASES = {
+ROLE_ALIASES = {
     "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "ai", "model"), "assistant"),
     "pretrain": "pretraining",
@@ -116,9 +116,9 @@ def function_name(schema: dict[str, Any]) -> str:
 def _role(role: Any, place: str, counts: Counter[str]) -> str:
     if not isinstance(role, str) or not re.fullmatch(r"[A-Za-z][\w .-]*", role):
         raise DataError(f"{place} needs a role out of {', '.join(ROLES)}; got {role!r:.80}")
-    if role in _ALIASES:
-        counts[f"role {role!r} taken as {_ALIASES[role]!r}"] += 1
-        return _ALIASES[role]
+    if role in ROLE_ALIASES:
+        counts[f"role {role!r} taken as {ROLE_ALIASES[role]!r}"] += 1
+        return ROLE_ALIASES[role]
     meant = [] if role in ROLES else difflib.get_close_matches(role.lower(), ROLES, n=1, cutoff=0.85)
     if meant:
         raise DataError(f"{place} needs a role out of {', '.join(ROLES)}; got {role!r}. Write {meant[0]!r}")
