@@ -3,7 +3,7 @@
     <folder>/train/             a `datasets` folder: input_ids, labels, source
     <folder>/validation/        the held-out samples, the same way; absent where there are none
     <folder>/validation.jsonl   the held-out records as they came, for evaluation; may be empty
-    <folder>/records.bin        of chats: which records it took, on either side (`osft.data.record_hashes`)
+    <folder>/records.bin        of chats: which records it learns or holds out (`osft.data.record_hashes`)
     <folder>/dataset.json       statistics and provenance, written last
 
 The folder's name is the hash of everything that determines it: the files' bytes, the tokenizer and the settings.
@@ -108,13 +108,16 @@ class SplitWriter:
         self.longest_sample, self.longest_sample_source = 0, ""
         self._dropped_samples = self._dropped_tokens = 0
 
-    def append(self, input_ids: np.ndarray, labels: np.ndarray, source: str) -> None:
-        """Add a sample, both arrays (T,) int32; if it has more than `max_seq_len` tokens, only count it."""
+    def append(self, input_ids: np.ndarray, labels: np.ndarray, source: str) -> bool:
+        """Add a sample, both arrays (T,) int32; if it has more than `max_seq_len` tokens, only count it.
+
+        Returns whether it was added.
+        """
         length = len(input_ids)
         if self._max_seq_len is not None and length > self._max_seq_len:
             self._dropped_samples += 1
             self._dropped_tokens += length
-            return
+            return False
         self._rows.append((input_ids, labels, source))
         self._buffered_tokens += length
         self.num_samples += 1
@@ -124,6 +127,7 @@ class SplitWriter:
             self.longest_sample, self.longest_sample_source = length, source
         if len(self._rows) >= BUFFERED_SAMPLES or self._buffered_tokens >= BUFFERED_TOKENS:
             self._flush()
+        return True
 
     @property
     def dropped_as_too_long(self) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def prepare(
     every line of `data_uri` is a sample, and those in `validation_data` are only counted. `unmask_messages` puts a
     loss on all messages but the system's. Samples longer than `max_seq_len` tokens are dropped and counted
     (`validation.jsonl` keeps them). A maximum of 0 uses all records; otherwise those with the smallest hashes are
-    used, a sample that does not depend on their order.
+    used, a sample that does not depend on their order. What is left out of training either way is not among the
+    records that the dataset says it took, and so is new to a later round.
 
     Raises FileNotFoundError for missing paths, DataError (a ValueError, with file and line) for bad records, for a
     side of the split that remains empty, and ValueError for settings out of range.
@@ -107,21 +108,25 @@ def prepare(
         train = [entry for entry, out in zip(records, on_side, strict=True) if not out]
         unit = "distinct records" if deduplicate else "records"
         check_sides(data_uri, unit, len(train), len(held_out), validation_fraction)
+    num_left_out = len(train) + len(held_out)
     train, held_out = train[: max_train_samples or None], held_out[: max_validation_samples or None]
+    num_left_out -= len(train) + len(held_out)
 
     with atomic_path(storage.local(address)) as temporary, DatasetWriter(temporary, max_seq_len=max_seq_len) as writer:
         sides = [("training", data_uri, train, writer.train)]
         sides += [("validation", validation_data or data_uri, held_out, writer.validation)]
         template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         counts.update(name for _, record in (*train, *held_out) for name in replaced_roles(template, record))
+        learned: list[str] = []
         for side, uri, entries, split in sides:
-            _tokenize_all(entries, tokenizer, split, unmask_messages=unmask_messages, description=f"tokenize {side}")
+            kept = _tokenize_all(entries, tokenizer, split, unmask_messages=unmask_messages, description=side)
+            learned += kept if side == "training" else []
             if not split.num_samples and (side == "training" or validation_data):
                 raise DataError(f"{uri}: every {side} sample is longer than max_seq_len={max_seq_len} tokens. Raise it")
         for _, record in held_out:
             writer.hold_out(record.to_dict())
-        taken = np.array([short_hash(content_hash) for content_hash, _ in (*train, *held_out)], HASH)
-        write_hashes(temporary / RECORDS_FILE, taken)
+        taken = [*learned, *(content_hash for content_hash, _ in held_out)]
+        write_hashes(temporary / RECORDS_FILE, np.array(list(map(short_hash, taken)), HASH))
         statistics = writer.finish(
             {
                 "kind": "chats",
@@ -135,6 +140,7 @@ def prepare(
                 "num_also_held_out": num_also_held_out,
                 "num_held_out_records": len(held_out),
                 "conversions": dict(counts),
+                "num_over_maximum": num_left_out,
             }
         )
     dropped = statistics["dropped_as_too_long"]
@@ -142,6 +148,8 @@ def prepare(
     if num_also_held_out:
         done = "dropped" if deduplicate else "kept, though they are no measure then"
         overlap = f"; {num_also_held_out} training records that validation_data holds were {done}"
+    if num_left_out:
+        overlap += f"; {num_left_out} records beyond max_train_samples or max_validation_samples were left out"
     report(
         f"data: {statistics['num_train_samples']} training samples ({statistics['num_tokens']} tokens, "
         f"{statistics['num_loss_tokens']} with loss), {len(held_out)} held out; dropped {num_duplicates} duplicates "
@@ -172,7 +180,12 @@ def _tokenize_all(
     *,
     unmask_messages: bool,
     description: str,
-) -> None:
-    for _, record in tqdm(entries, desc=description, unit="sample", mininterval=2.0, disable=not entries):
+) -> list[str]:
+    """Tokenize the records of a side; `description` is its name. Returns the content hashes of those not too long."""
+    kept = []
+    title = f"tokenize {description}"
+    for content_hash, record in tqdm(entries, desc=title, unit="sample", mininterval=2.0, disable=not entries):
         sample = tokenize(record, tokenizer, unmask_messages=unmask_messages)
-        split.append(np.array(sample.input_ids, np.int32), np.array(sample.labels, np.int32), record.source)
+        if split.append(np.array(sample.input_ids, np.int32), np.array(sample.labels, np.int32), record.source):
+            kept.append(content_hash)
+    return kept

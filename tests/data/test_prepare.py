@@ -4,13 +4,15 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 from datasets import load_from_disk
 
 from osft.data.chat import tokenize
 from osft.data.dataset_folder import load_split
 from osft.data.prepare import prepare
-from osft.data.records import DataError, parse_record
+from osft.data.record_hashes import HASH, RECORDS_FILE, contains, read_hashes, record_hash
+from osft.data.records import DataError, parse_record, read_records
 from tests.conftest import arithmetic, write_jsonl
 
 
@@ -93,6 +95,45 @@ def test_maximum_is_a_choice_by_hash(chats, model_folder, tmp_path):
     assert few.statistics["num_train_samples"] == 10
     assert few.statistics["num_validation_samples"] == 3
     assert sources(few.folder) < sources(prepare(str(chats), model_folder, tmp_path).folder)
+
+
+def has_taken(folder, records) -> list[bool]:
+    """Which of the records the dataset says it took."""
+    hashes = np.array([record_hash(record) for record in records], HASH)
+    return contains(read_hashes(folder / RECORDS_FILE), hashes).tolist()
+
+
+def test_records_that_are_left_out_are_not_among_those_that_it_took(model_folder, tmp_path):
+    long = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
+    file = write_jsonl(tmp_path / "a.jsonl", [*arithmetic(40), long])
+    lines: list[str] = []
+    options = {"max_seq_len": 200, "max_train_samples": 10, "max_validation_samples": 2}
+    few = prepare(str(file), model_folder, tmp_path / "out", report=lines.append, **options)
+    records = list(read_records(str(file)))
+    used = [r.source in sources(few.folder) or r.to_dict() in held_out(few.folder) for r in records]
+    assert has_taken(few.folder, records) == used
+    assert len(read_hashes(few.folder / RECORDS_FILE)) == 12
+    assert few.statistics["num_over_maximum"] == few.statistics["num_records"] - few.statistics["num_duplicates"] - 12
+    assert "records beyond max_train_samples or max_validation_samples were left out" in lines[0]
+
+
+def test_a_record_that_was_too_long_is_taken_where_there_is_room(model_folder, tmp_path):
+    long = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
+    file = write_jsonl(tmp_path / "a.jsonl", [*arithmetic(9), long])
+    records = list(read_records(str(file)))
+    for max_seq_len, fits in ((200, False), (400, True)):
+        prepared = prepare(str(file), model_folder, tmp_path / "o", max_seq_len=max_seq_len, validation_fraction=0)
+        assert has_taken(prepared.folder, records) == [True] * 9 + [fits]
+
+
+def test_a_held_out_record_that_is_too_long_is_taken_for_it_is_measured(model_folder, tmp_path):
+    long = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
+    train = write_jsonl(tmp_path / "a.jsonl", arithmetic(9))
+    validation = write_jsonl(tmp_path / "b.jsonl", [*arithmetic(3, seed=5), long])
+    options = {"validation_fraction": 0, "validation_data": str(validation), "max_seq_len": 200}
+    prepared = prepare(str(train), model_folder, tmp_path / "out", **options)
+    assert len(held_out(prepared.folder)) == 4
+    assert all(has_taken(prepared.folder, read_records(str(validation))))
 
 
 @pytest.mark.parametrize(
