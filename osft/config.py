@@ -48,7 +48,8 @@ class SubspaceConfig:
     """With rank_allocation="adaptive": the smallest share of directions that stays frozen in any layer."""
 
     calibration_samples: Annotated[int, Bounds(low=1)] = 16
-    """With rank_allocation="adaptive": training samples on which the layers' importance is measured."""
+    """Training samples on which the layers' importance is measured (rank_allocation="adaptive"), and the inputs of the
+    layers (save_rounding="compensated")."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
+from osft.data.dataset_folder import load_split
 from osft.model_card import model_card
 from osft.origin import MODEL_CARD, ORIGIN, Origin, base_of
+from osft.training.calibration import BlockMoments
 from osft.training.loop import Position, StepMetrics, WrittenModel
 from osft.training.mirror import STOP_FILE, Mirror
 from osft.training.saving import SavedModel, save_merged
@@ -90,6 +92,7 @@ class Outputs:
             self._folder / path,
             save_dtype=self._config.save_dtype,
             rounding=self._config.save_rounding,
+            moments=self._moments() if self._config.save_rounding == "compensated" else None,
             seed=self._config.seed,
             files=files,
             rank=self._rank,
@@ -97,6 +100,11 @@ class Outputs:
         self._mirror.model(path)
         self.seconds += time.perf_counter() - started
         return WrittenModel(path, saved.total if saved else None)
+
+    def _moments(self) -> BlockMoments:
+        train = load_split(self._dataset, "train")
+        samples = [train[i] for i in range(min(self._config.calibration_samples, len(train)))]
+        return BlockMoments(self._model, samples, next(self._model.parameters()).device)
 
     def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
         """Write the training state."""

@@ -25,6 +25,7 @@ from osft.config import Rounding
 from osft.conversion import Group, ModelWeights
 from osft.origin import RoundingLoss
 from osft.rounding import generator_of, round_weight
+from osft.subspace.linear import OSFTLinear
 from osft.subspace.model import osft_layers
 from osft.subspace.weight import OSFTWeight, Split
 
@@ -52,26 +53,31 @@ def save_merged(
     *,
     save_dtype: str = "auto",
     rounding: Rounding = "stochastic",
-    moments: Callable[[str], torch.Tensor | None] = lambda target: None,
+    moments: Callable[[str], torch.Tensor | None] | None = None,
     seed: int = 0,
     files: Callable[[SavedModel], Mapping[str, str]] | None = None,
     rank: int = 0,
 ) -> SavedModel | None:
     """Write the tuned model with the names, shapes and (save_dtype "auto") dtypes that it came with.
 
-    `rounding` is one of `osft.rounding`; `moments` gives the second moments of a target's inputs, which "compensated"
-    needs (where it gives None, as for experts, the nearest numbers are taken), and `seed` is for "stochastic".
+    `rounding` is one of `osft.rounding`; `moments`, called on all ranks, gives the second moments of a target's inputs,
+    which "compensated" needs (for None, as for experts, the nearest numbers are taken); `seed` is for "stochastic".
     `files` gives more files of the folder, by name, when the weights are written. Call it on every rank; rank 0 writes,
     one weight or stack of experts at a time, and gets what was written.
     """
     layers = {name + layer.tensor_suffix: (name, layer) for name, layer in osft_layers(model)}
-    writer = _Writer(stored, save_dtype, _Rounder(rounding, moments, seed), trained=list(layers))
+    writer = _Writer(stored, save_dtype, _Rounder(rounding, seed), trained=list(layers))
 
     def tensors() -> Iterator[SavedTensor]:
         for group in stored.groups:
-            splits = {name: layers[name][1].split() for name in group.shapes if name in layers}  # on all ranks
+            trained = {}
+            for name in group.shapes:  # on all ranks
+                if name in layers:
+                    target, layer = layers[name]
+                    inputs = moments(target) if moments and rounding == "compensated" else None
+                    trained[name] = _Trained(target, layer, layer.split(), inputs)
             if rank == 0:
-                yield from writer.group(group, {name: (*layers[name], split) for name, split in splits.items()})
+                yield from writer.group(group, trained)
         if rank == 0:
             yield from (writer.unchanged(name) for name in stored.unused)
 
@@ -103,10 +109,11 @@ class _Writer:
         self._dtypes: set[torch.dtype] = set()
         self._rounded = False
 
-    def group(self, group: Group, trained: Mapping[str, tuple[str, OSFTWeight, Split]]) -> Iterator[SavedTensor]:
-        """The stored tensors that a group of the model's becomes. `trained`: tensor -> its target, layer and split."""
+    def group(self, group: Group, trained: Mapping[str, "_Trained"]) -> Iterator[SavedTensor]:
+        """The stored tensors that a group of the model's becomes. `trained`: those that were, by the model's name."""
         exact, served = {}, {}
-        for name, (target, layer, split) in trained.items():
+        for name, one in trained.items():
+            target, split = one.target, one.split
             dtype = self._dtype(group.stored_names[0])
             self._dtypes.add(dtype)
             update = split.update()
@@ -114,7 +121,7 @@ class _Writer:
                 self._losses[target] = RoundingLoss(update_lost=None, rounding_error=None, frozen_share=None)
                 continue
             whole = split.weight()
-            rounded = self._round(target, layer, whole, split.base, dtype)
+            rounded = self._round(one, whole, dtype)
             sums = _Sums.of(split, update, rounded)
             self._sums.add(sums)
             self._losses[target] = sums.loss()
@@ -160,26 +167,33 @@ class _Writer:
 
 
 @dataclass(frozen=True, slots=True)
+class _Trained:
+    """A trained weight, whole."""
+
+    target: str
+    layer: OSFTWeight
+    split: Split
+    moments: torch.Tensor | None
+    """(n, n), of its inputs."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Rounder:
     """Rounds a target's weight."""
 
     method: Rounding
-    moments: Callable[[str], torch.Tensor | None]
     seed: int
 
-    def __call__(
-        self, target: str, layer: OSFTWeight, exact: torch.Tensor, base: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
+    def __call__(self, trained: "_Trained", exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The exact weight in `dtype`."""
-        moments = self.moments(target) if self.method == "compensated" else None
         return round_weight(
             exact,
-            base,
+            trained.split.base,
             dtype,
-            "nearest" if self.method == "compensated" and moments is None else self.method,
-            moments=moments,
-            transposed=getattr(layer, "transposed", False),
-            generator=generator_of(target, self.seed) if self.method == "stochastic" else None,
+            "nearest" if self.method == "compensated" and trained.moments is None else self.method,
+            moments=trained.moments,
+            transposed=isinstance(trained.layer, OSFTLinear) and trained.layer.transposed,
+            generator=generator_of(trained.target, self.seed) if self.method == "stochastic" else None,
         )
 
 

@@ -12,7 +12,7 @@ from osft import osft
 from osft.checkpoint import EXACT, CheckpointReader
 from osft.evaluation.evaluate import evaluate, load_set
 from osft.origin import read_origin
-from osft.training import loop
+from osft.training import calibration, loop
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama, write_jsonl
 from tests.training.in_process import run_in_process
 
@@ -249,6 +249,28 @@ def test_stochastic_rounding_keeps_the_update_on_average_and_repeats(train, base
     readers = [CheckpointReader(result.checkpoint) for result in (nearest, stochastic)]
     exact = [reader.tensor(name) for reader in readers]
     torch.testing.assert_close(*exact, rtol=0, atol=6e-8, msg="what is learned does not depend on how it is served")
+
+
+@pytest.mark.covers("save_rounding", "calibration_samples")
+def test_compensated_rounding_keeps_more_of_what_layers_compute_than_nearest(train, bases, monkeypatch):
+    counted = []
+    original = calibration.BlockMoments._forward
+    monkeypatch.setattr(calibration.BlockMoments, "_forward", lambda self: counted.append(original(self)))
+    settings = {"data_path": str(bases["data"]), "learning_rate": 2e-5, "calibration_samples": 6}
+    nearest = train("bfloat16", save_rounding="nearest", **settings)
+    assert counted == []
+    compensated = train("bfloat16", save_rounding="compensated", **settings)
+    assert len(counted) == 2, "a forward pass for each block"
+    assert compensated.saved["rounding"] == "compensated"
+    assert compensated.saved["update_lost"] < nearest.saved["update_lost"]
+    one_set = [load_set(str(bases["data"]), "new task")]
+    (task,) = (one.name for one in one_set)
+    gains = []
+    for result in (nearest, compensated):
+        found = evaluate({"base": str(bases["bfloat16"]), "candidate": str(result.checkpoint)}, one_set, num_examples=0)
+        base, exact = found["results"]["base"][task]["loss"], found["exact"]["loss"]
+        gains.append((base - found["results"]["candidate"][task]["loss"]) / (base - exact))
+    assert gains[1] > gains[0] + 0.05
 
 
 def test_weights_that_were_changed_beside_their_residual_are_refused(train):
