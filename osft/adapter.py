@@ -122,8 +122,8 @@ def export_adapter(
                 )
             )
             # Of a stack, A has the experts one after the other, B for each rank the experts' columns.
-            tensors[f"{tensor_names[target]}.lora_A.weight"] = a.flatten(0, 1).cpu()
-            tensors[f"{tensor_names[target]}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).cpu()
+            tensors[f"{tensor_names[target]}.lora_A.weight"] = a.flatten(0, 1).cpu().contiguous()
+            tensors[f"{tensor_names[target]}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1).cpu().contiguous()
         temporary.mkdir()
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         ranks = {target: weight.rank for target, weight in zip(targets.values(), weights, strict=True)}
@@ -203,12 +203,14 @@ def _target(skeleton: PreTrainedModel, name: str) -> _Target | str:
     if sum(other is parameter for _, other in skeleton.named_parameters(remove_duplicate=False)) > 1:
         return "tied to another weight"
     last, model_type = module_name.rpartition(".")[2], skeleton.config.model_type
-    if last in _MAMBA_LAYERS and model_type in _MAMBA_MODELS:
-        return "PEFT refuses this layer of Mamba models"
-    if leaf == "weight" and isinstance(module, nn.Linear | Conv1D):
-        if last in _old_expert_layers(model_type):
-            return _Target(module_name, leaf, transposed=False)
-        return _Target(module_name, None, transposed=isinstance(module, Conv1D))
+    if last == "dt_proj" or (last in _MAMBA_LAYERS and model_type in _MAMBA_MODELS):
+        return "Mamba layers read this weight without the layer that PEFT would change"
+    if leaf == "weight" and isinstance(module, Conv1D):
+        return _Target(module_name, None, transposed=True)
+    if leaf == "weight" and isinstance(module, nn.Linear):
+        # A router that is a linear layer and gives more than its output would be torn apart.
+        plain = type(module).forward is nn.Linear.forward and last not in _old_expert_layers(model_type)
+        return _Target(module_name, None if plain else leaf, transposed=False)
     if parameter.ndim not in (2, 3) or isinstance(module, nn.Embedding | _ConvNd):
         return "neither the weight of a linear layer nor a stack of experts"
     if parameter.ndim == 3 and parameter.shape[0] == 1:
@@ -216,8 +218,9 @@ def _target(skeleton: PreTrainedModel, name: str) -> _Target | str:
     return _Target(module_name, leaf, transposed=parameter.ndim == 3 and bool(getattr(module, "is_transposed", False)))
 
 
-_MAMBA_LAYERS = ("out_proj", "conv1d")
+_MAMBA_LAYERS = ("x_proj", "out_proj", "conv1d")
 _MAMBA_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Where PEFT refuses these layers, or fused kernels read them."""
 
 
 def _old_expert_layers(model_type: str) -> set[str]:
