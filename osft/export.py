@@ -76,15 +76,16 @@ def export_model(
         text = str(dtype).removeprefix("torch.")
 
         def files() -> dict[str, str]:
+            card = folder / MODEL_CARD
+            texts = {MODEL_CARD: card.read_text(encoding="utf-8")} if card.is_file() else {}
             if origin is None:
-                return {}
+                return texts
             written = origin
             if dtype == torch.float32 or before is not None:
                 rounding = "none" if before is None else "stochastic"
                 written = replace(origin, dtype=text, rounding=rounding, total=loss.total(), weights={})
-            card = folder / MODEL_CARD
-            described = with_rounding(card.read_text(encoding="utf-8"), origin, written) if card.is_file() else ""
-            return {ORIGIN: written.to_json()} | ({MODEL_CARD: described} if described else {})
+            described = {name: with_rounding(card_text, origin, written) for name, card_text in texts.items()}
+            return described | {ORIGIN: written.to_json()}
 
         write_checkpoint(temporary, tensors(), folder, dtype=dtype, files=files)
     return output

@@ -134,10 +134,16 @@ def test_rounding_without_a_base_asks_for_it(tmp_path):
     assert not (tmp_path / "plain").exists()
 
 
-def test_model_without_exact_weights_is_exported_as_it_is(folders, tmp_path):
-    base, _ = folders
+def test_model_without_exact_weights_is_exported_with_its_card(folders, tmp_path):
+    trained, _ = folders
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in files(trained):
+        (base / file).write_bytes((trained / file).read_bytes())
+    (base / "README.md").write_text("A model.\n")
     export_model(str(base), tmp_path / "plain", dtype=torch.float32)
     assert all(torch.equal(weights(tmp_path / "plain")[name], w.float()) for name, w in weights(base).items())
+    assert (tmp_path / "plain" / "README.md").read_text() == "A model.\n"
 
 
 def test_base_that_is_gone_is_named_with_the_remedy(folders, tmp_path):
