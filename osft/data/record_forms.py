@@ -19,20 +19,26 @@ from typing import Any
 
 from osft.data.files import DataError
 from osft.data.json_rows import DECODER
+from osft.data.messages import ROLE_ALIASES
 
 Row = dict[str, Any]
 
-TURNS = {
+_TURNS = {
+    **ROLE_ALIASES,
     **dict.fromkeys(("observation", "function_response", "function-response", "tool_response", "tool_result"), "tool"),
     **dict.fromkeys(("function_call", "function-call", "tool_call"), "function_call"),
 }
-"""What ShareGPT calls the turns of tools; people and models have the names that `osft.data.messages` knows."""
+"""What ShareGPT calls its turns."""
 
 _PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input")
 _ANSWERS = ("completion", "output", "response", "answer", "solution")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_STRUCTURED = ("messages", "conversations", "conversation", "tools", "functions", "choices", "history", "documents")
-_STRUCTURED += ("chat_template_kwargs", "unmask")
+_STRUCTURED = frozenset(
+    {
+        *("messages", "conversations", "conversation", "history", "tools", "functions", "choices", "unmask"),
+        *("documents", "chat_template_kwargs"),
+    }
+)
 """Keys whose values CSV and some Parquet files hold as JSON."""
 
 _NO_CHATS = (
@@ -103,12 +109,12 @@ def _no_form(row: Row, source: str) -> DataError:
         if isinstance(value, list) and value and all(isinstance(part, dict) for part in value) and len(row) == 1:
             command = f"jq -c '.{key}[]' FILE > FILE.jsonl"
             return DataError(f"{source}: a record needs 'messages'; this one has {key!r}, a list. Run {command}")
-    keys = ", ".join(map(repr, row)) or "nothing"
+    present = ", ".join(map(repr, row)) or "nothing"
     text = ". Plain text is for is_pretraining=True with document_column_name='text'" if "text" in row else ""
     forms = "'conversations', 'prompt' and 'completion', or 'instruction' and 'output'"
     return DataError(
-        f"{source}: a record needs a non-empty list 'messages' of {{role, content}} (or {forms}); this one has {keys}"
-        f"{text}"
+        f"{source}: a record needs a non-empty list 'messages' of {{role, content}} (or {forms}); this one has "
+        f"{present}{text}"
     )
 
 
@@ -137,9 +143,9 @@ def _turns(turns: list[Any], place: str) -> list[Any]:
                 raise DataError(f"{place}[{position}] has both {old!r} and {new!r}. Keep one of them")
             if old in message:
                 message[new] = message.pop(old)
-        messages.append(
-            message | {"role": TURNS.get(message["role"], message["role"])} if "role" in message else message
-        )
+        if isinstance(role := message.get("role"), str):
+            message["role"] = _TURNS.get(role, role)
+        messages.append(message)
     return messages
 
 

@@ -8,7 +8,7 @@ message as a whole (`message | tojson`) or by a computed key, it counts as readi
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any, TypeGuard
 
 from jinja2 import Environment, meta, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -114,7 +114,7 @@ def with_known_roles(template: str, record: Record) -> Record:
 class _Generation(Extension):
     """`{% generation %}` … `{% endgeneration %}`, which transformers adds to Jinja."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (declared by Jinja)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The body, which stands for itself."""
@@ -131,8 +131,11 @@ class _Walk:
         self.keys: set[str] = set()
         self.roles: set[str] = set()
         self.whole = False
-        assigned = [node for node in tree.find_all(nodes.Assign) if isinstance(node.target, nodes.Name)]
-        self._tables = {node.target.name: node.node for node in assigned if isinstance(node.node, nodes.Dict)}
+        self._tables = {
+            node.target.name: node.node
+            for node in tree.find_all(nodes.Assign)
+            if isinstance(node.target, nodes.Name) and isinstance(node.node, nodes.Dict)
+        }
         known = 0
         while known != len(self._kinds):  # an assignment may stand after its use, in a loop
             known = len(self._kinds)
@@ -239,7 +242,7 @@ class _Walk:
             self.whole = True
 
 
-def _is_text(node: Any) -> bool:
+def _is_text(node: Any) -> TypeGuard[nodes.Const]:
     return isinstance(node, nodes.Const) and isinstance(node.value, str)
 
 

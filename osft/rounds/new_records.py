@@ -87,7 +87,7 @@ class _Spooled:
 def _spool(source: Source, known: Hashes, spool: IO[bytes]) -> _Spooled:
     """Write the records that are not known."""
     hashes, bounds, num_records = bytearray(), array("q", [0]), 0
-    files, prompts = set(), set()
+    files, prompts = set[str](), set[str]()
     for chunk in _chunks(source.records()):
         num_records += len(chunk)
         of_chunk = np.array([record_hash(record) for record in chunk], HASH)

@@ -275,8 +275,8 @@ def test_what_was_converted_and_ignored_is_counted(tmp_path):
     counts: Counter[str] = Counter()
     assert len(list(read_records(str(write_jsonl(tmp_path / "a.jsonl", rows)), counts=counts))) == 4
     assert report_lines(counts) == [
-        "1 record: converted from prompt/completion",
         "3 records: converted from ShareGPT",
+        "1 record: converted from prompt/completion",
         "3 records: key 'id' ignored",
         "3 records: key 'source' ignored",
     ]
