@@ -246,6 +246,3 @@ def plan_tables(plan: "TrainingPlan") -> Group:
 app.command()(export)
 app.command()(lineage)
 add_commands(app)
-
-if __name__ == "__main__":
-    app()

@@ -5,17 +5,21 @@ process reads what has been added and calls the callbacks. They are live objects
 nothing needs to be pickled.
 """
 
-import json
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from osft import storage
-from osft.training.mirror import INTERVAL_SECONDS, METRICS, STOP_FILE
-from osft.training.wishes import INTERRUPT, STOP
+from osft.training.metrics_file import MetricsFile
+from osft.training.mirror import INTERVAL_SECONDS, STOP_FILE
+from osft.training.wishes import GO_ON, INTERRUPT, STOP
+
+_LAST_LOOKS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,8 +89,8 @@ class Follower:
 
     `output` is the run's folder, or its URI in an object store, where metrics arrive every 10 s. `after` is the step
     that the run goes on from; lines up to it are not new. `interval_seconds` is the time between two looks: 0.5, or 10
-    for a URI. On leaving, what remains is delivered, and an exception of a callback is raised, whatever became of the
-    block.
+    for a URI. A look that fails is told and repeated; it never ends the block. On leaving, what remains is delivered,
+    and an exception of a callback is raised, whatever became of the block.
     """
 
     def __init__(
@@ -99,81 +103,91 @@ class Follower:
     ) -> None:
         self._remote = storage.is_remote(output)
         self._output = str(output) if self._remote else Path(output)
+        self._metrics = MetricsFile(self._output, after=after)
         self._callbacks = list(callbacks)
         self._interval = interval_seconds or (INTERVAL_SECONDS if self._remote else 0.5)
-        self._offset = 0
         self._last = TrainingContext(output_dir=self._output, step=after, metrics={})
         self._error: BaseException | None = None
+        self._wish = GO_ON
+        self._problems: set[str] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="osft-callbacks", daemon=True)
+        self.heard: datetime | None = None
+        """When something new was found last."""
+        self.looked: datetime | None = None
+        """When a look succeeded last: what is silent since then may only be unreadable."""
+
+    @property
+    def step(self) -> int:
+        """The last step that was seen."""
+        return self._last.step
 
     def __enter__(self) -> "Follower":
-        if self._callbacks:
-            self._call("on_train_begin", self._last)
-            self._thread.start()
+        self._call("on_train_begin", self._last)
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._thread.ident is None:  # there were no callbacks
-            return
         self._done.set()
         self._thread.join()
-        self._deliver()
+        for _ in range(_LAST_LOOKS):
+            if self._look():
+                break
+            time.sleep(self._interval / 2)
         self._call("on_train_end", self._last)
         if self._error is not None:
             raise self._error from None
 
     def _run(self) -> None:
         while not self._done.wait(self._interval):
-            self._deliver()
+            self._look()
 
-    def _deliver(self) -> None:
-        for metrics in self._new_lines():
-            self._last = TrainingContext(
-                output_dir=self._output,
-                step=metrics["step"],
-                epoch=metrics["epoch"],
-                loss=metrics["loss"],
-                learning_rate=metrics["learning_rate"],
-                validation_loss=metrics["validation_loss"],
-                checkpoints=tuple(self._below(path) for path in metrics["checkpoints"]),
-                metrics=metrics,
-            )
-            self._call("on_step_end", self._last)
-            self._call("on_log", self._last)
-            if metrics["validation_loss"] is not None:
-                self._call("on_evaluate", self._last)
-            if metrics["checkpoints"]:
-                self._call("on_save", self._last)
-            if metrics["epoch"] == int(metrics["epoch"]):
-                self._call("on_epoch_end", self._last)
+    def _look(self) -> bool:
+        """Deliver what is new. Whether everything could be read, and written."""
+        lines: list[dict[str, Any]] = []
+        read = self._try(lambda: lines.extend(self._metrics.new_lines()))
+        if read:
+            self.looked = datetime.now(UTC)
+            if self._metrics.has_grown:
+                self.heard = self.looked
+        for metrics in lines:
+            self._deliver(metrics)
+            self._try(self._leave_wish)
+        return self._try(self._leave_wish) and read
 
-    def _new_lines(self) -> list[dict[str, Any]]:
-        """The complete lines that were added since the last call, of steps that were not seen yet."""
-        added = self._published() if self._remote else self._appended()
-        complete = added[: added.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        return [line for line in map(json.loads, complete.splitlines()) if line["step"] > self._last.step]
-
-    def _appended(self) -> bytes:
-        file = Path(self._output, METRICS)
-        if not file.is_file():
-            return b""
-        with file.open("rb") as lines:
-            if file.stat().st_size < self._offset:
-                self._offset = 0  # a run that goes on drops the steps behind its state
-            lines.seek(self._offset)
-            return lines.read()
-
-    def _published(self) -> bytes:
-        """All lines: a store replaces files as a whole, and the last one may have been another start's."""
+    def _try(self, action: Callable[[], None]) -> bool:
+        """Do what may fail while the run itself is well, and tell a failure once."""
         try:
-            return storage.read(storage.join(self._output, METRICS)) or b""
-        except OSError as error:
-            print(f"train: the metrics could not be read, trying again later: {error}", flush=True)
-            return b""
+            action()
+        except Exception as error:  # of a file system, or of any object store's client
+            problem = f"{type(error).__name__}: {error}"
+            if problem not in self._problems:
+                print(f"train: the run cannot be followed, trying again: {problem}", flush=True)
+            self._problems.add(problem)
+            return False
+        return True
+
+    def _deliver(self, metrics: dict[str, Any]) -> None:
+        self._last = TrainingContext(
+            output_dir=self._output,
+            step=metrics["step"],
+            epoch=metrics["epoch"],
+            loss=metrics["loss"],
+            learning_rate=metrics["learning_rate"],
+            validation_loss=metrics["validation_loss"],
+            checkpoints=tuple(self._below(path) for path in metrics["checkpoints"]),
+            metrics=metrics,
+        )
+        self._call("on_step_end", self._last)
+        self._call("on_log", self._last)
+        if metrics["validation_loss"] is not None:
+            self._call("on_evaluate", self._last)
+        if metrics["checkpoints"]:
+            self._call("on_save", self._last)
+        if metrics["epoch"] == int(metrics["epoch"]):
+            self._call("on_epoch_end", self._last)
 
     def _below(self, path: str) -> Path | str:
         return storage.join(self._output, path) if self._remote else Path(self._output, path)
@@ -186,11 +200,14 @@ class Follower:
                 if call is not None:
                     call(context)
             except StopTraining:
-                self._ask(STOP)
+                self._wish = max(self._wish, STOP)
             except Exception as error:
                 self._callbacks.remove(callback)
                 self._error = self._error or error
-                self._ask(INTERRUPT)
+                self._wish = max(self._wish, INTERRUPT)
 
-    def _ask(self, wish: int) -> None:
-        storage.write(storage.join(self._output, STOP_FILE), str(wish).encode())
+    def _leave_wish(self) -> None:
+        """Ask the run to end, if a callback wants that. Left once: a run that starts removes what it finds."""
+        if self._wish != GO_ON:
+            storage.write(storage.join(self._output, STOP_FILE), str(self._wish).encode())
+            self._wish = GO_ON

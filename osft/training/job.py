@@ -27,7 +27,7 @@ from types import FrameType
 from typing import Protocol
 
 from osft.exit_codes import INTERRUPTED
-from osft.training.callbacks import Follower, TrainingCallback, TrainingContext
+from osft.training.callbacks import Follower, TrainingCallback
 
 _REPEAT_SECONDS = 300.0  # how often an unchanged waiting is reported
 
@@ -116,9 +116,8 @@ def run_job(
         try:
             launcher.submit()
             submitted = True
-            heartbeat = _Heartbeat()
-            with _printed(launcher), Follower(output, [*callbacks, heartbeat], after=0):
-                _wait(launcher, limits, heartbeat, poll_seconds)
+            with _printed(launcher), Follower(output, callbacks, after=0) as follower:
+                _wait(launcher, limits, follower, poll_seconds)
         except (JobUnreachable, JobFailed):
             raise
         except BaseException as error:
@@ -137,7 +136,7 @@ def _cancel(launcher: Launcher) -> None:
         print(f"train: the job could not be cancelled, look after it: {type(error).__name__}: {error}", flush=True)
 
 
-def _wait(launcher: Launcher, limits: Limits, heartbeat: "_Heartbeat", poll_seconds: float) -> None:
+def _wait(launcher: Launcher, limits: Limits, follower: Follower, poll_seconds: float) -> None:
     """Return when the job has succeeded."""
     reported = _Report()
     while True:
@@ -147,7 +146,7 @@ def _wait(launcher: Launcher, limits: Limits, heartbeat: "_Heartbeat", poll_seco
             return
         if status.phase is Phase.FAILED:
             raise JobFailed(status.reason)
-        _check_limits(status, limits, heartbeat)
+        _check_limits(status, limits, follower)
         time.sleep(poll_seconds)
 
 
@@ -163,7 +162,7 @@ def _status(launcher: Launcher) -> JobStatus:
         ) from error
 
 
-def _check_limits(status: JobStatus, limits: Limits, heartbeat: "_Heartbeat") -> None:
+def _check_limits(status: JobStatus, limits: Limits, follower: Follower) -> None:
     """Raise RuntimeError if the job has had its time."""
     now = datetime.now(UTC)
     minutes = (now - status.since).total_seconds() / 60
@@ -181,23 +180,15 @@ def _check_limits(status: JobStatus, limits: Limits, heartbeat: "_Heartbeat") ->
         return
     if limits.running_minutes is not None and minutes > limits.running_minutes:
         raise RuntimeError(f"the job ran longer than max_running_minutes={limits.running_minutes:g}")
-    silent = (now - max(status.since, heartbeat.last)).total_seconds() / 60
+    # Up to the last look: what cannot be read is not known to be silent.
+    silent = (
+        (follower.looked or status.since) - max(status.since, follower.heard or status.since)
+    ).total_seconds() / 60
     if limits.heartbeat_minutes is not None and silent > limits.heartbeat_minutes:
         raise RuntimeError(
             f"the job runs, but made no training step for heartbeat_minutes={limits.heartbeat_minutes:g}. "
-            f"The last one was step {heartbeat.step}"
+            f"The last one was step {follower.step}"
         )
-
-
-class _Heartbeat(TrainingCallback):
-    """When the last training step was seen."""
-
-    def __init__(self) -> None:
-        self.last = datetime.fromtimestamp(0, UTC)
-        self.step = 0
-
-    def on_step_end(self, context: TrainingContext) -> None:
-        self.last, self.step = datetime.now(UTC), context.step
 
 
 class _Report:

@@ -1,9 +1,10 @@
 """Starting the training processes of one node from a function call, and waiting for them.
 
 What happens to a run that does not end well: if a process dies, torchrun's agent stops the others and the call raises
-with the first one's own traceback. If the caller is told to end (SIGTERM, an interrupt) or is killed, the processes
-save their training state and end. If the machine goes, what was saved last is there. The next call with the same
-settings and `resume="auto"` goes on from it. Two calls at once for one folder: the second is refused.
+with the first one's own traceback. If the caller is told to end (SIGTERM, an interrupt: `osft.termination`) or is
+killed, the processes save their training state and end. If the machine goes, what was saved last is there. The next
+call with the same settings and `resume="auto"` goes on from it. Two calls at once for one folder: the second is
+refused.
 """
 
 import json
@@ -16,6 +17,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from osft.atomic import write_json
 from osft.config import TrainConfig
 from osft.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
 from osft.lock import exclusive
+from osft.termination import CAN_PASS_ON, children, passing_on
 from osft.training.callbacks import Follower, TrainingCallback
 from osft.training.inputs import factor_set, local_model, prepare_training_data
 from osft.training.liger import liger_wanted
@@ -36,6 +39,10 @@ from osft.training.state import complete, newest_state, read_position
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
+
+
+_WORKER = "osft.training.worker"
+_SAVE_SECONDS = 120  # to save the training state in, when the run is asked to end
 
 
 class TrainingFailed(RuntimeError):
@@ -87,7 +94,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
             write_json(output / SETTINGS, config.to_dict() | {"dataset": data.key})
             storage.publish(storage.join(config.ckpt_output_dir, SETTINGS), source=output / SETTINGS)
         after = read_position(state)["step"] if state else 0
-        with Follower(output, callbacks if config.node_rank == 0 else (), after=after):
+        with Follower(output, callbacks, after=after) if config.node_rank == 0 else nullcontext():
             summary = _run_processes(_launch_config(config, processes), work)
         if not (output / SUMMARY).is_file():  # not node 0, and a folder of its own
             write_json(output / SUMMARY, summary)
@@ -188,8 +195,10 @@ def _launch_config(config: TrainConfig, processes: int) -> "LaunchConfig":
         "nproc_per_node": processes,
         "max_restarts": 0,
         "monitor_interval": 0.2,
-        "shutdown_timeout": 120,  # seconds to save the training state in, when the run is asked to end
+        "shutdown_timeout": _SAVE_SECONDS,
     }
+    if CAN_PASS_ON:
+        common["signals_to_handle"] = "SIGHUP,SIGQUIT"  # the others are ours, from before the agent is there
     if config.nnodes == 1:
         return LaunchConfig(
             min_nodes=1,
@@ -220,11 +229,20 @@ def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, An
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs for the same result twice
+    workers = partial(children, running=_WORKER)
     summary_file = Path(work["summary_file"])
     work_file = summary_file.with_name(summary_file.name.replace("summary", "work"))
     write_json(work_file, work)
     try:
-        elastic_launch(launch, sys.executable)("-u", "-m", "osft.training.worker", str(work_file))
+        with passing_on(workers, patience_seconds=_SAVE_SECONDS) as asked:
+            try:
+                elastic_launch(launch, sys.executable)("-u", "-m", _WORKER, str(work_file))
+            except (ChildFailedError, RendezvousError, torch.distributed.DistError) as error:
+                signum = asked()
+                if signum is None:
+                    raise
+                _tell_interruption(error, signal.Signals(signum))
+                raise SignalException(f"asked to end by signal {signum}", signal.Signals(signum)) from None
         summary: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
         return summary
     except ChildFailedError as error:
@@ -238,6 +256,17 @@ def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, An
     finally:
         for file in (work_file, summary_file):
             file.unlink(missing_ok=True)
+
+
+def _tell_interruption(error: Exception, signum: signal.Signals) -> None:
+    """Say that the run ends because it was asked to, and what else went wrong on the way."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if isinstance(error, ChildFailedError):
+        failure = _training_failed(error)
+        if failure.exit_code != INTERRUPTED:
+            print(f"train: {failure}", flush=True)
+    print(f"train: ended by {signum.name}; the same call goes on from the state that was saved last", flush=True)
 
 
 def _training_failed(error: "ChildFailedError") -> TrainingFailed:

@@ -20,7 +20,7 @@ class LocalJob:
     """`osft train` in a process of its own. It ends with the process that started it, however that one ends."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self._command = [sys.executable, "-u", "-m", "osft.cli", *arguments]
+        self._command = [sys.executable, "-u", "-m", "osft", *arguments]
         self._process: subprocess.Popen[str] | None = None
         self._started = datetime.now(UTC)
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)

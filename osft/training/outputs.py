@@ -29,7 +29,7 @@ from osft.training.loop import Position, StepMetrics, WrittenModel
 from osft.training.mirror import STOP_FILE, Mirror
 from osft.training.saving import SavedModel, save_merged
 from osft.training.state import save_state
-from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE
+from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE, STOP
 
 
 class Outputs:
@@ -50,7 +50,7 @@ class Outputs:
         self._model, self._stored, self._rank = model, stored, rank
         self._interval = config.save_state_minutes * 60
         self._last_state = time.monotonic()
-        self._terminated = False
+        self._terminated = self._told = False
         self.seconds = 0.0
         """Time spent writing."""
         for signum in (signal.SIGTERM, signal.SIGINT):  # an interrupt at a terminal goes to every process
@@ -61,13 +61,25 @@ class Outputs:
 
     def wanted(self) -> int:
         """This rank's wish after a step."""
-        if self._rank == 0 and (self._folder / STOP_FILE).exists():
-            return int((self._folder / STOP_FILE).read_text(encoding="utf-8"))
-        if self._terminated:
-            return INTERRUPT
+        asked = max(self._asked_by_file() if self._rank == 0 else GO_ON, INTERRUPT if self._terminated else GO_ON)
+        if asked != GO_ON:
+            return asked
         if self._rank == 0 and self._interval and time.monotonic() - self._last_state > self._interval:
             return SAVE_STATE
         return GO_ON
+
+    def _asked_by_file(self) -> int:
+        """The wish of whoever follows the run. A file that cannot be read is looked at again after the next step."""
+        try:
+            wish = int((self._folder / STOP_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return GO_ON
+        except (OSError, ValueError) as error:
+            if not self._told:
+                print(f"train: {self._folder / STOP_FILE} cannot be read, trying again: {error}", flush=True)
+            self._told = True
+            return GO_ON
+        return wish if wish in (INTERRUPT, STOP) else GO_ON
 
     def model(self, name: str, metrics: StepMetrics) -> WrittenModel:
         """Write the tuned model after a step under a name."""
