@@ -1,19 +1,18 @@
 """Data that is tokenized already -> a dataset folder (see `osft.data.dataset_folder`)."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import load_from_disk
 from tqdm import tqdm
 
 from osft import storage
 from osft.atomic import atomic_path
-from osft.data.chat import IGNORE
+from osft.data import rows
 from osft.data.dataset_folder import (
     DatasetWriter,
     PreparedData,
@@ -25,12 +24,9 @@ from osft.data.dataset_folder import (
     publish_dataset,
 )
 from osft.data.files import data_files
+from osft.data.processed_row import COLUMNS, check_columns, check_row
 from osft.data.records import DataError
-from osft.data.rows import read_file
 from osft.data.split import check_sides, check_validation, is_held_out
-
-COLUMNS = ("input_ids", "labels", "len", "num_loss_counted_tokens")
-"""What is read; the last two, as mini-trainer writes them, are optional."""
 
 
 def import_processed(
@@ -45,11 +41,12 @@ def import_processed(
 ) -> PreparedData:
     """Check tokenized records and store them for training.
 
-    `data_path` is a .jsonl or .parquet file, a folder or glob of them, or a folder that `datasets` saved. A record
-    has `input_ids` (token ids below `vocabulary_size`) and as many `labels` (-100 where there is no loss, else a
-    token id; not shifted). `len` and `num_loss_counted_tokens`, where they are there, must agree with them. Samples
-    longer than `max_seq_len` tokens are dropped and counted. Which side of the split a sample is on depends on the
-    hash of its tokens.
+    `data_path` is data of any format (`osft.data.rows`), a folder that `datasets` saved among them. A record has
+    `input_ids` (token ids below `vocabulary_size`) and as many `labels` (-100 where there is no loss, else a token id;
+    not shifted). What `attention_mask` says is padding, before or after the sample, is left out. `position_ids`,
+    `token_type_ids`, `len` and `num_loss_counted_tokens`, where they are there, must agree with that; other columns
+    are named in the report and not read. Samples longer than `max_seq_len` tokens are dropped and counted. Which side
+    of the split a sample is on depends on the hash of its tokens.
 
     A folder that this package prepared is returned as it is, with the held-out side that it has.
 
@@ -75,8 +72,8 @@ def import_processed(
         report(f"data: reused {data_path}")
         return open_dataset(given)
 
-    files = hash_files(_files(data_path))
-    validation_files = hash_files(_files(validation_data)) if validation_data else {}
+    files = hash_files(data_files(data_path))
+    validation_files = hash_files(data_files(validation_data)) if validation_data else {}
     settings = {
         "max_seq_len": max_seq_len,
         "vocabulary_size": vocabulary_size,
@@ -88,9 +85,10 @@ def import_processed(
         return found
 
     num_records = num_held_out = 0
+    counts, unused = Counter[str](), set[str]()
     with atomic_path(storage.local(address)) as temporary, DatasetWriter(temporary, max_seq_len=max_seq_len) as writer:
-        for source, row in tqdm(read_rows(data_path), desc="check", unit="sample", mininterval=2.0):
-            input_ids, labels = check_row(row, source, vocabulary_size)
+        for source, row in tqdm(read_rows(data_path, unused), desc="check", unit="sample", mininterval=2.0):
+            input_ids, labels = check_row(row, source, vocabulary_size, counts)
             num_records += 1
             is_out = validation_fraction > 0 and is_held_out(
                 hashlib.sha256(input_ids.tobytes()).hexdigest(), validation_fraction
@@ -99,9 +97,9 @@ def import_processed(
             (writer.validation if is_out else writer.train).append(input_ids, labels, source)
         check_sides(data_path, "records", num_records - num_held_out, num_held_out, validation_fraction)
         if validation_data:
-            for source, row in read_rows(validation_data):
+            for source, row in read_rows(validation_data, unused):
                 num_held_out += 1
-                writer.validation.append(*check_row(row, source, vocabulary_size), source)
+                writer.validation.append(*check_row(row, source, vocabulary_size, counts), source)
         for side, uri, split in (
             ("training", data_path, writer.train),
             ("validation", validation_data, writer.validation),
@@ -119,6 +117,8 @@ def import_processed(
                 "num_records": num_records,
                 "num_duplicates": 0,
                 "num_held_out_records": num_held_out,
+                "left_out": {what: number for what, number in counts.items() if number},
+                "unused_columns": sorted(unused),
             }
         )
     dropped = statistics["dropped_as_too_long"]
@@ -128,91 +128,51 @@ def import_processed(
         f"{dropped['samples']} samples longer than {max_seq_len} tokens ({dropped['share_of_tokens']:.1%} of all "
         "tokens)"
     )
+    for what, number in statistics["left_out"].items():
+        report(f"data: {number} {what}")
+    if unused:
+        report(f"data: these columns are not used: {', '.join(sorted(unused))}")
     return publish_dataset(address, statistics)
 
 
-def _is_datasets_folder(uri: str) -> bool:
-    folder = storage.fetch(uri)
-    if (folder / "dataset_dict.json").is_file():
-        raise DataError(f"{uri} holds several datasets. Give the folder of one of them, for example {uri}/train")
-    return (folder / "state.json").is_file()
+def read_rows(uri: str, unused: set[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Source and columns of each record, of any format that `osft.data.rows` reads.
+
+    Of Parquet and Arrow files only the columns that are used are read. To `unused` are added the names of the others.
+    """
+    unused = set() if unused is None else unused
+    for file in data_files(uri):
+        names = _arrow_columns(file)
+        if names is not None:
+            check_columns(names, storage.name_of(file))
+            unused.update(set(names) - set(COLUMNS))
+        for source, row in rows.read_file(file, COLUMNS):
+            unused.update(row.keys() - set(COLUMNS))
+            yield source, row
 
 
-def _files(uri: str) -> list[Path]:
-    """The files that hold the records, in their order. Raises FileNotFoundError if there is none."""
-    if _is_datasets_folder(uri):
-        return sorted(storage.fetch(uri).glob("*.arrow"))
-    path = storage.fetch(uri)
-    if path.is_dir() and not any(path.glob("*.jsonl")) and any(path.glob("*.parquet")):
-        return sorted(path.glob("*.parquet"))
-    return data_files(uri)
+def _arrow_columns(file: Path) -> list[str] | None:
+    """Names of the columns of a Parquet or Arrow file; None for other files, and for one that is damaged.
 
-
-def read_rows(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Source and columns of each record."""
-    if _is_datasets_folder(uri):
-        tables = load_from_disk(storage.fetch(uri)).with_format("arrow").iter(batch_size=1000)
-        yield from _table_rows(uri, tables)
-        return
-    for file in _files(uri):
-        if file.suffix == ".parquet":
-            try:
-                yield from _table_rows(storage.name_of(file), pq.ParquetFile(file).iter_batches(batch_size=1000))
-            except pa.ArrowInvalid as error:
-                raise DataError(f"{storage.name_of(file)} is not a Parquet file: {error}") from None
-        else:
-            yield from read_file(file)
-
-
-def _table_rows(name: str, tables: Iterator[pa.Table | pa.RecordBatch]) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    for table in tables:
-        present = [column for column in COLUMNS if column in table.schema.names]
-        kept = table.select(present) if {"input_ids", "labels"} <= set(present) else table
-        for row in kept.to_pylist():
-            number += 1
-            yield f"{name}: row {number}", row
-    if not number:
-        raise DataError(f"{name} holds no record. Give at least one row")
-
-
-def check_row(row: dict[str, Any], source: str, vocabulary_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The record's tokens and labels, both (T,) int32. Raises DataError that names `source`."""
-    missing = [column for column in ("input_ids", "labels") if column not in row]
-    if missing:
-        columns = ", ".join(map(repr, row)) or "none"
-        raise DataError(f"{source}: a processed record needs {' and '.join(missing)}; its columns are {columns}")
-    input_ids = _integers(row["input_ids"], f"{source}: input_ids")
-    labels = _integers(row["labels"], f"{source}: labels")
-    if len(input_ids) != len(labels):
-        raise DataError(f"{source}: there are {len(input_ids)} input_ids, but {len(labels)} labels")
-    for name, values, allowed in (("input_ids", input_ids, False), ("labels", labels, labels == IGNORE)):
-        outside = np.flatnonzero(((values < 0) | (values >= vocabulary_size)) & ~np.array(allowed))
-        if len(outside):
-            at = outside[0]
-            wanted = f"a token of this model, 0 to {vocabulary_size - 1}" + (
-                f", or {IGNORE}" if name == "labels" else ""
-            )
-            raise DataError(f"{source}: {name}[{at}] must be {wanted}; got {values[at]}")
-    in_loss = labels != IGNORE
-    if not in_loss[1:].any():
-        raise DataError(f"{source}: no label after the first one counts, so there is nothing to learn. Drop the record")
-    # The first token is never predicted; mini-trainer counts it all the same where it has a label.
-    lengths = {"len": (len(input_ids),), "num_loss_counted_tokens": (int(in_loss.sum()), int(in_loss[1:].sum()))}
-    for name, real in lengths.items():
-        if row.get(name) is not None and row[name] not in real:
-            raise DataError(f"{source}: {name} is {row[name]!r}, but the record has {max(real)}")
-    return input_ids.astype(np.int32), labels.astype(np.int32)
-
-
-def _integers(values: Any, name: str) -> np.ndarray:
-    """A list of integers as (T,) int64."""
-    if not isinstance(values, list) or not values:
-        raise DataError(f"{name} must be a non-empty list of integers; got {values!r:.80}")
-    if set(map(type, values)) != {int}:
-        position, value = next((i, value) for i, value in enumerate(values) if type(value) is not int)
-        raise DataError(f"{name}[{position}] must be an integer; got {value!r:.80}")
+    Raises DataError for numbers in a type that has not all token ids.
+    """
+    with file.open("rb") as content:
+        head = content.read(6)
     try:
-        return np.array(values, np.int64)
-    except OverflowError:
-        raise DataError(f"{name} has a number that no token can have; got {max(values, key=abs)}") from None
+        if head.startswith(b"PAR1"):
+            schema = pq.read_schema(file)
+        elif head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+            with pa.memory_map(str(file)) as mapped:
+                schema = (pa.ipc.open_file if head == b"ARROW1" else pa.ipc.open_stream)(mapped).schema
+        else:
+            return None
+    except (pa.ArrowInvalid, OSError):
+        return None  # reading it says what is wrong
+    for field in schema:
+        kind = getattr(field.type, "value_type", field.type)
+        if field.name in ("input_ids", "labels") and pa.types.is_float16(kind):
+            raise DataError(
+                f"{storage.name_of(file)}: {field.name} is of the type float16, which rounds numbers above 2048. "
+                "Store token ids as integers"
+            )
+    return list(schema.names)

@@ -106,7 +106,8 @@ def _count(config: TrainConfig, sources: Sequence[str], samples: Sequence[Sample
 
 def _processed(config: TrainConfig, folder: Path) -> tuple[list[str], list[Sample]]:
     """All records that are tokenized already, checked as the preparation does."""
-    from osft.data.processed import check_row, read_rows
+    from osft.data.processed import read_rows
+    from osft.data.processed_row import check_row
     from osft.training.inputs import vocabulary_size
 
     vocabulary = vocabulary_size(folder, trust_remote_code=config.trust_remote_code)

@@ -2,6 +2,9 @@
 
 import json
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
@@ -179,7 +182,7 @@ def test_bad_record_is_refused_with_its_place(tmp_path, row, problem):
 @pytest.mark.parametrize("form", ["parquet", "datasets"])
 def test_bad_row_is_refused_with_its_number(tmp_path, form):
     path = stored([*rows(1500), {"input_ids": [1, 999], "labels": [1, 2]}], form, tmp_path / "data")
-    with pytest.raises(DataError, match=rf"{path}: row 1501: input_ids\[1\] must be a token .* got 999"):
+    with pytest.raises(DataError, match=rf"{path}.*: row 1501: input_ids\[1\] must be a token .* got 999"):
         import_processed(path, tmp_path / "out", **SIZES)
 
 
@@ -198,14 +201,16 @@ def test_a_first_token_with_a_label_may_be_counted_or_not(tmp_path, counted):
 
 
 def test_folder_of_several_datasets_is_refused(tmp_path):
-    DatasetDict({"train": Dataset.from_list(rows(3))}).save_to_disk(tmp_path / "both")
-    with pytest.raises(DataError, match="both holds several datasets. Give .*both/train"):
+    DatasetDict({"train": Dataset.from_list(rows(3)), "test": Dataset.from_list(rows(3))}).save_to_disk(
+        tmp_path / "both"
+    )
+    with pytest.raises(DataError, match="both holds several datasets: train, test. Give .*both/train"):
         import_processed(str(tmp_path / "both"), tmp_path / "out", **SIZES)
 
 
 def test_file_that_is_no_parquet_is_refused(tmp_path):
-    (tmp_path / "a.parquet").write_text(json.dumps(rows(1)[0]))
-    with pytest.raises(DataError, match="a.parquet is not a Parquet file"):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + json.dumps(rows(1)[0]).encode())
+    with pytest.raises(DataError, match="a.parquet is not a whole Parquet file"):
         import_processed(str(tmp_path / "a.parquet"), tmp_path / "out", **SIZES)
 
 
@@ -220,3 +225,142 @@ def test_settings_out_of_range_are_refused_by_name(tmp_path, setting):
     path = stored(rows(3), "jsonl", tmp_path / "data")
     with pytest.raises(ValueError, match=next(iter(setting))):
         import_processed(path, tmp_path / "out", **SIZES | setting)
+
+
+PLAIN = {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORE, IGNORE, 7, 8, 9]}
+
+
+def padded(left: int = 0, right: int = 0, **columns: object) -> dict:
+    """PLAIN with padding, and an attention mask that says so."""
+    return {
+        "input_ids": [0] * left + PLAIN["input_ids"] + [0] * right,
+        "labels": [IGNORE] * left + PLAIN["labels"] + [IGNORE] * right,
+        "attention_mask": [0] * left + [1] * 5 + [0] * right,
+    } | columns
+
+
+def imported(tmp_path, row: dict, form: str = "jsonl", **settings: object):
+    return import_processed(stored([row], form, tmp_path / "data"), tmp_path / "out", **SIZES | settings)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
+@pytest.mark.parametrize("row", [padded(), padded(3), padded(0, 4), padded(2, 2), padded(1, 0)])
+def test_padding_is_left_out_as_the_mask_says(tmp_path, form, row):
+    prepared = imported(tmp_path, row, form)
+    assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])]
+    assert prepared.statistics["longest_sample"] == 5
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"attention_mask": [False, False, True, True, True, True, True, False]},
+        {"attention_mask": [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]},
+        {"input_ids": [0.0, 0.0, 5.0, 6.0, 7.0, 8.0, 9.0, 0.0]},
+        {"position_ids": [0, 0, 0, 1, 2, 3, 4, 0]},
+        {"position_ids": [0, 1, 2, 3, 4, 5, 6, 7]},
+        {"position_ids": [1, 1, 0, 1, 2, 3, 4, 1]},
+        {"token_type_ids": [0] * 8},
+        {"seq_lengths": [5], "seq_idx": [0] * 8},
+        {"completion_mask": [0, 0, 0, 0, 1, 1, 1, 0]},
+        {"assistant_masks": None, "position_ids": None, "token_type_ids": None},
+        {"len": 8, "num_loss_counted_tokens": 3},
+        {"len": 5, "num_loss_counted_tokens": 3},
+        {"text": "as it was", "image": "a path"},
+    ],
+)
+def test_columns_that_agree_change_nothing(tmp_path, columns):
+    prepared = imported(tmp_path, padded(2, 1, **columns))
+    assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])]
+
+
+def test_padding_does_not_count_as_length(tmp_path):
+    prepared = imported(tmp_path, padded(30, 90), max_seq_len=5)
+    assert prepared.statistics["dropped_as_too_long"]["samples"] == 0
+
+
+def test_labels_of_padding_are_left_out_and_counted(tmp_path):
+    row = padded(0, 3) | {"labels": [*PLAIN["labels"], 0, 0, 0], "num_loss_counted_tokens": 6}
+    lines: list[str] = []
+    prepared = imported(tmp_path, row, report=lines.append)
+    assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])]
+    assert "data: 3 padding tokens, which attention_mask names, were left out" in lines
+    assert "data: 3 labels of padding were left out with it" in lines
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (padded(2, attention_mask=[0, 0, 1, 1, 0, 1, 1]), r"attention_mask\[4\] is 0 between tokens that are attended"),
+        (padded(attention_mask=[1, 0, 0, 0, 1]), r"attention_mask\[1\] is 0 between"),
+        (padded(attention_mask=[0] * 5), "attention_mask is 0 everywhere"),
+        (padded(attention_mask=[1, 1, 1]), "there are 5 input_ids, but 3 attention_mask"),
+        (
+            padded(attention_mask=[1, 1, 1, 2, 2]),
+            r"attention_mask\[3\] must be 0 or 1; got 2. A number for each packed",
+        ),
+        (padded(attention_mask=[1, 1, 1, 1, -1]), r"attention_mask\[4\] must be 0 or 1; got -1"),
+        (padded(attention_mask=[[1] * 5] * 5), "attention_mask must be one list of integers"),
+        (padded(attention_mask=[1, 1, 1, 1, 0.5]), r"attention_mask\[4\] must be an integer; got 0.5"),
+        (
+            padded(attention_mask=[1, 1, 0, 0, 0], labels=[IGNORE] * 2 + [7, 8, 9]),
+            "no label after the first one counts",
+        ),
+        (padded(attention_mask=[0, 0, 0, 0, 1]), "no label after the first one counts"),
+        (padded(position_ids=[0, 1, 2, 0, 1]), r"position_ids\[3\] is 0 after 2: several samples are packed"),
+        (padded(position_ids=[0, 1, 3, 4, 5]), r"position_ids\[2\] is 3 after 1: the tokens of a sample follow"),
+        (padded(position_ids=[7, 8, 9, 10, 11]), "position_ids begin at 7; a sample begins at 0"),
+        (padded(position_ids=[0, 1, 2]), "there are 5 input_ids, but 3 position_ids"),
+        (padded(token_type_ids=[0, 0, 1, 1, 0]), r"token_type_ids\[2\] is 1: tokens of another type"),
+        (padded(seq_idx=[0, 0, 1, 1, 1]), "seq_idx has several values: several samples are packed"),
+        (padded(seq_lengths=[2, 3]), "seq_lengths has several values"),
+        (padded(completion_mask=[0, 0, 0, 1, 1]), r"labels\[2\] counts, but completion_mask\[2\] is 0"),
+        (padded(2, loss_mask=[1] * 6 + [0]), r"labels\[6\] counts, but loss_mask\[6\] is 0"),
+        (padded(pixel_values=[0.5]), "'pixel_values' changes what a record means"),
+        (padded(loss_weights=[1.0] * 5), "'loss_weights' changes what a record means"),
+        (padded(labels=[6, 7, 8, 9, IGNORE]), "the labels are the next tokens. Give labels that are not shifted"),
+        (padded(labels=[IGNORE, 7, 8, 9, IGNORE]), "the labels are the next tokens"),
+        (padded(input_ids=[[5, 6, 7, 8, 9]]), "input_ids must be one list of integers"),
+        (padded(input_ids=[5, 6, 7, 8, float("nan")]), r"input_ids\[4\] must be an integer; got nan"),
+        (padded(len=4), "len is 4, but the record has 5"),
+    ],
+)
+def test_columns_that_would_be_trained_on_wrongly_are_refused(tmp_path, row, problem):
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: .*{problem}"):
+        imported(tmp_path, row)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "int32", "int64", "float32", "float64"])
+@pytest.mark.parametrize("of", [pa.list_, pa.large_list, lambda value: pa.list_(value, 5)])
+def test_any_type_that_holds_token_ids_is_read(tmp_path, kind, of):
+    columns = {name: pa.array([values], of(getattr(pa, kind)())) for name, values in PLAIN.items()}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    prepared = import_processed(str(tmp_path / "a.parquet"), tmp_path / "out", **SIZES)
+    assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])]
+
+
+def test_a_type_that_rounds_token_ids_is_refused(tmp_path):
+    columns = {name: pa.array([np.array(values, np.float16)], pa.list_(pa.float16())) for name, values in PLAIN.items()}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet: input_ids is of the type float16, which rounds"):
+        import_processed(str(tmp_path / "a.parquet"), tmp_path / "out", **SIZES)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
+def test_columns_that_are_not_used_are_named_once(tmp_path, form):
+    lines: list[str] = []
+    made = [row | {"text": "as it was", "image": {"path": None, "bytes": "x"}} for row in rows(3)]
+    prepared = import_processed(stored(made, form, tmp_path / "d"), tmp_path / "out", **SIZES, report=lines.append)
+    assert lines[1:] == ["data: these columns are not used: image, text"]
+    assert prepared.statistics["unused_columns"] == ["image", "text"]
+
+
+def test_columns_that_are_not_used_are_not_even_read(tmp_path):
+    made = pa.table({"input_ids": [PLAIN["input_ids"]], "labels": [PLAIN["labels"]], "other": ["ab" * 5000]})
+    pq.write_table(made, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    content = (tmp_path / "a.parquet").read_bytes()
+    damaged = content.replace(b"ab" * 5000, b"\xff\xfe" * 5000)  # no text any more
+    assert damaged != content
+    (tmp_path / "a.parquet").write_bytes(damaged)
+    prepared = import_processed(str(tmp_path / "a.parquet"), tmp_path / "out", **SIZES)
+    assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])]
