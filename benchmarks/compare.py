@@ -45,7 +45,7 @@ from benchmarks.sequence import (
     train_round,
 )
 from osft.atomic import write_json
-from osft.console import refused
+from osft.console import failures
 from osft.data.records import Record
 from osft.lock import exclusive
 from osft.training.loop import StepMetrics
@@ -347,10 +347,8 @@ def main(
         checkpoint_dtype=checkpoint_dtype,
         device=device,
     )
-    try:
+    with failures():
         compare(settings, parse_rates(rates or [], device), seeds or SEEDS[device], storage, results, dry_run=dry_run)
-    except (ValueError, FileNotFoundError) as error:
-        raise refused(error) from None
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer.main
 
+from osft import compatibility
 from osft.api import osft
 from osft.cli import app
 from osft.config import TrainConfig
@@ -35,6 +36,13 @@ _WHERE_JOB_SETTINGS_GO = (
 )
 
 
+_COMPATIBILITY = (
+    "Names that training_hub 0.11.2 hands on to mini-trainer 0.9.0, and those of its other algorithms that scripts "
+    "bring along, are understood, too. A line is printed for what has no effect; a setting with two different values "
+    "is refused."
+)
+
+
 def render() -> str:
     """The reference."""
     return (
@@ -47,6 +55,9 @@ def render() -> str:
                 "## Parameters",
                 _WHERE_PARAMETERS_GO,
                 *_parameters(),
+                "### What training_hub and its backends call them",
+                _COMPATIBILITY,
+                _compatibility(),
                 "## The PyTorchJob",
                 _WHERE_JOB_SETTINGS_GO,
                 _settings(list(parameters(PyTorchJobSettings).values())),
@@ -94,6 +105,13 @@ def _settings(members: list[Parameter]) -> str:
         for p in members
     ]
     return _table(("parameter", "type", "default", "meaning"), rows)
+
+
+def _compatibility() -> str:
+    rows = [(f"`{name}`", f"`{field}`") for name, field in compatibility.RENAMED.items()]
+    rows += [(f"`{name}`", special.meaning) for name, special in compatibility.SPECIAL.items()]
+    rows += [(f"`{name}`", f"no effect: {text}") for name, text in compatibility.WITHOUT_EFFECT.items()]
+    return _table(("name there", "here"), rows)
 
 
 def _result() -> str:

@@ -7,10 +7,12 @@ migration. None means "the default", which is `TrainConfig`'s; what training_hub
 
 import functools
 import inspect
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from osft import compatibility
 from osft.config import TrainConfig
 from osft.parameters import Parameter, parameters, refuse_unknown
 
@@ -27,12 +29,41 @@ def run(
 ) -> "TrainResult | TrainingPlan":
     """Train as `config` says, with tracking; what `osft()`, `osft train` and the component share.
 
-    Returns a TrainingPlan with `dry_run`. Raises as `osft.training.train`.
+    Returns a TrainingPlan with `dry_run`. Raises as `osft()`.
     """
-    if config.dry_run:
-        from osft.training.plan import plan
+    from osft.errors import explained
+    from osft.training.callbacks import CALLBACK_RAISED
 
-        return plan(config)
+    try:
+        return _planned(config) if config.dry_run else _trained(config, callbacks)
+    except Exception as error:
+        told = explained(error)
+        if told is None or told is error or CALLBACK_RAISED in getattr(error, "__notes__", ()):
+            raise
+        raise told from error
+
+
+def _check_places(config: TrainConfig) -> None:
+    """Raise ValueError for a place that nothing can be written to, and for an MLflow address that is none."""
+    from osft.paths import check_writable
+    from osft.tracking.addresses import checked_address
+
+    for name in ("ckpt_output_dir", "data_output_dir", "tensorboard_log_dir"):
+        if getattr(config, name):
+            check_writable(name, getattr(config, name))
+    address = config.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if address:
+        checked_address(address, make=False)
+
+
+def _planned(config: TrainConfig) -> "TrainingPlan":
+    from osft.training.plan import plan
+
+    _check_places(config)
+    return plan(config)
+
+
+def _trained(config: TrainConfig, callbacks: "Sequence[TrainingCallback] | TrainingCallback") -> "TrainResult":
     from osft.tracking.training_run import tracked
     from osft.training import train
     from osft.training.callbacks import HOOKS
@@ -43,6 +74,7 @@ def run(
             raise ValueError(
                 f"callbacks must be TrainingCallback objects, got {follower!r} ({type(follower).__name__})"
             )
+    _check_places(config)
     with tracked(config) as trackers:
         return train(config, [*followers, *trackers])
 
@@ -153,6 +185,9 @@ def _refuses_missing(function: F) -> F:
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
+        for name, field in compatibility.RENAMED.items():
+            if field in required and name in kwargs and field not in kwargs:
+                kwargs[field] = kwargs.pop(name)  # a call that knows mini-trainer's names only
         given = signature.bind_partial(*args, **kwargs).arguments
         missing = [name for name in required if given.get(name) is None]
         if missing:
@@ -227,7 +262,7 @@ class OSFTAlgorithm(Algorithm):
             "learning_rate": learning_rate,
             "ckpt_output_dir": ckpt_output_dir,
         }
-        refuse_unknown(kwargs, [*self.get_required_params(), *self.get_optional_params()])
+        refuse_unknown(kwargs, [*self.get_required_params(), *self.get_optional_params(), *compatibility.NAMES])
         return self.backend.execute_training(required | kwargs)
 
 

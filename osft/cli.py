@@ -15,14 +15,15 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from osft import exit_codes
+from osft import compatibility, exit_codes
 from osft.config import TrainConfig
-from osft.console import ended, output, refused
+from osft.console import failures, output
 from osft.export_command import export
 from osft.lineage_command import lineage
 from osft.orchestration.commands import add_commands
 from osft.parameter_help import default_text, grouped_parameters, one_paragraph
 from osft.parameters import Parameter, parameters, read_file, refuse_unknown
+from osft.paths import expanded
 
 if TYPE_CHECKING:
     from osft.training.plan import TrainingPlan
@@ -61,7 +62,7 @@ def train(
     Exit code 2: a parameter, the data or the model cannot be used. Exit code 1: training failed. From 128 on: the run
     was interrupted or lost a peer, and the same command goes on from its saved state.
     """
-    try:
+    with failures(connection_lost=exit_codes.CONNECTION_LOST):
         given = read_parameters(config_file, settings or [])
         if dry_run or given.get("dry_run"):
             gc.disable()  # over a second of the time that importing torch and transformers takes
@@ -73,11 +74,6 @@ def train(
         from osft.api import run
 
         result = run(config)
-    except (ValueError, FileNotFoundError) as error:
-        raise refused(error) from None
-    except (RuntimeError, ConnectionError) as error:
-        otherwise = exit_codes.CONNECTION_LOST if isinstance(error, ConnectionError) else exit_codes.FAILED
-        raise ended(error, getattr(error, "exit_code", otherwise)) from None
     output.print(Text(repr(result)), soft_wrap=True)
 
 
@@ -95,7 +91,7 @@ def decompose(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in training.")] = False,
 ) -> None:
     """Split the weights of a model before it is trained, and print the path to give as `factors`."""
-    try:
+    with failures():
         from osft.config import SubspaceConfig
         from osft.models import model_folder
         from osft.subspace.factor_store import precompute
@@ -105,9 +101,7 @@ def decompose(
             target_patterns=target_patterns or None,
             free_subspace=free_subspace,  # type: ignore[arg-type]  # checked there
         )
-        factors = precompute(model_folder(model), store, subspace, trust_remote_code=trust_remote_code)
-    except (ValueError, FileNotFoundError) as error:
-        raise refused(error) from None
+        factors = precompute(model_folder(model), expanded(str(store)), subspace, trust_remote_code=trust_remote_code)
     output.print(Text(str(factors.path)), soft_wrap=True)
 
 
@@ -140,7 +134,7 @@ def evaluate(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in training.")] = False,
 ) -> None:
     """Compare a tuned model with the one that it came from: loss in nats per token, and accuracy of tasks."""
-    try:
+    with failures():
         from osft.evaluation.evaluate import evaluate as compare
         from osft.evaluation.evaluate import load_set
         from osft.evaluation.gate import GateRules, decide
@@ -151,14 +145,12 @@ def evaluate(
             {"base": base, "candidate": checkpoint},
             [load_set(uri, role, max_samples=max_samples) for uri, role in zip(data, roles, strict=True)],
             benchmarks=benchmarks or (),
-            benchmark_folder=benchmark_folder,
-            score_store=score_store,
+            benchmark_folder=benchmark_folder and expanded(benchmark_folder),
+            score_store=score_store and expanded(score_store),
             num_examples=0,
             trust_remote_code=trust_remote_code,
         )
         decision = decide(found, rules) if rules else None
-    except (ValueError, FileNotFoundError) as error:
-        raise refused(error) from None
     table = Table("data", "role", "loss before", "after", "change", "accuracy before", "after")
     for name, described in found["sets"].items():
         before, after = (found["results"][model][name] for model in ("base", "candidate"))
@@ -184,14 +176,16 @@ def read_parameters(config_file: Path | None, settings: list[str]) -> dict[str, 
     import yaml
 
     known = parameters(TrainConfig)
+    names = [*known, *compatibility.NAMES]
     given = read_file(config_file, "config") if config_file else {}
-    refuse_unknown(given, known)
+    refuse_unknown(given, names)
     for setting in settings:
         name, separator, text = setting.partition("=")
         if not separator:
             raise ValueError(f"--set {setting}: expected NAME=VALUE")
-        refuse_unknown([name], known)
-        if _kinds(known[name]) <= {str, type(None)}:
+        refuse_unknown([name], names)
+        field = known.get(compatibility.RENAMED.get(name, name))
+        if field and _kinds(field) <= {str, type(None)}:
             given[name] = None if text in ("null", "~") else text  # a name may look like a number or a date
         else:
             try:

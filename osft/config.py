@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from osft import storage
+from osft import compatibility
 from osft.parameters import Bounds, check_fields, parameters, refuse_unknown
+from osft.paths import expanded
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -246,6 +247,16 @@ class TrainConfig(SubspaceConfig):
     mlflow_run_name: str | None = None
     """Name of the MLflow run. None: MLflow makes one up."""
 
+    wandb_project: str | None = None
+    """Log the run to this project of Weights & Biases (the extra `osft[wandb]`). None: WANDB_PROJECT, or no logging
+    where that is not set."""
+
+    wandb_entity: str | None = None
+    """Team or user of Weights & Biases that the project belongs to. None: WANDB_ENTITY, or the key's own."""
+
+    wandb_run_name: str | None = None
+    """Name of the run in Weights & Biases. None: WANDB_RUN_NAME, or one that it makes up."""
+
     tensorboard_log_dir: str | None = None
     """Write TensorBoard event files to this folder (the extra `osft[tensorboard]`)."""
 
@@ -262,7 +273,7 @@ class TrainConfig(SubspaceConfig):
                 raise ValueError(f"{name} must not be empty")
         for name in _LOCATIONS:
             try:
-                storage.is_remote(getattr(self, name) or "")
+                setattr(self, name, getattr(self, name) and expanded(getattr(self, name)))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         self._check_data_mode()
@@ -340,14 +351,14 @@ class TrainConfig(SubspaceConfig):
 
     @classmethod
     def from_parameters(cls, given: Mapping[str, Any]) -> "TrainConfig":
-        """The settings from named values, where None stands for the default.
+        """The settings from named values, where None stands for the default; training_hub's own names are understood.
 
         Raises ValueError for an unknown name (with the nearest known one), for required ones that are missing, and
         for values that cannot be.
         """
         known = parameters(cls)
-        refuse_unknown(given, known)
-        values = {name: value for name, value in given.items() if value is not None}
+        refuse_unknown(given, [*known, *compatibility.NAMES])
+        values = compatibility.translated(given)
         missing = [name for name, parameter in known.items() if parameter.required and name not in values]
         if missing:
             raise ValueError(f"required parameters are missing: {', '.join(missing)}")
@@ -371,7 +382,7 @@ _LOCATIONS = (
     *("model_path", "data_path", "validation_data_path", "factors", "data_output_dir", "ckpt_output_dir", "resume"),
     "tensorboard_log_dir",
 )
-"""What may be a URI, which must not hold credentials: all of this is logged and written down."""
+"""Paths, in which `~` is expanded, or URIs, which must not hold credentials: all of this is logged and written down."""
 
 _NOT_IDENTITY = frozenset(
     {
@@ -379,6 +390,7 @@ _NOT_IDENTITY = frozenset(
         *("nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"),
         *("max_tokens_per_gpu", "gradient_checkpointing", "use_liger", "attn_implementation", "trust_remote_code"),
         *("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "tensorboard_log_dir"),
+        *("wandb_project", "wandb_entity", "wandb_run_name"),
     }
 )
 """How and where a run is executed, saved and logged, not what it computes."""

@@ -120,7 +120,8 @@ def _of_system(error: BaseException, path: str) -> Exception | None:
     if isinstance(error, TimeoutError | socket.gaierror) or error.errno in _UNREACHABLE:
         return ConnectionError(f"the network or the other machine does not answer ({one_line(error)})")
     if error.errno is None or isinstance(error, ValueError):  # a message of ours, or of a library's
-        return error if isinstance(error, FileNotFoundError | ValueError) else UnusableError(one_line(error))
+        known = FileNotFoundError | PermissionError | ValueError
+        return error if isinstance(error, known) else UnusableError(one_line(error))
     name = str(error.filename2 or error.filename or path)
     place = f"{name}: " if name else ""
     if error.errno in _EXHAUSTED:

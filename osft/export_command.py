@@ -7,8 +7,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from osft.console import failures
 from osft.console import output as console
-from osft.console import refused
 
 if TYPE_CHECKING:
     from osft.adapter import Adapter
@@ -48,7 +48,7 @@ def export(
 
     `--format hf` writes all weights: in float32 exactly, in bfloat16 as they are served.
     """
-    try:
+    with failures():
         import torch
 
         from osft import storage
@@ -72,8 +72,6 @@ def export(
         adapter = export_adapter(
             model, folder, base=base, rank=rank, dtype=tensor_dtype, trust_remote_code=trust_remote_code
         )
-    except (ValueError, FileNotFoundError) as error:
-        raise refused(error) from None
     _show(adapter)
 
 

@@ -9,7 +9,8 @@ import typer
 from rich.text import Text
 from rich.tree import Tree
 
-from osft.console import output, refused
+from osft.console import failures, output
+from osft.paths import expanded
 
 if TYPE_CHECKING:
     from osft.tracking.lineage import Lineage
@@ -29,14 +30,12 @@ def lineage(
     ] = None,
 ) -> None:
     """Show how a model version came to be: every round back to the base model, and what each one scored."""
-    try:
+    with failures():
         from osft.tracking import lineage as lineages
 
         mlflow = _client(tracking_uri, storage_root)
         model_name, number = _resolve(mlflow, version)
         tree = tree_of(mlflow, model_name, lineages.history(mlflow, model_name, number))
-    except (ValueError, FileNotFoundError) as error:
-        raise refused(error) from None
     output.print(tree, soft_wrap=True)
 
 
@@ -44,6 +43,7 @@ def _client(tracking_uri: str | None, storage_root: Path | None) -> Any:
     from osft.tracking import runs
 
     if not tracking_uri and storage_root is not None:
+        storage_root = Path(expanded(str(storage_root)))
         tracking_uri = runs.local_tracking_uri(storage_root)
         # MLflow would make a database here, and find nothing in it.
         if not Path(tracking_uri.removeprefix("sqlite:///")).is_file():

@@ -12,6 +12,7 @@ from transformers.initialization import no_init_weights
 
 from osft import storage
 from osft.atomic import atomic_path
+from osft.paths import expanded
 
 _DROPOUT = re.compile(r"dropout|_pdrop$|^layerdrop$")
 """The settings of a model's config that are probabilities of dropping activations or layers."""
@@ -23,6 +24,7 @@ def model_folder(model: str, *, weights: bool = True) -> Path:
     What is elsewhere is downloaded once; an id to the Hugging Face cache, without its weights if those are not
     wanted. Raises FileNotFoundError if there is no such folder and the hub has no such model or cannot be reached.
     """
+    model = expanded(model)
     if storage.is_remote(model) or Path(model).is_dir():
         return storage.fetch(model, wanted=lambda name: weights or not name.endswith(".safetensors"))
     return _from_hub(model, None, weights=weights)
@@ -33,6 +35,7 @@ def stored_model(model: str, cache: str | Path) -> str:
 
     Raises FileNotFoundError as `model_folder`.
     """
+    model = expanded(model)
     if storage.is_remote(model) or Path(model).is_dir():
         return model
     address = storage.join(cache, model.replace("/", "--"))

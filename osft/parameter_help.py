@@ -32,7 +32,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Model and kernels": (
         *("use_liger", "gradient_checkpointing", "attn_implementation", "dtype", "trust_remote_code"),
     ),
-    "Logging": ("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "tensorboard_log_dir"),
+    "Logging": (
+        *("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "wandb_project", "wandb_entity"),
+        *("wandb_run_name", "tensorboard_log_dir"),
+    ),
 }
 """Title -> names, in the order in which they are shown."""
 

@@ -216,12 +216,18 @@ def read_file(file: Path, kind: str) -> dict[str, Any]:
     """
     import yaml
 
+    from osft.errors import explained, one_line
+    from osft.paths import expanded
+
+    file = Path(expanded(str(file)))
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {kind} file {file}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not a YAML file: {one_line(error)}") from None
+    except OSError as error:
+        raise ValueError(f"{kind} file {explained(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold parameters, NAME: VALUE, each on a line")
     return {str(name): value for name, value in content.items()}

@@ -1,12 +1,12 @@
 """Paths as users write them, and whether they can be written to."""
 
+import errno
 import os
 import re
-import tempfile
 from pathlib import Path
 
 from osft import storage
-from osft.errors import explained
+from osft.errors import UnusableError, explained
 
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
@@ -36,35 +36,30 @@ def expanded(location: str) -> str:
     return location
 
 
-def check_writable(name: str, location: str, *, make: bool = True) -> None:
-    """Raise ValueError unless files can be made in the folder `location`, which is made if it is not there.
+def check_writable(name: str, location: str) -> None:
+    """Raise ValueError unless a folder can be at `location` in which this user may make files. Nothing is made.
 
-    `name` is the parameter that the message names. Without `make` nothing is made, and the nearest folder that is there
-    is asked. A URI is not looked at.
+    `name` is the parameter that the message names. A URI is not looked at.
     """
     if storage.is_remote(location):
         return
-    folder = Path(location).absolute()
+    path = Path(location).absolute()
     try:
-        if make:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as probe:
-                probe.write(b"\0")
-            return
-        while not _is_there(folder):
-            folder = folder.parent
-        if not folder.is_dir():
-            raise NotADirectoryError(20, os.strerror(20), str(folder))
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(13, os.strerror(13), str(folder))
+        while not _is_there(path):
+            path = path.parent
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     except OSError as error:
-        raise ValueError(f"{name}: {explained(error, path=str(folder))}") from None
+        raise UnusableError(f"{name} {location}: {explained(error, path=str(path))}") from None
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is something of that name. Raises OSError for one that cannot be."""
+    """Whether there is something of that name. Raises OSError for a name that cannot be."""
     try:
-        path.stat()
+        path.lstat()
     except FileNotFoundError:
         return False
+    path.stat()  # a link that leads nowhere, or in a circle
     return True

@@ -15,8 +15,10 @@ import typer
 import yaml
 from rich.console import Console
 
+from osft.console import failures
 from osft.orchestration import CompiledPipeline, pipeline_arguments
 from osft.parameters import number
+from osft.paths import check_writable, expanded
 from pipelines.show_round import show_round
 
 YAML = Path(__file__).parent / "continual_learning" / "continual_learning.yaml"
@@ -38,12 +40,10 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the parameters, run nothing.")] = False,
 ) -> None:
     """Run one round of continual learning on this machine and print what it learned and forgot."""
-    try:
+    with failures():
+        storage = Path(expanded(str(storage)))
         arguments = local_arguments(model, data, settings or [], storage)
         check(arguments)
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
     if dry_run:
         console.print_json(data=arguments)
         return
@@ -65,10 +65,16 @@ def local_arguments(
     for name, described in known.items():
         if described["parameterType"] == "NUMBER_INTEGER":
             arguments[name] = number(arguments[name], whole=True)  # the YAML has 16.0
-    for name in ("base_model", "data_uri"):
-        if Path(arguments[name]).exists():  # the steps run in another folder
-            arguments[name] = str(Path(arguments[name]).absolute())
+    for name in ("base_model", "data_uri", "lm_eval_folder"):
+        arguments[name] = _absolute(arguments[name])
+    arguments["anchor_uris"] = [_absolute(uri) for uri in arguments["anchor_uris"]]
     return arguments
+
+
+def _absolute(location: str) -> str:
+    """A path that is there as the steps find it, which run in another folder; everything else as it is."""
+    path = expanded(location)
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
 def check(arguments: dict[str, Any]) -> None:
@@ -81,7 +87,12 @@ def check(arguments: dict[str, Any]) -> None:
     from osft.models import empty_model
     from osft.parameters import parameters
     from osft.subspace import select_targets, unfrozen_rank
+    from osft.tracking.addresses import check_model_name, checked_address
 
+    check_model_name(arguments["model_name"])
+    if arguments["mlflow_tracking_uri"]:
+        checked_address(arguments["mlflow_tracking_uri"], make=False)
+    check_writable("storage", arguments["storage_root"])
     model = arguments["base_model"]
     settings = {name: value for name, value in arguments.items() if name in parameters(TrainConfig)}
     settings |= {name: arguments[name] or None for name in ("target_patterns", "nproc_per_node")}

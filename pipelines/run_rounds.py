@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 
 from osft import examples
+from osft.console import failures
+from osft.paths import expanded
 from pipelines import run_local
 from pipelines.show_round import show_history, show_round
 
@@ -41,15 +43,13 @@ def main(
 ) -> None:
     """Teach one model several tasks, a round each, and print what it learned and forgot."""
     names = [name.strip() for name in tasks.split(",")]
-    try:
+    with failures():
+        storage = Path(expanded(str(storage)))
         arguments = round_arguments(storage, settings or [])
         if dry_run:
             console.print_json(data=arguments | {"tasks": names, "samples": samples})
             return
         rounds = [play(arguments, storage, name, samples) for name in names]
-    except (ValueError, FileNotFoundError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
     console.rule("a round without news")
     began = time.monotonic()
     show_round(console, run_local.run(arguments, storage))

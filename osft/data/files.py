@@ -9,6 +9,7 @@ from typing import Any
 
 from osft import storage
 from osft.atomic import atomic_path
+from osft.paths import expanded
 
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
@@ -35,7 +36,7 @@ def data_files(uri: str) -> list[Path]:
     """
     if is_hub_dataset(uri):
         return [fetch_hub_dataset(uri.partition("@")[0], hub_commit(uri))]
-    path = storage.fetch(uri)
+    path = storage.fetch(expanded(uri))
     if path.is_dir():
         return _folder_files(uri, path)
     if path.is_file():

@@ -7,6 +7,7 @@ from typing import Any
 
 from osft.evaluation.gate import GateRules
 from osft.parameters import boolean, number, read_file, refuse_unknown
+from osft.tracking.addresses import check_model_name
 
 _TYPES: dict[str, type] = {
     "STRING": str,
@@ -47,6 +48,8 @@ def pipeline_arguments(
         refuse_unknown([name], known)
         arguments[name] = _parsed(name, text, known[name]["parameterType"])
     _check_training_job(arguments)
+    if "model_name" in known and "model_name" in arguments:
+        check_model_name(arguments["model_name"])
     if "gate" in arguments:
         arguments["gate"] = GateRules.from_parameters(arguments["gate"]).to_parameters()
     return arguments

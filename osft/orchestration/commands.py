@@ -5,8 +5,7 @@ is found before anything is sent, or by the server; 130 interrupted.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ import typer
 from rich.text import Text
 
 from osft import exit_codes
-from osft.console import ended, errors, output, refused
+from osft.console import errors, failures, output
 from osft.orchestration import (
     CompiledPipeline,
     RunStatus,
@@ -39,6 +38,7 @@ from osft.orchestration.display import follow_in_terminal, runs_table, schedules
 from osft.orchestration.pipelines import LATEST
 from osft.orchestration.runs import EXPERIMENT
 from osft.orchestration.schedules import recurring_run
+from osft.paths import expanded
 
 if TYPE_CHECKING:
     import kfp
@@ -104,7 +104,7 @@ def _submit(
     cookie_file: CookieFile = None,
 ) -> None:
     """Start a run of the pipeline on a Kubeflow Pipelines server, and print its id."""
-    with _errors():
+    with failures():
         client = _client_unless(dry_run and not pipeline_name, host, namespace, token_file, cookie_file)
         chosen = _chosen(client, pipeline, pipeline_name, pipeline_version, send=not dry_run)
         arguments = pipeline_arguments(chosen.parameters, parameters, settings)
@@ -137,7 +137,7 @@ def _status(
     Exit code 0: the run succeeded or goes on. Exit code 1: it failed or was cancelled. Exit code 130: --follow was
     interrupted; the run goes on.
     """
-    with _errors():
+    with failures():
         client = _client(host, namespace, token_file, cookie_file)
         if run is None:
             if follow_run:
@@ -161,7 +161,7 @@ def _cancel(
     cookie_file: CookieFile = None,
 ) -> None:
     """Terminate a run and wait until it has ended; one that has ended already is left as it is."""
-    with _errors():
+    with failures():
         found = cancel(_client(host, namespace, token_file, cookie_file), run, wait=not no_wait)
         output.print(f"{run} {found.state}", soft_wrap=True)
 
@@ -194,7 +194,7 @@ def _create(
     cookie_file: CookieFile = None,
 ) -> None:
     """Have a schedule of this name and content on the server: the same again changes nothing, another replaces it."""
-    with _errors():
+    with failures():
         trigger = parse_trigger(cron=cron, every=every)
         client = _client_unless(dry_run and not pipeline_name, host, namespace, token_file, cookie_file)
         version = None if pipeline_version == "pinned" else pipeline_version
@@ -231,7 +231,7 @@ def _list(
     cookie_file: CookieFile = None,
 ) -> None:
     """Show all recurring runs of the server, also those that were made by other means."""
-    with _errors():
+    with failures():
         output.print(schedules_table(list_schedules(_client(host, namespace, token_file, cookie_file))))
 
 
@@ -245,7 +245,7 @@ def _named_command(verb: str, help_text: str, act: Callable[["kfp.Client", str],
         token_file: TokenFile = None,
         cookie_file: CookieFile = None,
     ) -> None:
-        with _errors():
+        with failures():
             done = act(_client(host, namespace, token_file, cookie_file), name)
             output.print(f"{name}: {done}", soft_wrap=True)
 
@@ -263,20 +263,10 @@ _named_command(
 )
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """What is wrong with the request ends with 2, what is wrong with the server with 1."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise refused(error) from None
-    except OSError as error:  # connection, permission, timeout
-        raise ended(error, exit_codes.FAILED) from None
-
-
 def _client(host: str | None, namespace: str | None, token_file: Path | None, cookie_file: Path | None) -> "kfp.Client":
-    cookies = cookie_file.read_text(encoding="utf-8").strip() if cookie_file else None
-    return connect(host, namespace=namespace, token_file=token_file, cookies=cookies)
+    cookies = Path(expanded(str(cookie_file))).read_text(encoding="utf-8").strip() if cookie_file else None
+    token = expanded(str(token_file)) if token_file else None
+    return connect(host, namespace=namespace, token_file=token, cookies=cookies)
 
 
 def _client_unless(offline: bool, *connection: Any) -> "kfp.Client | None":

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from osft.errors import explained
 from osft.orchestration.connection import NotFoundError, all_pages, api_errors, links_to_stderr, named
+from osft.paths import expanded
 
 if TYPE_CHECKING:
     import kfp
@@ -36,12 +38,14 @@ class CompiledPipeline:
 
         Raises FileNotFoundError if there is none, ValueError if it is not a compiled pipeline.
         """
-        path = Path(file) if file else CHECKOUT_YAML
+        path = Path(expanded(str(file))) if file else CHECKOUT_YAML
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             hint = "" if file else "; give the compiled YAML with --pipeline FILE, or an uploaded one's --pipeline-name"
             raise FileNotFoundError(f"there is no pipeline {path}{hint}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a compiled pipeline: {explained(error)}") from None
         try:
             (spec, *_) = yaml.safe_load_all(text)
             return cls(name=spec["pipelineInfo"]["name"], parameters=_parameters(spec), text=text)

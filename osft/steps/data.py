@@ -12,6 +12,7 @@ from osft.rounds.resolve import ResolvedRound
 from osft.rounds.resolve import resolve_round as resolve
 from osft.steps.round import ROUND_FILE, Round
 from osft.tracking import runs
+from osft.tracking.addresses import check_model_name
 from osft.tracking.runs import Outcome
 
 
@@ -33,6 +34,7 @@ def resolve_round(
     """
     from osft.evaluation.gate import GateRules
 
+    check_model_name(model_name)
     for uri in (base_model, data_uri, *anchor_uris):
         storage.is_remote(uri)  # refuses credentials, before anything is written down
     mlflow = round.mlflow()

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from osft.config import TrainConfig
 from osft.errors import explained
-from osft.paths import check_writable
 from osft.tracking import runs
 from osft.tracking.addresses import bounded_requests, explained_mlflow
 from osft.tracking.live_metrics import LiveMetrics
+from osft.tracking.loggers import TensorBoard, wandb_run
 from osft.tracking.outbox import MetricOutbox
 from osft.tracking.system_metrics import system_metrics
-from osft.training.callbacks import TrainingCallback, TrainingContext
+from osft.training.callbacks import TrainingCallback
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,6 +49,8 @@ def tracked(config: TrainConfig) -> Iterator[list[TrainingCallback]]:
             callbacks.append(stack.enter_context(_mlflow_run(config, uri)))
         if config.node_rank == 0 and config.tensorboard_log_dir:
             callbacks.append(TensorBoard(config.tensorboard_log_dir))
+        if config.node_rank == 0:
+            callbacks += stack.enter_context(wandb_run(config))
         yield callbacks
 
 
@@ -146,27 +148,3 @@ class _TrainingRun:
                 if time.monotonic() + _RETRY_SECONDS > deadline:
                     return f"run {self.run_id} could not be marked as finished: {explained(away) or away}"
             time.sleep(_RETRY_SECONDS)
-
-
-class TensorBoard(TrainingCallback):
-    """Writes the numbers of each step as scalars, over steps."""
-
-    def __init__(self, log_dir: str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "tensorboard_log_dir needs the extra osft[tensorboard]. Install it: pip install 'osft[tensorboard]' "
-                f"({error})"
-            ) from None
-        check_writable("tensorboard_log_dir", log_dir)
-        self._writer: SummaryWriter = SummaryWriter(log_dir)
-
-    def on_step_end(self, context: TrainingContext) -> None:
-        """Write a step's numbers."""
-        for name, value in context.numbers.items():
-            self._writer.add_scalar(f"train/{name}", value, context.step, walltime=context.metrics["timestamp"])
-
-    def on_train_end(self, context: TrainingContext) -> None:
-        """Close the file."""
-        self._writer.close()

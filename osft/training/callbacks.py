@@ -80,6 +80,10 @@ HOOKS = tuple(name for name in vars(TrainingCallback) if name.startswith("on_"))
 """What a callback may be asked for; one that was written for training_hub may lack some and have others."""
 
 
+CALLBACK_RAISED = "raised by a callback, which ended the training; its state is saved"
+"""A note on the exception: what a callback raises reaches the caller as it is."""
+
+
 class StopTraining(Exception):
     """Raised by a callback to end training early."""
 
@@ -203,6 +207,7 @@ class Follower:
                 self._wish = max(self._wish, STOP)
             except Exception as error:
                 self._callbacks.remove(callback)
+                error.add_note(CALLBACK_RAISED)
                 self._error = self._error or error
                 self._wish = max(self._wish, INTERRUPT)
 

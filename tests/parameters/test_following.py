@@ -1,5 +1,12 @@
 """What callbacks and loggers are told of a run."""
 
+import errno
+import importlib.util
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from osft import StopTraining, TrainingCallback
@@ -122,3 +129,81 @@ def test_run_is_logged_to_tensorboard(call, tmp_path):
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(result))
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def records(file: Path) -> Iterator[bytes]:
+    """The records of a file of W&B: the log format of LevelDB behind a header of 7 bytes."""
+    data, at, whole = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7:  # the rest of a block is padding
+            at += 2**15 - at % 2**15
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield whole
+            whole = b""
+
+
+def logged_offline(folder: Path) -> tuple[dict, dict[int, float], dict]:
+    """Names, losses by step and settings of the one run that W&B wrote below a folder."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = folder.rglob("run-*.wandb")
+    names, found, settings = {}, {}, {}
+    for record in map(Record.FromString, records(file)):
+        if record.WhichOneof("record_type") == "run":
+            names |= {"project": record.run.project, "entity": record.run.entity, "name": record.run.display_name}
+            settings |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        if record.WhichOneof("record_type") == "history":
+            items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            if "train/loss" in items:
+                found[int(record.history.step.num)] = json.loads(items["train/loss"])
+    return names, found, settings
+
+
+@pytest.mark.covers("wandb_project", "wandb_entity", "wandb_run_name")
+@pytest.mark.parametrize("by", ["parameters", "environment"])
+def test_run_is_logged_to_weights_and_biases(call, monkeypatch, by):
+    given = {"wandb_project": "continual", "wandb_entity": "team", "wandb_run_name": "first"}
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name, value in given.items() if by == "environment" else ():
+        monkeypatch.setenv(name.upper(), value)
+    result = call(**(given if by == "parameters" else {}))
+    names, found, settings = logged_offline(result.output_dir)
+    assert names == {"project": "continual", "entity": "team", "name": "first"}
+    assert list(found.values()) == losses(result)
+    assert list(found) == [1, 2, 3, 4]
+    assert settings["unfreeze_rank_ratio"] == 0.25
+
+
+@pytest.mark.covers("wandb_project")
+def test_training_goes_on_where_weights_and_biases_cannot_be_used(call, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest))
+        assert call(wandb_project="p").num_steps == 4
+    assert "wandb: not installed" in (told := capsys.readouterr().out)
+    assert "pip install 'osft[wandb]'" in told
+    monkeypatch.setattr("wandb.init", lambda **_: (_ for _ in ()).throw(RuntimeError("no API key configured")))
+    assert call(wandb_project="p").num_steps == 4
+    assert "wandb: no API key configured. Nothing is logged to it, training goes on" in capsys.readouterr().out
+
+
+@pytest.mark.covers("wandb_entity", "wandb_run_name")
+def test_run_without_a_project_is_said_not_to_be_logged(call, capsys):
+    call(wandb_run_name="first")
+    assert "wandb: nothing is logged without a project. Give wandb_project" in capsys.readouterr().out
+
+
+def test_logger_that_fails_in_the_middle_is_told_once_and_ends_nothing(call, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full_disk)
+    result = call(tensorboard_log_dir=str(tmp_path / "tensorboard"))
+    assert result.num_steps == 4
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tensorboard:")]
+    assert "no space is left on the disk" in line
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
