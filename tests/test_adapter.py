@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from osft import osft, residual
+from osft import export, osft, residual
 from osft.adapter import Adapter, export_adapter
 from osft.export import export_model
 from osft.low_rank import factorize, noise_floor
@@ -244,6 +244,14 @@ def test_base_is_found_by_the_adapters_own_configuration(tmp_path):
     export_adapter(tuned, tmp_path / "adapter", base=base)
     found = logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"))
     torch.testing.assert_close(found, logits(model), rtol=1e-5, atol=1e-4)
+
+
+def test_base_on_the_hub_is_named_by_id_and_revision(tmp_path, monkeypatch):
+    base, tuned, _ = llama(tmp_path)
+    monkeypatch.setattr(export, "model_folder", lambda model: Path(base))
+    export_adapter(tuned, tmp_path / "adapter", base="org/name@0123abc")
+    config = config_of(tmp_path / "adapter")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "0123abc")
 
 
 def config_of(adapter: Path) -> dict:
