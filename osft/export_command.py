@@ -89,7 +89,7 @@ def _show(adapter: "Adapter") -> None:
     if not adapter.starts_from_exact:
         facts.append(
             "the model keeps no exact weights (no exact/, not float32): its update holds the noise of their rounding, "
-            "so that its rank says little, and --rank may lose little"
+            "which has every direction; a small --rank leaves most of it out"
         )
     if adapter.base_is_rounded:
         facts.append(
