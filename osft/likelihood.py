@@ -1,12 +1,52 @@
 """The model's probability of the tokens that count."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from osft.data.packing import MicroBatch
+from osft.data.packing import Batching, MicroBatch
+
+
+def target_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Logits that predict each target, (L, vocabulary), in the model's dtype. Other positions cost no logits."""
+    network: Any = model  # its type is an nn.Module's, whose attributes may be tensors
+    head = network.get_output_embeddings()
+    selected = False
+
+    def select(_head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        nonlocal selected
+        hidden_states, *rest = inputs
+        if hidden_states.shape[:-1] != batch.input_ids.shape:
+            return inputs
+        selected = True
+        return (hidden_states.flatten(0, 1)[batch.loss_positions][None], *rest)
+
+    hook = head.register_forward_pre_hook(select) if head is not None else None
+    try:
+        outputs = network(**_inputs(network, batch))
+    finally:
+        if hook is not None:
+            hook.remove()
+    logits: torch.Tensor = outputs.logits
+    return logits[0] if selected else logits.flatten(0, 1)[batch.loss_positions]
+
+
+def _inputs(model: Any, batch: MicroBatch) -> dict[str, Any]:
+    """What the model's forward pass takes of a micro-batch.
+
+    One sample a row needs the tokens only: all else is a model's own default.
+    """
+    inputs: dict[str, Any] = {"use_cache": False}
+    if batch.batching is Batching.PACKED:
+        inputs |= {"attention_mask": _attention_mask(model, batch), "position_ids": batch.position_ids}
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {"input_ids": batch.input_ids} | {
+        name: value for name, value in inputs.items() if takes_all or name in parameters
+    }
 
 
 def _attention_mask(model: Any, batch: MicroBatch) -> Any:
@@ -21,19 +61,6 @@ def _attention_mask(model: Any, batch: MicroBatch) -> Any:
     return create_masks_for_generate(
         model.config, hidden_states, attention_mask=None, past_key_values=None, position_ids=batch.position_ids
     )
-
-
-def target_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Logits that predict each target, (L, vocabulary), in the model's dtype. Other positions cost no logits."""
-    outputs = model(
-        input_ids=batch.input_ids,
-        attention_mask=_attention_mask(model, batch),
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.loss_positions,
-        use_cache=False,
-    )
-    logits: torch.Tensor = outputs.logits[0]
-    return logits
 
 
 def token_nll(model: nn.Module, batch: MicroBatch) -> torch.Tensor:

@@ -1,31 +1,46 @@
 """Samples -> micro-batches under a token budget.
 
-Samples are packed head to tail into one row; their position ids start again at 0, which is how `transformers`
-recognizes packed samples and keeps them from attending to each other.
+Packed, samples follow each other in one row; their position ids start again at 0, which is how `transformers`
+recognizes packed samples and keeps them from attending to each other. A model that cannot keep them apart (a recurrent
+state runs through the row) gets one sample a row: rows are filled up on the right, where a causal model does not look.
+Which of the two a model needs is measured (`osft.preflight`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 
 from osft.data.chat import IGNORE, Sample
 
 
+class Batching(StrEnum):
+    """How the samples of a micro-batch lie in the rows that a model reads."""
+
+    PACKED = "packed"
+    """Head to tail in one row, kept apart by the attention mask and the position ids."""
+    PADDED = "padded"
+    """One sample a row."""
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward pass reads. T tokens, of which L count in the loss."""
+    """What one forward pass reads. R rows of T tokens; L of these tokens count in the loss."""
 
     input_ids: torch.Tensor
-    """(1, T), int64."""
+    """(R, T), int64. R is 1 where samples are packed."""
     position_ids: torch.Tensor
-    """(1, T), int64; starts at 0 with each sample."""
+    """(R, T), int64; starts at 0 with each sample."""
     loss_positions: torch.Tensor
-    """(L,), int64: the positions whose output predicts a token that counts."""
+    """(L,), int64: the positions in all rows, one row after the other, whose output predicts a token that counts."""
     targets: torch.Tensor
     """(L,), int64: the tokens that they should predict."""
     sample_of_target: torch.Tensor
-    """(L,), int64: which of the packed samples each target belongs to."""
+    """(L,), int64: which of the samples each target belongs to."""
+    is_token: torch.Tensor
+    """(R, T), bool: False where a row is filled up."""
+    batching: Batching
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same on `device`."""
@@ -35,42 +50,64 @@ class MicroBatch:
             self.loss_positions.to(device),
             self.targets.to(device),
             self.sample_of_target.to(device),
+            self.is_token.to(device),
+            self.batching,
         )
 
 
-def collate(samples: Sequence[Sample]) -> MicroBatch:
-    """Pack samples into one row. Without samples: one token and no loss, for a process that has nothing to do."""
+def collate(samples: Sequence[Sample], batching: Batching = Batching.PACKED) -> MicroBatch:
+    """Lay samples out in rows. Without samples: one token and no loss, for a process that has nothing to do."""
     if not samples:
         samples = [Sample([0], [IGNORE])]
-    input_ids = torch.tensor([token for sample in samples for token in sample.input_ids])
-    position_ids = torch.cat([torch.arange(len(sample.input_ids)) for sample in samples])
-    # The first token of a sample is never a target: the position before it belongs to another sample.
-    labels = torch.tensor([label for sample in samples for label in [IGNORE, *sample.labels[1:]]])
-    sample_index = torch.tensor([index for index, sample in enumerate(samples) for _ in sample.input_ids])
+    lengths = [len(sample.input_ids) for sample in samples]
+    packed = batching is Batching.PACKED
+    width = sum(lengths) if packed else max(lengths)
+    starts = [sum(lengths[:index]) if packed else index * width for index in range(len(samples))]
+    rows = 1 if packed else len(samples)
+    input_ids = torch.zeros(rows * width, dtype=torch.int64)
+    # Counted on over what fills a row up: position ids that start again would announce another sample.
+    position_ids = torch.arange(width).repeat(rows)
+    labels = torch.full_like(input_ids, IGNORE)
+    sample_index = torch.full_like(input_ids, -1)
+    for index, (start, sample) in enumerate(zip(starts, samples, strict=True)):
+        stop = start + len(sample.input_ids)
+        input_ids[start:stop] = torch.as_tensor(sample.input_ids)
+        position_ids[start:stop] = torch.arange(stop - start)
+        # The first token of a sample is never a target: the position before it belongs to another sample.
+        labels[start + 1 : stop] = torch.as_tensor(sample.labels[1:])
+        sample_index[start:stop] = index
     (target_positions,) = (labels != IGNORE).nonzero(as_tuple=True)
     return MicroBatch(
-        input_ids=input_ids[None],
-        position_ids=position_ids[None],
+        input_ids=input_ids.view(rows, width),
+        position_ids=position_ids.view(rows, width),
         loss_positions=target_positions - 1,
         targets=labels[target_positions],
         sample_of_target=sample_index[target_positions],
+        is_token=(sample_index >= 0).view(rows, width),
+        batching=batching,
     )
 
 
-def plan_micro_batches(lengths: Sequence[int], max_tokens: int, world_size: int = 1) -> list[list[list[int]]]:
+def plan_micro_batches(
+    lengths: Sequence[int], max_tokens: int, world_size: int = 1, batching: Batching = Batching.PACKED
+) -> list[list[list[int]]]:
     """Distribute samples over processes and micro-batches: `plan[rank][step]` lists positions in `lengths`.
 
-    Every micro-batch holds at most `max_tokens` tokens, every rank has as many micro-batches as the others (an
-    empty list where there is nothing to do), and the longest samples go first to the least filled micro-batch.
-    Raises ValueError if a sample alone exceeds `max_tokens`.
+    Every micro-batch holds at most `max_tokens` tokens, those that fill up rows included, and every rank has as many
+    micro-batches as the others (an empty list where there is nothing to do). Packed samples go, the longest first, to
+    the least filled micro-batch; rows share a micro-batch with those of about their length. Raises ValueError if a
+    sample alone exceeds `max_tokens`.
     """
     too_long = [position for position, length in enumerate(lengths) if length > max_tokens]
     if too_long:
         raise ValueError(f"sample {too_long[0]} has {lengths[too_long[0]]} tokens, more than max_tokens={max_tokens}")
     longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    if batching is Batching.PADDED:
+        bins = _rows_in_bins(lengths, longest_first, max_tokens, world_size)
+        return [bins[rank::world_size] for rank in range(world_size)]
     rounds = max(1, -(-sum(lengths) // (max_tokens * world_size)))
     while True:
-        bins: list[list[int]] = [[] for _ in range(rounds * world_size)]
+        bins = [[] for _ in range(rounds * world_size)]
         filled = [0] * len(bins)
         for position in longest_first:
             least = min(range(len(bins)), key=filled.__getitem__)
@@ -79,3 +116,25 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, world_size: int 
         if max(filled) <= max_tokens:
             return [bins[rank::world_size] for rank in range(world_size)]
         rounds += 1
+
+
+def _rows_in_bins(
+    lengths: Sequence[int], longest_first: Sequence[int], max_tokens: int, world_size: int
+) -> list[list[int]]:
+    """As few micro-batches of rows as the bound allows, up to a multiple of `world_size`, all about as large."""
+
+    def fill(budget: int) -> list[list[int]]:
+        bins: list[list[int]] = [[]]
+        for position in longest_first:
+            if bins[-1] and (len(bins[-1]) + 1) * lengths[bins[-1][0]] > budget:
+                bins.append([])
+            bins[-1].append(position)
+        return bins
+
+    wanted = -(-len(fill(max_tokens)) // world_size) * world_size
+    low, high = max(lengths, default=1), max_tokens
+    while low < high:  # the smallest budget that needs no more micro-batches
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(fill(middle)) <= wanted else (middle + 1, high)
+    bins = fill(low)
+    return bins + [[] for _ in range(wanted - len(bins))]
