@@ -3,12 +3,23 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from osft import storage
 from osft.atomic import atomic_path
@@ -67,6 +78,52 @@ def _from_hub(model: str, folder: Path | None, *, weights: bool = True) -> Path:
         ) from error
 
 
+class UnsupportedModelError(ValueError):
+    """A model that cannot be trained as a causal language model, and why, in a line."""
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class of `transformers` that builds a model as its checkpoint was saved.
+
+    Of a model that also sees or hears, it is the whole model. Raises UnsupportedModelError for an encoder-decoder and
+    for what transformers knows neither as a causal nor as a multimodal language model.
+    """
+    kinds = (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        (AutoModelForMultimodalLM, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+    )
+    architectures = config.architectures or []
+    if not config.is_encoder_decoder:
+        for auto, names in kinds:  # where both know the configuration, the checkpoint says which it is
+            if names.get(config.model_type) in architectures or auto.__name__ in getattr(config, "auto_map", {}):
+                return auto
+        for auto, names in kinds:
+            if config.model_type in names:
+                return auto
+        if type(config) in AutoModelForCausalLM._model_mapping:  # registered by the user's own code
+            return AutoModelForCausalLM
+    what = "an encoder-decoder" if config.is_encoder_decoder else "no language model that transformers can build"
+    raise UnsupportedModelError(
+        f"{config.name_or_path or 'the model'} ({', '.join(architectures) or config.model_type}) is {what}. Give a "
+        "model that continues text: one that AutoModelForCausalLM or AutoModelForMultimodalLM opens"
+    )
+
+
+def load_model(
+    model_path: str | Path,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a folder with its weights, in evaluation mode. Raises UnsupportedModelError as `auto_class`."""
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    model: PreTrainedModel = auto_class(config).from_pretrained(
+        model_path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+    )
+    return model.eval()
+
+
 def empty_model(
     model_path: str | Path,
     *,
@@ -80,7 +137,8 @@ def empty_model(
     `attn_implementation` None is SDPA, or "eager" for an architecture that does not support it (Gemma 2, gpt-oss).
     Dropout is off: with it, the loss would depend on how samples are packed and spread over processes.
 
-    Raises FileNotFoundError if there is no config.json, ValueError if the architecture lacks `attn_implementation`.
+    Raises FileNotFoundError if there is no config.json, ValueError if the architecture lacks `attn_implementation`,
+    and UnsupportedModelError for what is no causal language model or needs a package that is not installed.
     """
     if not (Path(model_path) / "config.json").is_file():
         raise FileNotFoundError(f"{model_path} is not a model folder: it has no config.json")
@@ -89,10 +147,14 @@ def empty_model(
         for name, value in part.to_dict().items():
             if _DROPOUT.search(name) and isinstance(value, float):
                 setattr(part, name, 0.0)
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
+    build = auto_class(config).from_config
+    try:
+        with no_init_weights():
+            model: PreTrainedModel = build(
+                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            )
+    except ImportError as error:
+        raise UnsupportedModelError(f"{model_path} cannot be built: {' '.join(str(error).split())}") from error
     model.tie_weights()  # part of the initialization that was left out
     emptied: dict[int, nn.Parameter] = {}  # tied parameters stay one
     for module in model.modules():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -22,13 +23,16 @@ class Target:
 
 
 def transformer_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The model's stack of transformer blocks and its name, found by structure.
+    """The language model's stack of transformer blocks and its name, found by structure.
 
     It is the module list with the most parameters among those that are not inside another one (a list of
-    experts is inside a block). Raises ValueError if the model has no module list.
+    experts is inside a block). Of a model that also sees or hears, only its language model is searched. Raises
+    ValueError if the model has no module list.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    prefix = _language_model_name(model)
+    lists = [(name, module) for name, module in lists if name.startswith(prefix)] or lists
     for name, module in lists:
         if any(name.startswith(f"{outer}.") for outer, _ in lists):
             continue
@@ -38,6 +42,14 @@ def transformer_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if best is None:
         raise ValueError(f"{type(model).__name__} has no stack of transformer blocks (no torch.nn.ModuleList)")
     return best[1], best[2]
+
+
+def _language_model_name(model: nn.Module) -> str:
+    """What the names of the language model's modules begin with; empty for the whole model."""
+    if not isinstance(model, PreTrainedModel):
+        return ""
+    decoder = model.get_decoder()
+    return next((f"{name}." for name, module in model.named_modules() if name and module is decoder), "")
 
 
 def select_targets(model: nn.Module, target_patterns: Sequence[str] | None = None) -> list[Target]:

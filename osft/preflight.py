@@ -1,0 +1,206 @@
+"""What a model does with several samples at once, tried before anything expensive.
+
+Whether packed samples stay apart is a property of a model's code, not of its name or its weights: a recurrent state,
+a convolution or a running position carries one sample into the next. So the code is run, on a few tokens, with random
+weights and one block of each kind. The logits of samples that share a micro-batch are compared with those of a
+sample alone:
+
+    as alone, packed in one row                 PACKED
+    as alone only with a row for each sample    PADDED
+    neither, or other without what follows      refused
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import flash_attention_mask
+
+from osft.data.chat import Sample
+from osft.data.packing import Batching, collate
+from osft.likelihood import target_logits, token_nll
+from osft.models import UnsupportedModelError, empty_model
+from osft.random_weights import ROWS, compute_one_block_of_each_kind, fill_at_random
+
+TOLERANCE = 1e-3
+"""Largest difference of logits, as a share of their standard deviation, that rounding may make in float32."""
+_LENGTHS = (9, 14, 11)
+"""Tokens of the samples that are tried."""
+_CUT = 8
+"""Tokens that are left of the second one, to see whether it misses what follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What was found out about a model."""
+
+    batching: Batching
+    """How its samples are fed."""
+    reason: str
+    """Why, in a few words."""
+
+    def line(self) -> str:
+        """For a log."""
+        how = "samples are packed" if self.batching is Batching.PACKED else "one sample a row"
+        return f"model: {how}: {self.reason}"
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, str]) -> "Preflight":
+        """What `to_dict` gave."""
+        return cls(Batching(values["batching"]), values["reason"])
+
+
+def preflight(
+    model_path: str | Path, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> Preflight:
+    """Try the architecture of a model folder; config.json is all that is read.
+
+    Raises FileNotFoundError if there is none, ValueError for an attention that the architecture does not have, and
+    UnsupportedModelError for one that cannot be trained as a causal language model.
+    """
+    varlen = attn_implementation not in (None, "sdpa", "eager")
+    with torch.device("meta"):
+        model = empty_model(
+            model_path,
+            attn_implementation=None if varlen else attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    if varlen:
+        if not (model._supports_flash_attn or model._supports_flex_attn):
+            raise ValueError(
+                f"attn_implementation={attn_implementation!r}: {type(model).__name__} does not have it. Use 'sdpa' or "
+                "'eager'"
+            )
+        model.config._attn_implementation = _VARLEN
+    model.config._experts_implementation = "eager"  # the others copy all experts
+    fill_at_random(model)
+    compute_one_block_of_each_kind(model)
+    return examine(model, name=str(model_path))
+
+
+def examine(model: PreTrainedModel, *, name: str = "the model") -> Preflight:
+    """Try `model`, in float32 on any device. Raises UnsupportedModelError as `preflight`."""
+    first, second, third = _samples(model)
+    cut = Sample(second.input_ids[:_CUT], second.labels[:_CUT])
+    model.eval()
+    try:
+        (alone,) = _logits(model, [second], Batching.PADDED)
+        *rows, cut_row = _logits(model, [first, second, third, cut], Batching.PADDED)
+    except Exception as error:
+        raise UnsupportedModelError(f"{name}: {_what(model)} cannot compute a plain text: {_told(error)}") from error
+    if not alone.isfinite().all():
+        raise UnsupportedModelError(f"{name}: {_what(model)} computes logits that are not finite")
+    if _difference(cut_row, alone[: _CUT - 1]) > TOLERANCE:
+        raise UnsupportedModelError(
+            f"{name}: {_what(model)} sees the tokens that follow, so it is not a causal language model. Give one that "
+            "is (with is_decoder=true in config.json, where its architecture has that setting)"
+        )
+    if (difference := _difference(rows[1], alone)) > TOLERANCE:
+        raise UnsupportedModelError(
+            f"{name}: {_what(model)} lets samples that are computed together change each other's logits (by "
+            f"{difference:.2g} standard deviations), so they cannot be trained in batches"
+        )
+    result = _try_packed(model, [first, second, third], rows)
+    try:
+        _backward(model, [first, second, third], result.batching)
+    except Exception as error:
+        raise UnsupportedModelError(f"{name}: {_what(model)} cannot be trained: {_told(error)}") from error
+    finally:
+        model.eval()
+    return result
+
+
+def _what(model: PreTrainedModel) -> str:
+    return type(model).__name__
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _try_packed(model: PreTrainedModel, samples: Sequence[Sample], rows: Sequence[torch.Tensor]) -> Preflight:
+    """Compare `samples` in one row with what they are in `rows` of their own."""
+    try:
+        packed = _logits(model, samples, Batching.PACKED)
+    except Exception as error:
+        return Preflight(Batching.PADDED, f"packed ones cannot be computed ({_told(error)[:80]})")
+    difference = max(_difference(*pair) for pair in zip(packed, rows, strict=True))
+    if not difference <= TOLERANCE:
+        return Preflight(
+            Batching.PADDED, f"packed ones would change each other's logits, by {difference:.2g} standard deviations"
+        )
+    return Preflight(Batching.PACKED, f"they do not change each other's logits (by {difference:.0e})")
+
+
+def _samples(model: PreTrainedModel) -> list[Sample]:
+    """Samples of ordinary tokens."""
+    text_config = model.config.get_text_config()
+    special: set[int] = set()
+    for config in (model.config, text_config):
+        for key, value in vars(config).items():
+            if key.endswith(("token_id", "token_index")) and value is not None:
+                special |= set(value if isinstance(value, list) else [value])
+    ordinary = [token for token in range(min(ROWS, text_config.vocab_size)) if token not in special]
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for length in _LENGTHS:
+        row = [ordinary[i] for i in torch.randint(len(ordinary), (length,), generator=generator).tolist()]
+        samples.append(Sample(row, row))
+    return samples
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, samples: Sequence[Sample], batching: Batching) -> list[torch.Tensor]:
+    """Of each sample but for its last token, (tokens - 1, vocabulary)."""
+    logits = target_logits(model, collate(samples, batching).to(model.device))
+    return list(logits.float().split([len(sample.input_ids) - 1 for sample in samples]))
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference of two sets of logits, as a share of the standard deviation of the second."""
+    return ((found - expected).abs().max() / expected.std().clamp_min(1e-30)).item()
+
+
+def _backward(model: PreTrainedModel, samples: Sequence[Sample], batching: Batching) -> None:
+    """One backward pass in training mode, down to the embeddings. Raises what the model raises."""
+    one = torch.ones((), requires_grad=True)
+    hook = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output * one)
+    try:
+        token_nll(model.train(), collate(samples, batching).to(model.device)).sum().backward()
+    finally:
+        hook.remove()
+    if one.grad is None or not one.grad.isfinite():
+        raise FloatingPointError(f"the gradient of its embeddings is {one.grad}")
+
+
+_VARLEN = "osft_varlen"
+
+
+def _varlen_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **settings: Any
+) -> tuple[torch.Tensor, None]:
+    """What flash attention computes, on any device: it takes no mask, and knows packed samples by their position ids."""
+    length = query.shape[2]
+    position_ids = settings.get("position_ids")
+    if position_ids is None or query.shape[0] != 1:
+        position_ids = torch.arange(length, device=query.device)[None]
+    sample = (position_ids[0].diff(prepend=position_ids[0, :1]) != 1).cumsum(0)
+    allowed = (sample[:, None] == sample) & torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, scale=settings.get("scaling")
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_VARLEN, _varlen_attention)
+AttentionMaskInterface.register(_VARLEN, flash_attention_mask)

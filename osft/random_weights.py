@@ -1,0 +1,121 @@
+"""A model of any size with random weights, cheap enough to run a few tokens through on a laptop.
+
+Large weights are windows into one row of random numbers, `W[i, j] = row[i + j]`: as good as random for what depends on
+the code alone, and of no size. Embeddings are cut to the few tokens and positions that are tried. Of blocks that are
+alike, one is computed and the others hand on what they get.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from osft.subspace.targets import transformer_blocks
+
+ROWS = 256
+"""Of an embedding: token ids and positions must stay below."""
+_LARGE = 2**14
+"""Elements from which a weight is a window."""
+
+
+@torch.no_grad()
+def fill_at_random(model: PreTrainedModel, seed: int = 0) -> None:
+    """Give a model on the meta device values on the CPU: random parameters, the same for the same seed, and buffers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        row = torch.randn(2 * max(sum(parameter.shape) for parameter in model.parameters()))
+        filled: dict[int, nn.Parameter] = {}  # tied parameters stay one
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in filled:
+                        value = _random(module, name, parameter, row)
+                        filled[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                    module._parameters[name] = filled[id(parameter)]
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None
+        for submodel, module in _with_submodel(model):
+            if _is_special(module):
+                submodel._init_weights(module)
+
+
+def _random(module: nn.Module, name: str, parameter: nn.Parameter, row: torch.Tensor) -> torch.Tensor:
+    shape = list(parameter.shape)
+    if len(shape) < 2:
+        return (torch.ones if name == "weight" else torch.zeros)(shape, dtype=parameter.dtype)
+    if isinstance(module, nn.Embedding):
+        shape[0] = min(shape[0], ROWS)
+    if parameter.numel() < _LARGE:
+        return torch.randn(shape, dtype=parameter.dtype) * _scale(module, shape)
+    return (row[: sum(shape)] * _scale(module, shape)).to(parameter.dtype).as_strided(shape, [1] * len(shape))
+
+
+def _scale(module: nn.Module, shape: list[int]) -> float:
+    """Standard deviation that keeps the size of what a linear layer computes."""
+    if isinstance(module, nn.Embedding):
+        return 1.0
+    inputs = shape[0] if isinstance(module, Conv1D) else min(shape[-2:]) if len(shape) == 3 else shape[-1]
+    return float(inputs**-0.5)
+
+
+def _with_submodel(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
+    """Every module, with the innermost model that it belongs to, which knows how to initialize it."""
+    owners: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        parent = owners.get(name.rpartition(".")[0], model)
+        owners[name] = module if isinstance(module, PreTrainedModel) else parent
+        yield owners[name], module
+
+
+def _is_special(module: nn.Module) -> bool:
+    """Whether it has parameters or buffers that an architecture gives values of its own: decays, time steps, angles."""
+    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    large = any(parameter.numel() >= _LARGE and parameter.ndim > 1 for parameter in own)
+    ordinary = isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+    return not ordinary and not large and bool(own or module._buffers)
+
+
+def compute_one_block_of_each_kind(model: PreTrainedModel) -> None:
+    """Let every transformer block that is like an earlier one return the hidden states that it gets."""
+    computed: dict[Any, list[Any]] = {}
+    for block in transformer_blocks(model)[1]:
+        kind = _kind(block)
+        if kind not in computed:
+            computed[kind] = outputs = []
+            block.register_forward_hook(lambda _block, _inputs, output, seen=outputs: seen.append(output))
+        else:
+            _hand_on(block, computed[kind])
+
+
+def _hand_on(block: nn.Module, outputs: list[Any]) -> None:
+    """Make `block` return its first argument, in the form of what the block like it has returned last."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        last = outputs[-1]
+        return type(last)((hidden_states, *last[1:])) if isinstance(last, tuple | list) else hidden_states
+
+    block.forward = forward
+
+
+def _kind(block: nn.Module) -> Any:
+    """What is equal for two blocks that compute alike: modules, shapes and settings, without their numbers."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((leaf, tuple(p.shape)) for leaf, p in module.named_parameters(recurse=False)),
+            tuple(
+                (key, value)
+                for key, value in sorted(vars(module).items())
+                if isinstance(value, bool | str | int) and "idx" not in key and "layer_id" not in key
+            ),
+        )
+        for name, module in block.named_modules()
+    )
