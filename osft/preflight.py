@@ -10,6 +10,7 @@ sample alone:
     neither, or other without what follows      refused
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +26,15 @@ from osft.data.packing import Batching, collate
 from osft.likelihood import target_logits, token_nll
 from osft.models import UnsupportedModelError, empty_model
 from osft.random_weights import ROWS, compute_one_block_of_each_kind, fill_at_random
+from osft.subspace.model import inject_empty
+from osft.subspace.targets import select_targets
 
 TOLERANCE = 1e-3
 """Largest difference of logits, as a share of their standard deviation, that rounding may make in float32."""
 _LENGTHS = (9, 14, 11)
 """Tokens of the samples that are tried."""
+_LARGEST_GRADIENT = 2**28
+"""Elements of the largest weight whose training is tried: that of a stack of experts forms a gradient of its size."""
 _CUT = 8
 """Tokens that are left of the second one, to see whether it misses what follows."""
 
@@ -43,10 +48,14 @@ class Preflight:
     reason: str
     """Why, in a few words."""
 
+    def text(self) -> str:
+        """Both, in a phrase."""
+        how = "samples are packed" if self.batching is Batching.PACKED else "one sample a row"
+        return f"{how}: {self.reason}"
+
     def line(self) -> str:
         """For a log."""
-        how = "samples are packed" if self.batching is Batching.PACKED else "one sample a row"
-        return f"model: {how}: {self.reason}"
+        return f"model: {self.text()}"
 
     def to_dict(self) -> dict[str, str]:
         """Plain values, for JSON."""
@@ -66,6 +75,20 @@ def preflight(
     Raises FileNotFoundError if there is none, ValueError for an attention that the architecture does not have, and
     UnsupportedModelError for one that cannot be trained as a causal language model.
     """
+    config = Path(model_path, "config.json")
+    if not config.is_file():
+        raise FileNotFoundError(f"{model_path} is not a model folder: it has no config.json")
+    key = (config.read_bytes(), attn_implementation)
+    if trust_remote_code or key not in _found:  # custom code is no part of the key
+        _found[key] = _preflight(model_path, attn_implementation, trust_remote_code)
+    return _found[key]
+
+
+_found: dict[tuple[bytes, str | None], Preflight] = {}
+"""By config.json and attention: what this process has tried."""
+
+
+def _preflight(model_path: str | Path, attn_implementation: str | None, trust_remote_code: bool) -> Preflight:
     varlen = attn_implementation not in (None, "sdpa", "eager")
     with torch.device("meta"):
         model = empty_model(
@@ -81,6 +104,8 @@ def preflight(
             )
         model.config._attn_implementation = _VARLEN
     model.config._experts_implementation = "eager"  # the others copy all experts
+    targets = [target for target in select_targets(model) if math.prod(target.shape) < _LARGEST_GRADIENT]
+    inject_empty(model, targets, dict.fromkeys((target.name for target in targets), 1), free_subspace="complement")
     fill_at_random(model)
     compute_one_block_of_each_kind(model)
     return examine(model, name=str(model_path))
@@ -187,7 +212,7 @@ _VARLEN = "osft_varlen"
 def _varlen_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **settings: Any
 ) -> tuple[torch.Tensor, None]:
-    """What flash attention computes, on any device: it takes no mask, and knows packed samples by their position ids."""
+    """Flash attention on any device: it takes no mask, and knows packed samples by their position ids."""
     length = query.shape[2]
     position_ids = settings.get("position_ids")
     if position_ids is None or query.shape[0] != 1:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from osft.subspace.targets import transformer_blocks
+from osft.subspace.weight import OSFTWeight
 
 ROWS = 256
 """Of an embedding: token ids and positions must stay below."""
@@ -33,10 +34,10 @@ def fill_at_random(model: PreTrainedModel, seed: int = 0) -> None:
                 if parameter is not None:
                     if id(parameter) not in filled:
                         value = _random(module, name, parameter, row)
-                        filled[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                        filled[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
                     module._parameters[name] = filled[id(parameter)]
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta:
+                if buffer is not None and not isinstance(module, OSFTWeight):  # these do not compute with theirs
                     module._buffers[name] = torch.zeros_like(buffer, device="cpu")
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None
@@ -60,7 +61,8 @@ def _scale(module: nn.Module, shape: list[int]) -> float:
     """Standard deviation that keeps the size of what a linear layer computes."""
     if isinstance(module, nn.Embedding):
         return 1.0
-    inputs = shape[0] if isinstance(module, Conv1D) else min(shape[-2:]) if len(shape) == 3 else shape[-1]
+    transposed = isinstance(module, Conv1D) or getattr(module, "transposed", False)
+    inputs = shape[0] if transposed else min(shape[-2:]) if len(shape) == 3 else shape[-1]
     return float(inputs**-0.5)
 
 
@@ -77,7 +79,7 @@ def _is_special(module: nn.Module) -> bool:
     """Whether it has parameters or buffers that an architecture gives values of its own: decays, time steps, angles."""
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     large = any(parameter.numel() >= _LARGE and parameter.ndim > 1 for parameter in own)
-    ordinary = isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+    ordinary = isinstance(module, nn.Linear | Conv1D | nn.Embedding | OSFTWeight)
     return not ordinary and not large and bool(own or module._buffers)
 
 

@@ -86,6 +86,7 @@ def check(arguments: dict[str, Any]) -> None:
     from osft.examples import SCHEME
     from osft.models import empty_model
     from osft.parameters import parameters
+    from osft.preflight import preflight
     from osft.subspace import select_targets, unfrozen_rank
     from osft.tracking.addresses import check_model_name, checked_address
 
@@ -105,6 +106,7 @@ def check(arguments: dict[str, Any]) -> None:
                 pass
     if Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         CheckpointReader(model)
+        preflight(model)
         skeleton = empty_model(model)
         for target in select_targets(skeleton, training.target_patterns):
             unfrozen_rank(target.shape, training.unfreeze_rank_ratio)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from osft.conversion import fill_exact_
+from osft.data.packing import Batching
 from osft.data.records import Record
 from osft.evaluation.score_store import ScoreStore, measurement_key, model_hash
 from osft.evaluation.scoring import (
@@ -19,6 +20,8 @@ from osft.evaluation.scoring import (
     generate,
     score_records,
 )
+from osft.models import load_model
+from osft.preflight import preflight
 
 if TYPE_CHECKING:
     from osft.evaluation.benchmarks import Benchmarks
@@ -47,11 +50,21 @@ class MeasuredModel:
 
         def measure() -> dict[str, Any]:
             model, tokenizer = self._loaded
-            scores = score_records(model, tokenizer, records, max_tokens=self._max_tokens, description=description)
+            scores = score_records(
+                model,
+                tokenizer,
+                records,
+                max_tokens=self._max_tokens,
+                batching=self._batching,
+                description=description,
+            )
             return asdict(scores)
 
         hashes = [record.content_hash for record in records]
-        key = self._key("scores", records=hashes, max_tokens=self._max_tokens, max_text_tokens=MAX_TEXT_TOKENS)
+        determined_by: dict[str, Any] = {"max_tokens": self._max_tokens, "max_text_tokens": MAX_TEXT_TOKENS}
+        if self._batching is not Batching.PACKED:  # scores of samples that saw each other may be in the store
+            determined_by["batching"] = self._batching
+        key = self._key("scores", records=hashes, **determined_by)
         return RecordScores(**self._store.measured(key, measure))
 
     def answers(self, records: Sequence[Record]) -> list[str]:
@@ -83,10 +96,14 @@ class MeasuredModel:
         """The model, in evaluation mode on its device, and its tokenizer."""
         trust = self._trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=trust)
-        model: Any = AutoModelForCausalLM.from_pretrained(self._folder, dtype=self._dtype, trust_remote_code=trust)
+        model: Any = load_model(self._folder, dtype=self._dtype, trust_remote_code=trust)
         if self._exact:
             fill_exact_(model, self._folder)
-        return model.to(self._device).eval(), tokenizer
+        return model.to(self._device), tokenizer
+
+    @cached_property
+    def _batching(self) -> Batching:
+        return preflight(self._folder, trust_remote_code=self._trust_remote_code).batching
 
     @cached_property
     def _content(self) -> str:

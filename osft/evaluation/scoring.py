@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osft.data.chat import Sample, tokenize
-from osft.data.packing import collate, plan_micro_batches
+from osft.data.packing import Batching, collate, plan_micro_batches
 from osft.data.records import Record
 from osft.data.template_keys import with_known_roles
 from osft.likelihood import cross_entropy, target_logits
@@ -145,9 +145,10 @@ def score_records(
     records: Sequence[Record],
     *,
     max_tokens: int = 2048,
+    batching: Batching = Batching.PACKED,
     description: str = "evaluate",
 ) -> RecordScores:
-    """Score `records` (at least one). Samples are packed into batches of at most `max_tokens` tokens."""
+    """Score `records` (at least one). Samples are batched to at most `max_tokens` tokens."""
     samples: list[Sample] = []
     answers: list[
         list[int]
@@ -162,7 +163,7 @@ def score_records(
                 samples.append(sample)
             of_record.append(position)
         answers.append(of_record)
-    nll, exact = _score_samples(model, samples, max_tokens, description)
+    nll, exact = _score_samples(model, samples, max_tokens, batching, description)
 
     right = [
         of_record[record.choices.index(record.messages[-1]["content"]) if record.choices else 0]
@@ -220,7 +221,7 @@ def _answered(record: Record, answer: str) -> Record:
 
 @torch.no_grad()
 def _score_samples(
-    model: PreTrainedModel, samples: Sequence[Sample], max_tokens: int, description: str
+    model: PreTrainedModel, samples: Sequence[Sample], max_tokens: int, batching: Batching, description: str
 ) -> tuple[list[float], list[bool]]:
     """Per sample: the sum of its targets' negative log-likelihoods, and whether each is more probable than any other.
 
@@ -228,12 +229,12 @@ def _score_samples(
     """
     device = next(model.parameters()).device
     lengths = [len(sample.input_ids) for sample in samples]
-    (plan,) = plan_micro_batches(lengths, max(max_tokens, *lengths))
+    (plan,) = plan_micro_batches(lengths, max(max_tokens, *lengths), batching=batching)
     nll = torch.zeros(len(samples), dtype=torch.float64)
     wrong = torch.zeros(len(samples), dtype=torch.int64)
     with tqdm(total=sum(lengths), desc=description, unit="token", mininterval=5.0) as progress:
         for packed in plan:
-            batch = collate([samples[position] for position in packed]).to(device)
+            batch = collate([samples[position] for position in packed], batching).to(device)
             logits = target_logits(model, batch)
             losses = cross_entropy(logits, batch.targets).double().cpu()
             as_probable = (logits >= logits.gather(1, batch.targets[:, None])).sum(-1)  # the target itself, too
@@ -241,7 +242,7 @@ def _score_samples(
             sample_of_target = torch.tensor(packed)[batch.sample_of_target.cpu()]
             nll.index_add_(0, sample_of_target, losses)
             wrong.index_add_(0, sample_of_target, misses)
-            progress.update(batch.input_ids.numel())
+            progress.update(int(batch.is_token.sum()))
     return nll.tolist(), (wrong == 0).tolist()
 
 

@@ -115,6 +115,7 @@ def prepare_data(
     """
     from osft.data.prepare import prepare
     from osft.models import model_folder, stored_model
+    from osft.preflight import preflight
 
     root = round.storage_root
     fetched = storage.join(root, "examples")
@@ -126,9 +127,11 @@ def prepare_data(
         base = stored_model(examples.resolve(base_model, fetched), storage.join(root, "models"))
         if model == base_model:
             model = base
+        folder = model_folder(model)
+        print(preflight(folder).line(), flush=True)
         prepared = prepare(
             records,
-            model_folder(model),
+            folder,
             storage.join(root, "data"),
             max_seq_len=max_seq_len,
             validation_fraction=validation_fraction,

@@ -35,12 +35,16 @@ def precompute_svd(
     The prepared data is looked at with `rank_allocation="adaptive"` only.
     """
     from osft.models import model_folder
+    from osft.preflight import preflight
     from osft.training.inputs import compute_factors
 
     store = storage.join(round.storage_root, "factors")
     with round.step("precompute_svd") as step:
         step.log_params(asdict(subspace) | {"accelerators": accelerators})
-        factors = compute_factors(model_folder(model_path), data_path, store, subspace)
+        model = model_folder(model_path)
+        found = preflight(model)
+        print(found.line(), flush=True)
+        factors = compute_factors(model, data_path, store, subspace, batching=found.batching)
         step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
         step.log_params({"factors": factors.key})
     return storage.join(store, "sets", factors.path.name)

@@ -3,7 +3,8 @@
 Models of the mixture-of-experts kind stack one projection of all experts of a block in one parameter
 (num_experts, m, n), and read it in many ways (a loop, grouped matrix products, fused kernels). Here the module of the
 experts stays as it is, and while its forward pass runs it finds, in the place of its parameter, the same dense weight
-as a result of the coefficients.
+as a result of the coefficients. A layer that is derived from a linear one and computes something of its own with its
+weight (the router of Llama 4) is treated in the same way.
 """
 
 from typing import Any

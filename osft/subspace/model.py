@@ -41,7 +41,7 @@ def inject_empty(
     for target in targets:
         owner, _, leaf = target.name.rpartition(".")
         rank, base_dtype = ranks[target.name], (base_dtypes or {}).get(target.name)
-        if len(target.shape) == 3:
+        if target.name == target.tensor:
             OSFTExperts(model.get_submodule(owner), leaf, rank=rank, free_subspace=free_subspace, base_dtype=base_dtype)
         else:
             linear = model.get_submodule(target.name)

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 
 from osft.config import SubspaceConfig
 from osft.data.chat import Sample
-from osft.data.packing import collate, plan_micro_batches
+from osft.data.packing import Batching, collate, plan_micro_batches
 from osft.likelihood import target_logits
+from osft.models import load_model
 from osft.subspace.decomposition import unfrozen_rank
 from osft.subspace.targets import Target, transformer_blocks
 
@@ -112,39 +113,39 @@ def measure_importance(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
     max_tokens: int = 2048,
+    batching: Batching = Batching.PACKED,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Importance of each transformer block on a calibration sample: block name -> mean cosine over all its tokens.
 
-    The whole model is loaded on `device`. Samples are packed into batches of at most `max_tokens` tokens. Raises
-    ValueError without samples or if one of them is longer than that.
+    The whole model is loaded on `device`. Samples are batched to at most `max_tokens` tokens. Raises ValueError without
+    samples or if one of them is longer than that.
     """
-    from transformers import AutoModelForCausalLM
-
     if not samples:
         raise ValueError("there is no calibration sample to measure the blocks' importance on")
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = load_model(
         model_path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
     )
-    model.to(device).eval()
+    model.to(device)
     stack, blocks = transformer_blocks(model)
     sums = dict.fromkeys((f"{stack}.{index}" for index in range(len(blocks))), 0.0)
-    tokens = 0
+    tokens, is_token = 0, torch.empty(0)
 
     def add(name: str) -> Any:
         def hook(_block: Any, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             hidden = positional[0] if positional else named["hidden_states"]
-            changed = output[0] if isinstance(output, tuple) else output
-            sums[name] += layer_importance(hidden[0], changed[0]) * hidden.shape[1]
+            changed = output if isinstance(output, torch.Tensor) else output[0]
+            sums[name] += layer_importance(hidden[is_token], changed[is_token]) * int(is_token.sum())
 
         return hook
 
     for name, block in zip(sums, blocks, strict=True):
         block.register_forward_hook(add(name), with_kwargs=True)
-    (plan,) = plan_micro_batches([len(sample.input_ids) for sample in samples], max_tokens)
-    for packed in plan:
-        batch = collate([samples[index] for index in packed]).to(device)
+    (plan,) = plan_micro_batches([len(sample.input_ids) for sample in samples], max_tokens, batching=batching)
+    for chosen in plan:
+        batch = collate([samples[index] for index in chosen], batching).to(device)
+        is_token = batch.is_token
         target_logits(model, batch)
-        tokens += batch.input_ids.shape[1]
+        tokens += int(is_token.sum())
     return {name: total / tokens for name, total in sums.items()}

@@ -15,7 +15,8 @@ class Target:
     """One weight that is split and trained, or one stack of experts' weights, each split by itself."""
 
     name: str
-    """What `target_patterns` are searched in: the layer's full name, or the full name of the experts' parameter."""
+    """What `target_patterns` are searched in: the layer's full name, or the full name of a parameter that no plain
+    linear layer holds: a stack of experts, or the weight of a layer that computes something of its own with it."""
     tensor: str
     """The weight's name in the model's state dict."""
     shape: tuple[int, ...]
@@ -44,6 +45,11 @@ def transformer_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best[1], best[2]
 
 
+def _is_plain(module: nn.Linear | Conv1D) -> bool:
+    """Whether the layer computes what its class says, and not something of its own (the router of Llama 4)."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
 def _language_model_name(model: nn.Module) -> str:
     """What the names of the language model's modules begin with; empty for the whole model."""
     if not isinstance(model, PreTrainedModel):
@@ -66,7 +72,8 @@ def select_targets(model: nn.Module, target_patterns: Sequence[str] | None = Non
     for name, module in blocks.named_modules(prefix=stack):
         if isinstance(module, nn.Linear | Conv1D):
             if min(module.weight.shape) > 1:
-                candidates.append(Target(name, f"{name}.weight", tuple(module.weight.shape)))
+                tensor = f"{name}.weight"
+                candidates.append(Target(name if _is_plain(module) else tensor, tensor, tuple(module.weight.shape)))
         elif not isinstance(module, _ConvNd):
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and min(parameter.shape[1:]) > 1:

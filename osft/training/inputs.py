@@ -14,7 +14,9 @@ from transformers import AutoConfig
 from osft import storage
 from osft.checkpoint import CheckpointReader
 from osft.config import SubspaceConfig, TrainConfig
+from osft.data.packing import Batching
 from osft.models import model_folder
+from osft.preflight import Preflight, preflight
 from osft.subspace.factor_store import FactorSet, load_factor_set, precompute
 from osft.subspace.rank_allocation import measure_importance
 
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
 def local_model(config: TrainConfig) -> Path:
     """The folder of the model, downloaded if need be. Raises FileNotFoundError if it is incomplete."""
     return CheckpointReader(model_folder(config.model_path)).folder
+
+
+def check_model(config: TrainConfig, model: Path, report: Callable[[str], None] = print) -> Preflight:
+    """What the model does with several samples at once, reported in a line. Raises as `preflight`."""
+    found = preflight(model, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code)
+    report(found.line())
+    return found
 
 
 def data_folder(config: TrainConfig) -> str:
@@ -113,18 +122,26 @@ def vocabulary_size(model: Path, *, trust_remote_code: bool = False) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def factor_set(config: TrainConfig, model: Path, data: "PreparedData") -> FactorSet:
+def factor_set(config: TrainConfig, model: Path, data: "PreparedData", batching: Batching) -> FactorSet:
     """The factor set that is named, or the one that the store holds or gets."""
     if config.factors and (Path(config.factors).is_file() or config.factors.endswith(".json")):
         if storage.find(config.factors) is None:
             raise FileNotFoundError(f"there is no factor set {config.factors}. Leave `factors` out to have it computed")
         return load_factor_set(config.factors)
     store = config.factors or storage.join(data_folder(config), "factors")
-    return compute_factors(model, data.folder, store, config.subspace, trust_remote_code=config.trust_remote_code)
+    return compute_factors(
+        model, data.folder, store, config.subspace, batching=batching, trust_remote_code=config.trust_remote_code
+    )
 
 
 def compute_factors(
-    model: Path, data: str | Path, store: str | Path, subspace: SubspaceConfig, *, trust_remote_code: bool = False
+    model: Path,
+    data: str | Path,
+    store: str | Path,
+    subspace: SubspaceConfig,
+    *,
+    batching: Batching,
+    trust_remote_code: bool = False,
 ) -> FactorSet:
     """Decompose what `store` does not hold yet; with adaptive ranks, measure the layers' importance on `data` first."""
     importance = None
@@ -140,6 +157,7 @@ def compute_factors(
             device=device,
             dtype=torch.bfloat16 if device == "cuda" else torch.float32,
             max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
+            batching=batching,
             trust_remote_code=trust_remote_code,
         )
     return precompute(model, store, subspace, importance=importance, trust_remote_code=trust_remote_code)

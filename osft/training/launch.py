@@ -30,7 +30,7 @@ from osft.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
 from osft.lock import exclusive
 from osft.termination import CAN_PASS_ON, children, passing_on
 from osft.training.callbacks import Follower, TrainingCallback
-from osft.training.inputs import factor_set, local_model, prepare_training_data
+from osft.training.inputs import check_model, factor_set, local_model, prepare_training_data
 from osft.training.liger import liger_wanted
 from osft.training.mirror import METRICS, POSITION, SETTINGS, STOP_FILE, SUMMARY, fetch_models, fill, output_folder
 from osft.training.result import TrainResult
@@ -68,6 +68,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     processes = num_processes(config)
     liger = liger_wanted(config)
     model = local_model(config)
+    found = check_model(config, model)
     data = prepare_training_data(config, model)
     fill(config, output)
     finished = finished_run(output, config, data.key)
@@ -75,7 +76,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
         fetch_models(config, output, finished.summary["checkpoints"])
         return finished
     state = _state_to_resume(output, config, data.key)
-    factors = factor_set(config, model, data)
+    factors = factor_set(config, model, data, found.batching)
 
     work = {
         "config": config.to_dict(),
@@ -85,6 +86,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
         "factors": str(factors.path),
         "state": str(state) if state else None,
         "liger": liger,
+        "preflight": found.to_dict(),
         "summary_file": str(output / f"summary-{config.node_rank}.json"),
     }
     patience = float(os.environ.get("OSFT_LOCK_SECONDS", "0"))

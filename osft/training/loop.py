@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from osft.config import TrainConfig
 from osft.data.chat import Sample
-from osft.data.packing import MicroBatch, collate, plan_micro_batches
+from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.exit_codes import INTERRUPTED
 from osft.likelihood import token_nll
 from osft.origin import RoundingLoss
@@ -194,14 +194,21 @@ def make_optimizer(model: nn.Module, config: TrainConfig, *, fused: bool) -> tor
 
 @torch.no_grad()
 def mean_nll(
-    model: nn.Module, samples: Samples, max_tokens: int, *, device: torch.device, rank: int = 0, world_size: int = 1
+    model: nn.Module,
+    samples: Samples,
+    max_tokens: int,
+    *,
+    device: torch.device,
+    batching: Batching = Batching.PACKED,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> float:
     """Mean negative log-likelihood of all loss tokens, in nats. Call it on every rank."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    plan = plan_micro_batches(samples.lengths, max_tokens, world_size)
+    plan = plan_micro_batches(samples.lengths, max_tokens, world_size, batching)
     for packed in plan[rank]:
-        total += token_nll(model, collate([samples[i] for i in packed]).to(device)).sum()
+        total += token_nll(model, collate([samples[i] for i in packed], batching).to(device)).sum()
     if world_size > 1:
         torch.distributed.all_reduce(total)
     model.train()
@@ -219,6 +226,7 @@ def run(
     saving: Saving | None = None,
     position: Position | None = None,
     restore: Callable[[torch.optim.Optimizer], None] | None = None,
+    batching: Batching = Batching.PACKED,
     rank: int = 0,
     world_size: int = 1,
 ) -> None:
@@ -243,8 +251,10 @@ def run(
         # What a model draws at random (a router's noise) depends on the step only: a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + step.number) * world_size + rank)
         lengths = [samples.lengths[i] for i in step.indices]
-        plan = plan_micro_batches(lengths, config.max_tokens_per_gpu, world_size)
-        micro_batches = [collate([samples[step.indices[i]] for i in packed]).to(device) for packed in plan[rank]]
+        plan = plan_micro_batches(lengths, config.max_tokens_per_gpu, world_size, batching)
+        micro_batches = [
+            collate([samples[step.indices[i]] for i in packed], batching).to(device) for packed in plan[rank]
+        ]
         num_loss_tokens = sum(samples.num_loss_tokens[i] for i in step.indices)
         learning_rate = optimizer.param_groups[0]["lr"]
         loss_sum, grad_norm = train_step(
@@ -275,7 +285,13 @@ def run(
         validation_loss = None
         if validation and (is_last or _validation_due(step, config)):
             validation_loss = mean_nll(
-                model, validation, config.max_tokens_per_gpu, device=device, rank=rank, world_size=world_size
+                model,
+                validation,
+                config.max_tokens_per_gpu,
+                device=device,
+                batching=batching,
+                rank=rank,
+                world_size=world_size,
             )
         scheduler.step(*([loss if validation_loss is None else validation_loss] if follows_loss else []))
         metrics = StepMetrics(

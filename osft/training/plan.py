@@ -13,12 +13,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from osft.config import TrainConfig
 from osft.data.chat import Sample
-from osft.data.packing import collate
+from osft.data.packing import Batching, collate
 from osft.models import empty_model, model_folder
+from osft.preflight import Preflight
 from osft.subspace.model import inject_empty, osft_layers
 from osft.subspace.rank_allocation import allocate_ranks
 from osft.subspace.targets import select_targets
 from osft.training.data_counts import DataCounts, count_data
+from osft.training.inputs import check_model
 from osft.training.loop import num_steps
 from osft.training.memory import (
     FRAGMENTATION,
@@ -56,6 +58,8 @@ class TrainingPlan:
     """What a run with these settings would do."""
 
     model_path: str
+    preflight: Preflight
+    """How the model's samples are fed."""
     data: DataCounts
     steps: int
     """Optimizer steps."""
@@ -93,6 +97,7 @@ class TrainingPlan:
         return [
             ("samples", f"{samples} (per epoch)"),
             ("tokens", f"{tokens} (per epoch)"),
+            ("batches", self.preflight.text()),
             ("steps", f"{steps} of {self.effective_batch_size:,} samples, epochs: {self.epochs}"),
             ("parameters", f"{self.trainable_parameters:,} trainable of {self.total_parameters:,} ({share:.1%})"),
             (
@@ -126,9 +131,10 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     the number of tokens is then unknown.
 
     Raises FileNotFoundError for missing inputs, DataError for a record that cannot be used, ValueError for settings
-    that cannot work, as training itself.
+    that cannot work and models that cannot be trained, as training itself.
     """
     folder = model_folder(config.model_path, weights=False)
+    found = check_model(config, folder, report=lambda _: None)
     model, total_parameters, notes = _described_model(config, folder)
     data = count_data(config, folder)
     if data.tokens is None:
@@ -143,10 +149,13 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
         notes.append(f"Samples and tokens are extrapolated from {data.counted:,} records.")
 
     layers = [layer for _, layer in osft_layers(model)]
-    kind = use_counted_attention(model, config.attn_implementation or model.config._attn_implementation)
+    attention = config.attn_implementation or model.config._attn_implementation
+    if attention == "sdpa" and found.batching is Batching.PADDED:
+        attention = "flash"  # a row that holds one sample needs no mask, and SDPA without one saves as little
+    kind = use_counted_attention(model, attention)
     tokens = config.max_tokens_per_gpu
     loss_tokens = math.ceil(data.largest_loss_share * tokens)
-    batch = collate([Sample([0] * tokens, [0] * tokens)]).to("meta")
+    batch = collate([Sample([0] * tokens, [0] * tokens)], found.batching).to("meta")
     activations = count_activations(model, batch)
     fixed = [_activations_line(activations, config, kind, model), logits_line(model, loss_tokens)]
 
@@ -168,6 +177,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     ranks = [layer.rank for layer in layers]
     return TrainingPlan(
         model_path=config.model_path,
+        preflight=found,
         data=data,
         steps=num_steps(data.samples, config),
         epochs=config.num_epochs,

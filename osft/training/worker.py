@@ -20,6 +20,7 @@ from osft.config import TrainConfig
 from osft.conversion import ModelWeights
 from osft.data.dataset_folder import load_split
 from osft.origin import Origin, read_origin
+from osft.preflight import Preflight
 from osft.subspace.effective_rank import effective_rank
 from osft.subspace.factor_store import load_factor_set
 from osft.subspace.model import osft_layers
@@ -55,6 +56,7 @@ def train_process(work: dict[str, Any]) -> None:
     output, dataset = Path(work["output"]), Path(work["dataset"])
     started = time.perf_counter()
 
+    preflight = Preflight.from_dict(work["preflight"])
     samples = load_split(dataset, "train")
     validation = load_split(dataset, "validation") if wants_validation(config) else None
     model, stored = load_sharded(config, work["model"], work["factors"], device=device, mesh=mesh)
@@ -92,6 +94,7 @@ def train_process(work: dict[str, Any]) -> None:
             saving=outputs,
             position=position,
             restore=(lambda optimizer: load_state(state, model, optimizer)) if state else None,
+            batching=preflight.batching,
             rank=rank,
             world_size=world_size,
         )
@@ -120,6 +123,7 @@ def train_process(work: dict[str, Any]) -> None:
         "world_size": world_size,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "liger": work["liger"],
+        "preflight": preflight.to_dict(),
         "trainable_parameters": trainable,
         "total_parameters": total,
         "load_seconds": loaded - started,
