@@ -1,5 +1,6 @@
 """Building a model without its weights, and finding a model's folder."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -124,6 +126,22 @@ def load_model(
     return model.eval()
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """What is allocated for a weight of a real model is not allocated; what is computed is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result_on = dict(kwargs or {})
+        if func is torch.empty:
+            sizes = args[0] if args and not isinstance(args[0], int) else result_on.get("size", args)
+            if math.prod(sizes) >= _LARGE:
+                result_on["device"] = "meta"
+        return func(*args, **result_on)
+
+
+_LARGE = 2**20
+"""Elements."""
+
+
 def empty_model(
     model_path: str | Path,
     *,
@@ -133,7 +151,7 @@ def empty_model(
 ) -> PreTrainedModel:
     """The model of a folder with its parameters on the meta device and its buffers computed.
 
-    It costs no memory beyond the buffers: parameters are allocated without being touched, then dropped.
+    It costs no memory beyond the buffers.
     `attn_implementation` None is SDPA, or "eager" for an architecture that does not support it (Gemma 2, gpt-oss).
     Dropout is off: with it, the loss would depend on how samples are packed and spread over processes.
 
@@ -149,7 +167,7 @@ def empty_model(
                 setattr(part, name, 0.0)
     build = auto_class(config).from_config
     try:
-        with no_init_weights():
+        with no_init_weights(), _LargeOnMeta():
             model: PreTrainedModel = build(
                 config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )

@@ -90,12 +90,9 @@ _found: dict[tuple[bytes, str | None], Preflight] = {}
 
 def _preflight(model_path: str | Path, attn_implementation: str | None, trust_remote_code: bool) -> Preflight:
     varlen = attn_implementation not in (None, "sdpa", "eager")
-    with torch.device("meta"):
-        model = empty_model(
-            model_path,
-            attn_implementation=None if varlen else attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
+    model = empty_model(
+        model_path, attn_implementation=None if varlen else attn_implementation, trust_remote_code=trust_remote_code
+    )
     if varlen:
         if not (model._supports_flash_attn or model._supports_flex_attn):
             raise ValueError(

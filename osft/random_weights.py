@@ -24,7 +24,7 @@ _LARGE = 2**14
 
 @torch.no_grad()
 def fill_at_random(model: PreTrainedModel, seed: int = 0) -> None:
-    """Give a model on the meta device values on the CPU: random parameters, the same for the same seed, and buffers."""
+    """Give the parameters of an empty model random values on the CPU, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         row = torch.randn(2 * max(sum(parameter.shape) for parameter in model.parameters()))
@@ -36,14 +36,14 @@ def fill_at_random(model: PreTrainedModel, seed: int = 0) -> None:
                         value = _random(module, name, parameter, row)
                         filled[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
                     module._parameters[name] = filled[id(parameter)]
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not isinstance(module, OSFTWeight):  # these do not compute with theirs
-                    module._buffers[name] = torch.zeros_like(buffer, device="cpu")
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None
         for submodel, module in _with_submodel(model):
             if _is_special(module):
                 submodel._init_weights(module)
+        for parameter in model.parameters():  # what begins as zero would hide what it multiplies
+            if parameter.numel() < _LARGE and not parameter.any():
+                parameter.normal_(std=0.02)
 
 
 def _random(module: nn.Module, name: str, parameter: nn.Parameter, row: torch.Tensor) -> torch.Tensor:
@@ -76,11 +76,11 @@ def _with_submodel(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn
 
 
 def _is_special(module: nn.Module) -> bool:
-    """Whether it has parameters or buffers that an architecture gives values of its own: decays, time steps, angles."""
+    """Whether it has parameters that an architecture gives values of its own: decays, time steps."""
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
     large = any(parameter.numel() >= _LARGE and parameter.ndim > 1 for parameter in own)
     ordinary = isinstance(module, nn.Linear | Conv1D | nn.Embedding | OSFTWeight)
-    return not ordinary and not large and bool(own or module._buffers)
+    return bool(own) and not ordinary and not large
 
 
 def compute_one_block_of_each_kind(model: PreTrainedModel) -> None:
