@@ -93,19 +93,24 @@ def _preflight(model_path: str | Path, attn_implementation: str | None, trust_re
     model = empty_model(
         model_path, attn_implementation=None if varlen else attn_implementation, trust_remote_code=trust_remote_code
     )
-    if varlen:
-        if not (model._supports_flash_attn or model._supports_flex_attn):
-            raise ValueError(
-                f"attn_implementation={attn_implementation!r}: {type(model).__name__} does not have it. Use 'sdpa' or "
-                "'eager'"
-            )
-        model.config._attn_implementation = _VARLEN
+    if varlen and not (model._supports_flash_attn or model._supports_flex_attn):
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r}: {type(model).__name__} does not have it. Use 'sdpa' or "
+            "'eager'"
+        )
     model.config._experts_implementation = "eager"  # the others copy all experts
     targets = [target for target in select_targets(model) if math.prod(target.shape) < _LARGEST_GRADIENT]
     inject_empty(model, targets, dict.fromkeys((target.name for target in targets), 1), free_subspace="complement")
     fill_at_random(model)
     compute_one_block_of_each_kind(model)
-    return examine(model, name=str(model_path))
+    found = examine(model, name=str(model_path))
+    if varlen and found.batching is Batching.PACKED:
+        model.config._attn_implementation = _VARLEN
+        try:
+            return examine(model, name=str(model_path))
+        except UnsupportedModelError:  # it has a way of its own into the kernel, which a CPU cannot go
+            return Preflight(Batching.PADDED, f"whether {attn_implementation} packs them well cannot be seen here")
+    return found
 
 
 def examine(model: PreTrainedModel, *, name: str = "the model") -> Preflight:
@@ -207,7 +212,7 @@ _VARLEN = "osft_varlen"
 
 
 def _varlen_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **settings: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[torch.Tensor, None]:
     """Flash attention on any device: it takes no mask, and knows packed samples by their position ids."""
     length = query.shape[2]

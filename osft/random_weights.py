@@ -1,8 +1,8 @@
 """A model of any size with random weights, cheap enough to run a few tokens through on a laptop.
 
 Large weights are windows into one row of random numbers, `W[i, j] = row[i + j]`: as good as random for what depends on
-the code alone, and of no size. Embeddings are cut to the few tokens and positions that are tried. Of blocks that are
-alike, one is computed and the others hand on what they get.
+the code alone, and of no size. Embeddings and the head are cut to the few tokens and positions
+that are tried. Of blocks that are alike, one is computed and the others hand on what they get.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,14 @@ def fill_at_random(model: PreTrainedModel, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         row = torch.randn(2 * max(sum(parameter.shape) for parameter in model.parameters()))
+        head = model.get_output_embeddings()
         filled: dict[int, nn.Parameter] = {}  # tied parameters stay one
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     if id(parameter) not in filled:
-                        value = _random(module, name, parameter, row)
+                        cut = module is head or isinstance(module, nn.Embedding)
+                        value = _random(module, name, parameter[:ROWS] if cut else parameter, row)
                         filled[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
                     module._parameters[name] = filled[id(parameter)]
             if isinstance(module, nn.Embedding):
@@ -46,12 +48,11 @@ def fill_at_random(model: PreTrainedModel, seed: int = 0) -> None:
                 parameter.normal_(std=0.02)
 
 
-def _random(module: nn.Module, name: str, parameter: nn.Parameter, row: torch.Tensor) -> torch.Tensor:
+def _random(module: nn.Module, name: str, parameter: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Values for a parameter; those of a large one are windows into `row`."""
     shape = list(parameter.shape)
     if len(shape) < 2:
         return (torch.ones if name == "weight" else torch.zeros)(shape, dtype=parameter.dtype)
-    if isinstance(module, nn.Embedding):
-        shape[0] = min(shape[0], ROWS)
     if parameter.numel() < _LARGE:
         return torch.randn(shape, dtype=parameter.dtype) * _scale(module, shape)
     return (row[: sum(shape)] * _scale(module, shape)).to(parameter.dtype).as_strided(shape, [1] * len(shape))

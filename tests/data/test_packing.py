@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from osft.data.chat import IGNORE, Sample
-from osft.data.packing import collate, plan_micro_batches
+from osft.data.packing import Batching, collate, plan_micro_batches
 from osft.likelihood import token_nll
 from tests.conftest import tiny_llama
 
@@ -33,6 +33,39 @@ def test_plan_keeps_the_bound_and_every_sample_once(world_size, max_tokens, coun
     packed = [position for steps in plan for bin in steps for position in bin]
     assert sorted(packed) == list(range(count))
     assert max(sum(lengths[p] for p in bin) for steps in plan for bin in steps) <= max_tokens
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("max_tokens", [40, 41, 100, 10_000])
+@pytest.mark.parametrize("count", [1, 5, 64])
+def test_plan_of_rows_counts_what_fills_them_up_and_every_sample_once(world_size, max_tokens, count):
+    made = samples(count)
+    lengths = [len(sample.input_ids) for sample in made]
+    plan = plan_micro_batches(lengths, max_tokens, world_size, Batching.PADDED)
+    assert len(plan) == world_size
+    assert len({len(steps) for steps in plan}) == 1, "every rank takes part in every collective"
+    assert sorted(position for steps in plan for bin in steps for position in bin) == list(range(count))
+    batches = [collate([made[p] for p in bin], Batching.PADDED) for steps in plan for bin in steps]
+    assert max(batch.input_ids.numel() for batch in batches) <= max_tokens
+
+
+def test_plan_of_rows_uses_every_rank_and_fills_up_little():
+    lengths = [len(sample.input_ids) for sample in samples(200)]
+    plan = plan_micro_batches(lengths, 10_000, 4, Batching.PADDED)
+    computed = [sum(len(bin) * max(lengths[p] for p in bin) for bin in steps) for steps in plan]
+    assert max(computed) <= 1.4 * sum(lengths) / 4
+    (steps,) = plan_micro_batches(lengths, 128, batching=Batching.PADDED)
+    assert sum(len(bin) * max(lengths[p] for p in bin) for bin in steps) <= 1.1 * sum(lengths)
+
+
+def test_rows_are_filled_up_on_the_right_and_count_on():
+    batch = collate([Sample([5, 6, 7], [IGNORE, 6, 7]), Sample([8, 9], [8, 9])], Batching.PADDED)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert batch.is_token.tolist() == [[True, True, True], [True, True, False]]
+    assert batch.loss_positions.tolist() == [0, 1, 3]
+    assert batch.targets.tolist() == [6, 7, 9]
+    assert batch.sample_of_target.tolist() == [0, 0, 1]
 
 
 def test_plan_fills_micro_batches_well():

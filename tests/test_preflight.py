@@ -1,0 +1,147 @@
+"""What a model does decides how it is fed, and whether it is trained at all, before anything expensive."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from osft.data.packing import Batching
+from osft.likelihood import target_logits
+from osft.models import UnsupportedModelError, empty_model
+from osft.preflight import Preflight, preflight
+from osft.random_weights import compute_one_block_of_each_kind, fill_at_random
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
+
+
+def saved(config: PreTrainedConfig, folder: Path) -> Path:
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("attention", [None, "sdpa", "eager", "flash_attention_2"])
+def test_attention_keeps_packed_samples_apart_in_each_implementation(attention, tmp_path):
+    found = preflight(saved(LlamaConfig(**LLAMA), tmp_path), attn_implementation=attention)
+    assert found.batching is Batching.PACKED
+
+
+@pytest.mark.parametrize("kind", ["persimmon", "gptj"])
+def test_a_flash_kernel_knows_packed_samples_by_position_ids_which_not_every_model_hands_on(kind, tmp_path):
+    extra = {"persimmon": {"intermediate_size": 48}, "gptj": {"rotary_dim": 4}}
+    folder = saved(AutoConfig.for_model(kind, **SMALL, **extra[kind]), tmp_path)
+    assert preflight(folder).batching is Batching.PACKED  # by the mask
+    assert preflight(folder, attn_implementation="flash_attention_2").batching is Batching.PADDED
+
+
+REFUSED = {
+    "an encoder-decoder": ("t5", {"d_model": 32, "num_layers": 1}, "is an encoder-decoder"),
+    "an encoder-decoder that also has a decoder class": ("bart", {"d_model": 32}, "is an encoder-decoder"),
+    "an encoder": ("bert", SMALL, "sees the tokens that follow"),
+    "an encoder by its own code": ("xlm", {"emb_dim": 32, "n_layers": 1, "n_heads": 4}, "sees the tokens that follow"),
+    "a permutation model": ("xlnet", {"d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}, "sees the tokens"),
+    "an image classifier": ("vit", {"hidden_size": 32}, "no language model"),
+    "a speech encoder": ("wav2vec2", {}, "no language model"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_causal_language_model_is_refused_in_a_short_line(what, tmp_path):
+    kind, settings, message = REFUSED[what]
+    folder = saved(AutoConfig.for_model(kind, **settings), tmp_path / kind)
+    with pytest.raises(UnsupportedModelError, match=message) as refusal:
+        preflight(folder)
+    text = str(refusal.value)
+    assert str(folder) in text
+    assert "\n" not in text
+    assert len(text) < 400
+
+
+def test_attention_that_an_architecture_lacks_is_refused(tmp_path):
+    folder = saved(AutoConfig.for_model("bloom", vocab_size=64, hidden_size=32, n_layer=1, n_head=4), tmp_path)
+    with pytest.raises(ValueError, match="BloomForCausalLM does not have it"):
+        preflight(folder, attn_implementation="flash_attention_2")
+
+
+def test_folder_without_config_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path} is not a model folder"):
+        preflight(tmp_path)
+
+
+def test_result_passes_through_json():
+    found = Preflight(Batching.PADDED, "why")
+    assert Preflight.from_dict(found.to_dict()) == found
+    assert found.line() == "model: one sample a row: why"
+
+
+def test_a_model_of_any_size_is_tried_in_little_memory(tmp_path):
+    """Sixteen billion parameters, of which no weight is ever whole; one of 64 equal blocks is computed."""
+    large = LLAMA | {"vocab_size": 200_000, "hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 64}
+    model = empty_model(saved(LlamaConfig(**large), tmp_path))
+    assert model.num_parameters() > 16e9
+    fill_at_random(model)
+    compute_one_block_of_each_kind(model)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
+    assert sum(storages.values()) < 150e6
+    assert sum("forward" in vars(block) for block in model.model.layers) == 63
+
+
+def test_blocks_of_another_kind_are_all_computed(tmp_path):
+    config = AutoConfig.for_model(
+        "gemma3_text", **LLAMA | {"num_hidden_layers": 6}, layer_types=["sliding_attention", "full_attention"] * 3
+    )
+    model = empty_model(saved(config, tmp_path))
+    compute_one_block_of_each_kind(model)
+    assert ["forward" in vars(block) for block in model.model.layers] == [False, False, True, True, True, True]
+
+
+def test_random_values_are_the_same_each_time_and_leave_the_generator_alone(tmp_path):
+    folder, state = saved(LlamaConfig(**LLAMA), tmp_path), torch.get_rng_state()
+    logits = []
+    for _ in range(2):
+        model = empty_model(folder)
+        fill_at_random(model)
+        with torch.no_grad():
+            logits.append(model(torch.arange(10)[None]).logits)
+    assert torch.equal(*logits)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_targets_logits_are_those_of_models_that_know_no_logits_to_keep(tmp_path):
+    from osft.data.chat import IGNORE, Sample
+    from osft.data.packing import collate
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("bloom", vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    ).eval()
+    rows = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]
+    samples = [Sample(row, [IGNORE, IGNORE, *row[2:]]) for row in rows]
+    with torch.no_grad():
+        found = target_logits(model, collate(samples, Batching.PADDED))
+        expected = torch.cat([model(torch.tensor([row])).logits[0, 1:-1] for row in rows])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_plan_says_how_samples_are_fed(model_folder, chats, tmp_path):
+    from osft.config import TrainConfig
+    from osft.training.plan import plan
+
+    config = TrainConfig(
+        model_path=str(model_folder),
+        data_path=str(chats),
+        unfreeze_rank_ratio=0.25,
+        effective_batch_size=8,
+        max_tokens_per_gpu=256,
+        max_seq_len=200,
+        learning_rate=1e-3,
+        ckpt_output_dir=str(tmp_path),
+    )
+    found = plan(config)
+    assert found.preflight.batching is Batching.PACKED
+    assert "samples are packed" in dict(found.facts())["batches"]
+    t5 = saved(AutoConfig.for_model("t5", d_model=32), tmp_path / "t5")
+    with pytest.raises(UnsupportedModelError):
+        plan(dataclasses.replace(config, model_path=str(t5)))
