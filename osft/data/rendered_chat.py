@@ -202,21 +202,24 @@ class RenderedChat:
         return None if opens_the_next else token.end()
 
     def _render_around(self, position: int, length: int) -> tuple[str, str] | None:
-        """The first `length` messages, rendered and divided at the sentinel; None if it is not there once."""
-        message = dict(self._messages[position])
+        """The first `length` messages, rendered and divided at the sentinel; None if it is not there once.
+
+        The name of a function may come again: templates repeat it in the turn that has the call's result.
+        """
+        message, name = dict(self._messages[position]), ""
         if "tool_calls" in message:
             *others, call = message["tool_calls"]
+            name = call.get("function", call)["name"]
             function = call.get("function", call) | {"name": SENTINEL}
             message["tool_calls"] = [*others, call | {"function": function} if "function" in call else function]
         else:
             message["content"] = SENTINEL
+        messages = [*self._messages[:position], message, *self._messages[position + 1 : length]]
         try:
-            pieces = self._render([*self._messages[:position], message, *self._messages[position + 1 : length]]).split(
-                SENTINEL
-            )
+            before, *pieces = self._render(messages).split(SENTINEL)
         except TEMPLATE_ERRORS:
             return None
-        return (pieces[0], pieces[1]) if len(pieces) == 2 else None
+        return (before, name.join(pieces)) if len(pieces) == 1 or (name and pieces) else None
 
     def _prompt(self, position: int) -> str:
         """The prompt for the message at `position`; empty for the first one, or if the template refuses it."""

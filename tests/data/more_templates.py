@@ -71,12 +71,17 @@ MISTRAL7 = """{{ bos_token }}{% for m in messages %}
 {%- elif m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}
 {%- elif m.role == 'assistant' %}{{ m.content + eos_token }}{% endif %}{% endfor %}"""
 
-# As DeepSeek V3: system texts are joined at the head, the assistant's tag follows the question.
+# As DeepSeek V3: system texts are joined at the head, the assistant's tag follows the question, calls have tokens.
 DEEPSEEK3 = """{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}
 {%- set ns.system = ns.system + m.content %}{% endif %}{% endfor %}{{ bos_token + ns.system }}
 {%- for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}
-{%- elif m.role == 'assistant' %}{{ '<|Assistant|>' + m.content + eos_token }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"""
+{%- elif m.role == 'tool' %}{{ '<|tool_output|>' + m.content + '<|tool_output_end|>' }}
+{%- elif m.role == 'assistant' %}
+{{- ('<|Assistant|>' if messages[loop.index0 - 1].role != 'tool' else '') + m.content }}
+{%- for call in m.tool_calls or [] %}{{ '<|calls|>' if loop.first }}
+{{- '<|call|>function<|sep|>' + call.function.name + '\n' + call.function.arguments | tojson + '<|call_end|>' }}
+{{- '<|calls_end|>' if loop.last }}{% endfor %}{{ eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt and messages[-1].role != 'tool' %}{{ '<|Assistant|>' }}{% endif %}"""
 
 # As SmolLM 3: the markers enclose the header and the line break after the turn, and thinking is off by default.
 SMOLLM3 = """{% set think = enable_thinking | default(false) %}
@@ -101,8 +106,16 @@ WORDS = """{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\
 {%- else %}{{ '### ' + ('Response' if m.role == 'assistant' else 'Instruction') + ':\n' + m.content + '\n\n' }}
 {%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"""
 
-# As GPT-OSS (Harmony): channels, reasoning only in the last turn, and another token that closes it.
-HARMONY = """{% for m in messages %}{% if m.role == 'assistant' %}
+# As GPT-OSS (Harmony): channels, reasoning only in the last turn, another token that closes it, and the name of the
+# function before its result.
+HARMONY = """{% set ns = namespace(name='') %}{% for m in messages %}{% if m.tool_calls %}
+{%- set f = m.tool_calls[0].function %}{% set ns.name = f.name %}
+{%- if m.thinking %}{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}
+{{- '<|start|>assistant<|channel|>commentary to=functions.' + f.name + ' json<|message|>' }}
+{{- f.arguments | tojson + '<|call|>' }}
+{%- elif m.role == 'tool' %}
+{{- '<|start|>functions.' + ns.name + ' to=assistant<|channel|>commentary<|message|>' + m.content + '<|end|>' }}
+{%- elif m.role == 'assistant' %}
 {%- if loop.last and m.thinking %}
 {{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{% endif %}
 {{- '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}
@@ -161,11 +174,20 @@ MORE_SHAPES = {
         [f"[{slash}{name}]" for name in ("INST", "SYSTEM_PROMPT") for slash in ("", "/")],
         [],
     ),
-    "deepseek3": (DEEPSEEK3, "<|end|>", "<|begin|>", ["<|User|>", "<|Assistant|>"], []),
+    "deepseek3": (
+        DEEPSEEK3,
+        "<|end|>",
+        "<|begin|>",
+        [
+            *("<|User|>", "<|Assistant|>", "<|tool_output|>", "<|tool_output_end|>"),
+            *("<|calls|>", "<|calls_end|>", "<|call|>", "<|call_end|>", "<|sep|>"),
+        ],
+        [],
+    ),
     "smollm3": (SMOLLM3, "<|im_end|>", None, IM, ["<think>", "</think>"]),
     "vicuna": (VICUNA, "</s>", "<s>", [], []),
     "words": (WORDS, "</s>", "<s>", [], []),
-    "harmony": (HARMONY, "<|return|>", None, ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"], []),
+    "harmony": (HARMONY, "<|return|>", None, ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|call|>"], []),
     "glm4": (GLM4, "<|endoftext|>", None, ["[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>"], []),
     "nemotron": (NEMOTRON, "</s>", "<s>", ["<extra_id_0>", "<extra_id_1>"], []),
     "content marked": (CONTENT_MARKED, "<|im_end|>", "<s>", IM, []),

@@ -157,13 +157,54 @@ def test_a_header_that_nothing_asks_for_has_no_loss():
     assert pieces(Record(source="f:1", messages=ANSWERS), tokenizer) == ["a1<|im_end|>", "a2<|im_end|>"]
 
 
-def test_end_of_the_chat_is_not_the_end_of_a_call():
-    call = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
-    answered = (asks("q"), says("", **call), {"role": "tool", "content": "r"}, says("a"))
-    tokenizer = shaped_tokenizer("phi3")
-    called = '<|call|>f{"x": 1}<|end|>'
-    assert pieces(Record(source="f:1", messages=answered[:2]), tokenizer) == [called]
-    assert pieces(Record(source="f:1", messages=answered), tokenizer) == [called, "a<|end|>"]
+def calls(*names: str, **keys: object) -> dict:
+    functions = [{"type": "function", "function": {"name": name, "arguments": {"x": 1}}} for name in names]
+    return says("", tool_calls=functions, **keys)
+
+
+RESULT = {"role": "tool", "content": "RESULT"}
+DEEPSEEK_CALL = '<|call|>function<|sep|>{}\n{{"x": 1}}<|call_end|>'
+
+
+@pytest.mark.parametrize(
+    ("shape", "messages", "expected"),
+    [
+        ("phi3", [calls("f")], ['<|call|>f{"x": 1}<|end|>']),  # what ends the chat does not end the call
+        ("phi3", [calls("f"), RESULT, says("a")], ['<|call|>f{"x": 1}<|end|>', "a<|end|>"]),
+        (
+            "phi3",
+            [calls("f", "g"), RESULT, calls("f")],
+            ['<|call|>f{"x": 1}<|call|>g{"x": 1}<|end|>', '<|call|>f{"x": 1}<|end|>'],
+        ),
+        (
+            "harmony",  # which repeats the name of the function in the turn of the tool
+            [calls("f"), RESULT, calls("f"), RESULT, says("a")],
+            ['<|channel|>commentary to=functions.f json<|message|>{"x": 1}<|call|>'] * 2
+            + ["<|channel|>final<|message|>a<|return|>"],
+        ),
+        (
+            "harmony",
+            [calls("f", thinking="r"), RESULT, says("a", thinking="s")],
+            [
+                "<|channel|>analysis<|message|>r<|end|><|start|>assistant<|channel|>commentary to=functions.f json"
+                '<|message|>{"x": 1}<|call|>',
+                "<|channel|>analysis<|message|>s<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>",
+            ],
+        ),
+        (
+            "deepseek3",
+            [calls("f", "g"), RESULT, RESULT, says("a"), asks("q"), says("b")],
+            [
+                f"<|calls|>{DEEPSEEK_CALL.format('f')}{DEEPSEEK_CALL.format('g')}<|calls_end|><|end|>",
+                "a<|end|>",
+                "b<|end|>",
+            ],
+        ),
+    ],
+)
+def test_calls_of_functions_count_whole_and_their_results_do_not(shape, messages, expected):
+    record = Record(source="f:1", messages=(asks("q"), *messages))
+    assert pieces(record, shaped_tokenizer(shape)) == expected
 
 
 @pytest.mark.parametrize(
