@@ -75,9 +75,11 @@ class TrainConfig(SubspaceConfig):
     Hugging Face id, `org/name` or `org/name@revision`."""
 
     data_path: str
-    """Training data as JSON lines: a file, a folder of .jsonl files, or a glob, as a path or an `s3://` URI. See
-    `use_processed_dataset` and `is_pretraining` for what a line holds; otherwise
-    {"messages": [{"role": …, "content": …}, …]}."""
+    """Training data: a file, a folder of files or a glob, as a path or an `s3://` URI, or the id of a Hugging Face data
+    set, `org/name` or `org/name@revision`. JSON lines, a JSON array, CSV and TSV, also compressed, Parquet, Arrow, and
+    what `datasets` saved. See `use_processed_dataset` and `is_pretraining` for what a record holds; otherwise it is a
+    chat, {"messages": [{"role": …, "content": …}, …]}, or in a form that is converted: ShareGPT, Alpaca,
+    prompt/completion, question/answer."""
 
     effective_batch_size: Annotated[int, Bounds(low=1)]
     """Samples per optimizer step, over all processes and accumulation steps."""

@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     model: Annotated[str, typer.Option(help="Hugging Face id, local folder, or example: URI.")] = "",
-    data: Annotated[str, typer.Option(help=".jsonl file, folder, glob, or example: URI of the new task.")] = "",
+    data: Annotated[str, typer.Option(help="File, folder, glob, or example: URI of the new task.")] = "",
     settings: Annotated[
         list[str] | None,
         typer.Option(

@@ -31,13 +31,13 @@ def prepare_data(
         base_model: Hugging Face id, folder, or example: URI of the base model.
         model: The model to tune, as resolve_round names it.
         records: File of the new records, as resolve_round has written it.
-        anchor_uris: Evaluation sets of what the model should not forget: .jsonl file, folder, glob, or example: URI.
+        anchor_uris: Evaluation sets of what the model should not forget: file, folder, glob, or example: URI.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
         pipeline_run_id: Id of the pipeline run.
         max_seq_len: Longer samples are dropped and counted.
-        validation_fraction: Share of the prompts that is held out.
+        validation_fraction: Share of the prompts that is held out; at least one is.
         max_train_samples: Use at most this many training samples; 0 uses all.
         max_validation_samples: Hold out at most this many samples; 0 keeps all.
 

@@ -36,7 +36,7 @@ def resolve_round(
     Args:
         model_name: Name of the registered model.
         base_model: Hugging Face id, folder, or example: URI of the model that the first round tunes.
-        data_uri: .jsonl file, folder, glob, s3:// prefix, Hugging Face data set id, or example: URI of the records.
+        data_uri: File, folder, glob, s3:// prefix, Hugging Face data set id, or example: URI of the records.
         anchor_uris: Evaluation sets of what the model should not forget.
         gate: Rules of the gate, which are checked here.
         min_new_samples: With fewer new records there is nothing to learn.

@@ -47,8 +47,9 @@ class Files:
         self.conversions: Counter[str] = Counter()
 
     def name(self, files: frozenset[str]) -> str:
-        """The file's name, or for records of several files the folder's."""
-        return data_name(next(iter(files)) if len(files) == 1 else self.uri)
+        """The file's name; for records of several files, or of a folder that `datasets` saved, the folder's."""
+        file = next(iter(files)) if len(files) == 1 else ""
+        return data_name(file if file and not file.endswith(".arrow") else self.uri)
 
     def records(self) -> Iterator[Record]:
         """All records, file by file. Raises DataError at the first bad line."""

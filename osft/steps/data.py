@@ -1,6 +1,7 @@
 """What is new, and the data that training reads."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,8 +123,11 @@ def prepare_data(
     with round.step("prepare_data") as step:
         anchors = [examples.resolve(uri, fetched) for uri in anchor_uris]
         for anchor in anchors:
-            for _ in read_records(anchor, allow_text=True):
+            counts: Counter[str] = Counter()
+            for _ in read_records(anchor, allow_text=True, counts=counts):
                 pass
+            for line in report_lines(counts):
+                print(f"{anchor}: {line}", flush=True)
         base = stored_model(examples.resolve(base_model, fetched), storage.join(root, "models"))
         if model == base_model:
             model = base

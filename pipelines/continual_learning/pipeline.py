@@ -126,9 +126,9 @@ def one_round(
     Args:
         base_model: Model that the first round tunes: Hugging Face id (org/name), folder on the shared volume, or
             example: URI. Later rounds go on from the champion.
-        data_uri: Where new data arrives: .jsonl file, folder or glob of chats ({"messages": [...]}) on the shared
-            volume, s3:// prefix, Hugging Face data set id (org/name@revision), or example: URI. What the champion has
-            learned of it is left out.
+        data_uri: Where new data arrives: file, folder or glob of chats ({"messages": [...]}; JSON lines, JSON, CSV,
+            Parquet) on the shared volume, s3:// prefix, Hugging Face data set id (org/name@revision), or example: URI.
+            What the champion has learned of it is left out.
         anchor_uris: Evaluation sets of what the model should not forget: chats or plain texts, as data_uri.
         model_name: Name of the model in the MLflow registry; its alias champion is what a round goes on from.
         min_new_samples: With fewer records that the champion does not know, the run ends with "nothing to learn".
@@ -139,7 +139,7 @@ def one_round(
             trains all of them.
         rank_allocation: "uniform", or "adaptive": layers that matter more keep more frozen directions.
         max_seq_len: Longest sample in tokens; longer ones are dropped and counted.
-        validation_fraction: Share of the prompts that is held out for evaluation.
+        validation_fraction: Share of the prompts that is held out for evaluation; at least one prompt is.
         max_train_samples: Use at most this many training samples; 0 uses all. The default fits ten minutes on two
             CPU cores.
         max_validation_samples: Evaluate on at most this many held-out samples; 0 uses all.

@@ -283,3 +283,45 @@ def test_everything_too_long_is_refused(chats, model_folder, tmp_path):
 def test_settings_out_of_range_are_refused_by_name(chats, model_folder, tmp_path, setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         prepare(str(chats), model_folder, tmp_path, **setting)
+
+
+@pytest.mark.parametrize(("fraction", "wanted"), [(0.001, False), (0.999, False), (0, True)])
+def test_two_prompts_are_enough_for_both_sides(model_folder, tmp_path, fraction, wanted):
+    records = [record for record in arithmetic(40) if " please" not in record["messages"][0]["content"]][:2]
+    file = write_jsonl(tmp_path / "a.jsonl", records)
+    options = {"validation_fraction": fraction, "hold_out_a_prompt": wanted}
+    prepared = prepare(str(file), model_folder, tmp_path / "out", **options).statistics
+    assert (prepared["num_train_samples"], prepared["num_held_out_records"]) == (1, 1)
+
+
+def test_one_prompt_is_refused_where_one_must_be_measured(model_folder, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", arithmetic(1) * 3)
+    with pytest.raises(DataError, match="a.jsonl: the records have one prompt in all, and one to measure is needed"):
+        prepare(str(file), model_folder, tmp_path / "out", validation_fraction=0, hold_out_a_prompt=True)
+
+
+def test_conversions_are_counted_and_shown(model_folder, tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    records = [{"conversations": turns, "id": 1}, *arithmetic(3)]
+    records.append({"messages": [{"role": "developer", "content": "d"}, *records[1]["messages"]]})
+    lines: list[str] = []
+    file = write_jsonl(tmp_path / "a.jsonl", records)
+    options = {"validation_fraction": 0, "report": lines.append}
+    prepared = prepare(str(file), model_folder, tmp_path / "out", **options).statistics
+    assert prepared["conversions"] == {
+        "converted from ShareGPT": 1,
+        "key 'id' ignored": 1,
+        "role 'developer' taken as 'system'": 1,
+    }
+    assert lines[1:] == [f"data: 1 record: {what}" for what in sorted(prepared["conversions"])]
+
+
+def test_a_key_that_the_template_does_not_read_is_refused(model_folder, tmp_path):
+    records = arithmetic(3)
+    records[1]["messages"][1]["thinking"] = "because"
+    file = write_jsonl(tmp_path / "a.jsonl", records)
+    with pytest.raises(DataError, match=r"a.jsonl:2: .*does not read messages\[1\].thinking"):
+        prepare(str(file), model_folder, tmp_path / "out", validation_fraction=0)
+    file = write_jsonl(tmp_path / "b.jsonl", [arithmetic(1)[0] | {"score": 0.5}])
+    with pytest.raises(DataError, match=r"b.jsonl:1: .*does not read score, .* below 'metadata'"):
+        prepare(str(file), model_folder, tmp_path / "out", validation_fraction=0)

@@ -1,12 +1,15 @@
 """What a round starts from, and what of its data is new."""
 
+import csv
 import json
+import lzma
 import random
 import time
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from datasets import Dataset, IterableDataset
 
 from osft.data.records import DataError, read_records
 from osft.rounds.resolve import ResolvedRound, resolve_round
@@ -218,3 +221,62 @@ def test_a_round_has_the_name_of_the_one_file_that_is_new_in_an_inbox(resolve, c
     champion(RECORDS[10:12], parent=parent, task="mails")
     write_jsonl(inbox / "calls.jsonl", RECORDS[20:25])
     assert resolve(inbox / "*.jsonl").task == "inbox"
+
+
+def test_new_records_of_one_prompt_are_refused_with_the_remedy(resolve, champion, tmp_path):
+    champion(RECORDS[1:])
+    asked, told = RECORDS[0]["messages"]
+    one = [{"messages": [asked, told]}, {"messages": [asked, told | {"content": "neither"}]}]
+    data = write_jsonl(tmp_path / "d.jsonl", RECORDS[1:] + one)
+    with pytest.raises(DataError, match=r"d\.jsonl: the 2 new records have one prompt in all, .* set min_new_samples="):
+        resolve(data)
+    assert not (tmp_path / "root").exists()
+    assert resolve(data, min_new_samples=3).nothing_to_learn
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl.xz", "d.csv", "d.parquet", "d"])
+def test_what_is_new_does_not_depend_on_the_format(resolve, champion, tmp_path, name):
+    champion(RECORDS[:20])
+    path = tmp_path / name
+    if name == "d.json":
+        path.write_text(json.dumps(RECORDS, indent=2))
+    elif name == "d.jsonl.xz":
+        path.write_bytes(lzma.compress("".join(json.dumps(record) + "\n" for record in RECORDS).encode()))
+    elif name == "d.csv":
+        rows = [(json.dumps(record["messages"]), json.dumps(record["choices"])) for record in RECORDS]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("messages", "choices"), *rows])
+    elif name == "d.parquet":
+        Dataset.from_list(RECORDS).to_parquet(path)
+    else:
+        Dataset.from_list(RECORDS).save_to_disk(path)
+    found = resolve(path)
+    assert (found.task, found.data.num_records, found.data.num_new) == ("d", len(RECORDS), len(RECORDS) - 20)
+    assert by_text(content(found)) == by_text(RECORDS[20:])
+
+
+def test_converted_records_are_known_by_what_they_say(resolve, champion, tmp_path):
+    champion([{"messages": record["messages"]} for record in RECORDS[:20]])
+    pairs = [[message["content"] for message in record["messages"]] for record in RECORDS]
+    forms = [
+        [{"prompt": ask, "completion": tell} for ask, tell in pairs],
+        [{"instruction": ask, "input": "", "output": tell} for ask, tell in pairs],
+        [{"conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": tell}]} for ask, tell in pairs],
+    ]
+    for number, rows in enumerate(forms):
+        found = resolve(write_jsonl(tmp_path / f"{number}.jsonl", [row | {"id": n} for n, row in enumerate(rows)]))
+        assert found.data.num_new == len(RECORDS) - 20
+        assert sorted(found.conversions.values()) == [len(RECORDS)] * 2
+        assert ResolvedRound.from_json(found.to_json()) == found
+
+
+def test_records_of_the_hub_are_read_at_their_commit(resolve, champion, monkeypatch, tmp_path):
+    champion(RECORDS[:20])
+    rows = IterableDataset.from_generator(lambda: iter(RECORDS))
+    monkeypatch.setenv("OSFT_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, **options: rows)
+    info = type("Info", (), {"sha": "d" * 40})()
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *given, **options: info)
+    found = resolve("org/name@v1")
+    assert (found.task, found.data.revision, found.data.num_new) == ("name", "d" * 40, len(RECORDS) - 20)
+    assert by_text(content(found)) == by_text(RECORDS[20:])

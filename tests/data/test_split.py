@@ -1,0 +1,33 @@
+"""Neither side of a split stays empty where there are two prompts."""
+
+import hashlib
+
+import pytest
+
+from osft.data.split import held_out_prompts, is_held_out
+
+
+def prompts(count: int) -> list[str]:
+    return [hashlib.sha256(str(number).encode()).hexdigest() for number in range(count)]
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("count", [2, 3, 10, 100])
+def test_both_sides_have_a_prompt(fraction, count):
+    chosen = held_out_prompts(prompts(count) * 3, fraction)
+    assert 0 < len(chosen) < count
+    by_hash = {prompt for prompt in prompts(count) if is_held_out(prompt, fraction)}
+    assert len(chosen ^ by_hash) <= 1, "only where a side would be empty"
+    if 0 < len(by_hash) < count:
+        assert chosen == by_hash
+
+
+def test_the_prompt_that_is_moved_depends_on_the_prompts_only():
+    assert held_out_prompts(prompts(9), 1e-9) == held_out_prompts(reversed(prompts(9)), 1e-9) == {min(prompts(9))}
+    assert held_out_prompts(prompts(9), 1 - 1e-9) == set(prompts(9)) - {max(prompts(9))}
+
+
+def test_a_fraction_of_0_holds_nothing_out_unless_one_is_wanted():
+    assert held_out_prompts(prompts(9), 0) == frozenset()
+    assert held_out_prompts(prompts(9), 0, at_least_one=True) == {min(prompts(9))}
+    assert held_out_prompts(prompts(1), 0, at_least_one=True) == frozenset()
