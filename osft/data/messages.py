@@ -146,7 +146,8 @@ def _part(part: Any, place: str) -> str:
     text = given.pop(_TEXT_PARTS[kind], None) if isinstance(kind, str) and kind in _TEXT_PARTS else None
     if not isinstance(text, str):
         what = "a part" if not isinstance(part, dict) else f"a part of the type {kind!r}"
-        raise DataError(f"{place} is {what} without text, and only text is trained. Drop the record; got {part!r:.80}")
+        remedy = "Move it to 'reasoning_content'" if kind in ("thinking", "reasoning") else "Drop the record"
+        raise DataError(f"{place} is {what} without text, and only text is trained. {remedy}; got {part!r:.80}")
     if given:
         raise DataError(f"{place} has {next(iter(given))!r}, which would be dropped. Remove it")
     return text

@@ -24,6 +24,7 @@ from osft.data import files
 from osft.data.files import DataError
 from osft.data.json_rows import parse_line
 from osft.data.messages import function_name, read_message, unrolled
+from osft.data.padding import without_foreign_nulls, without_padding
 from osft.data.record_forms import decoded, to_messages
 from osft.data.rows import read_file
 
@@ -166,6 +167,9 @@ def _to_record(row: dict[str, Any], source: str, counts: Counter[str], *, allow_
     tools = value.pop("tools", None) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and function_name(tool) for tool in tools):
         raise refuse(f"'tools' must be a list of JSON schemas of functions, each with a name; got {tools!r:.200}")
+    written, tools = tools, without_padding(tools)
+    written_messages, messages = messages, without_foreign_nulls(messages, tools)
+    counts["nulls that Arrow added to calls or tools left out"] += (written, written_messages) != (tools, messages)
     unmask = value.pop("unmask", None) or False
     if not isinstance(unmask, bool):
         raise refuse(f"'unmask' must be true or false; got {unmask!r}")

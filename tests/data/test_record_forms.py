@@ -199,6 +199,26 @@ def test_nulls_that_arrow_adds_to_arguments_and_schemas_are_not_learned(tmp_path
     assert len(hashes) == 1
 
 
+def test_nulls_that_arrow_wrote_into_json_are_not_learned(tmp_path):
+    one = {"type": "object", "properties": {"x": {"type": ["integer", "null"], "default": None}}}
+    two = {"type": "object", "properties": {"y": {"type": "string", "enum": ["z"]}}}
+    tools = [{"type": "function", "function": {"name": n, "parameters": p}} for n, p in (("f", one), ("g", two))]
+    calls = [
+        {"function": {"name": "f", "arguments": {"x": None}}},
+        {"function": {"name": "g", "arguments": {"y": "z"}}},
+    ]
+    row = {"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": calls}], "tools": tools}
+    padded = json.loads(json.dumps(row))
+    padded["messages"][0] |= {"tool_calls": None}
+    padded["messages"][1]["tool_calls"][0]["function"]["arguments"] |= {"y": None}
+    padded["messages"][1]["tool_calls"][1]["function"]["arguments"] |= {"x": None}
+    padded["tools"][0]["function"]["parameters"]["properties"] |= {"y": None}
+    padded["tools"][1]["function"]["parameters"]["properties"] |= {"x": None}
+    padded["tools"][1]["function"]["parameters"]["properties"]["y"] |= {"items": None}
+    assert read(padded) == read(row)
+    assert read(row).to_dict() == row, "a null that a schema allows stays"
+
+
 def test_nulls_that_json_has_in_arguments_are_learned():
     record = read({"messages": [ASK, {"role": "assistant", "tool_calls": [CALL]}]})
     assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1, "y": None}
