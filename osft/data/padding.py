@@ -41,8 +41,5 @@ def _call(call: dict[str, Any], schemas: Mapping[str, dict[str, Any]]) -> dict[s
     if not isinstance(known, dict) or not isinstance(function.get("arguments"), dict):
         return call
     arguments = {key: value for key, value in function["arguments"].items() if value is not None or key in known}
-    return (
-        call | {"function": function | {"arguments": arguments}}
-        if "function" in call
-        else call | {"arguments": arguments}
-    )
+    stripped = function | {"arguments": arguments}
+    return call | {"function": stripped} if "function" in call else stripped

@@ -59,7 +59,8 @@ def decoded(row: Row, counts: Counter[str]) -> Row:
             if not value.strip():
                 continue
             value = _from_text(value)
-            counts[f"'{key}' read from a JSON text"] += not isinstance(value, str)
+            if not isinstance(value, str):
+                counts[f"'{key}' read from a JSON text"] += 1
         if key in _STRUCTURED and isinstance(value, list):
             value = [_from_text(part) if isinstance(part, str) and key != "choices" else part for part in value]
         found[key] = value

@@ -167,9 +167,11 @@ def _to_record(row: dict[str, Any], source: str, counts: Counter[str], *, allow_
     tools = value.pop("tools", None) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and function_name(tool) for tool in tools):
         raise refuse(f"'tools' must be a list of JSON schemas of functions, each with a name; got {tools!r:.200}")
-    written, tools = tools, without_padding(tools)
-    written_messages, messages = messages, without_foreign_nulls(messages, tools)
-    counts["nulls that Arrow added to calls or tools left out"] += (written, written_messages) != (tools, messages)
+    written = (tools, messages)
+    tools = without_padding(tools)
+    messages = without_foreign_nulls(messages, tools)
+    if written != (tools, messages):
+        counts["nulls that Arrow added to calls or tools left out"] += 1
     unmask = value.pop("unmask", None) or False
     if not isinstance(unmask, bool):
         raise refuse(f"'unmask' must be true or false; got {unmask!r}")
