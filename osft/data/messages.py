@@ -45,6 +45,9 @@ def read_message(message: Any, place: str, counts: Counter[str]) -> tuple[dict[s
     """
     if not isinstance(message, dict):
         raise DataError(f"{place} must be an object with a role and a content; got {message!r:.80}")
+    role, content = message.get("role"), message.get("content")
+    if len(message) == 2 and role in ROLES and isinstance(content, str):
+        return message, None  # as nearly all are: this takes a third of the time
     given = {key: value for key, value in message.items() if value is not None}
     role = _role(given.pop("role", None), place, counts)
     learn = learns(given.pop("weight", None), given.pop("train", None), role, place)

@@ -96,7 +96,7 @@ def to_messages(row: Row, source: str, counts: Counter[str]) -> Row:
         messages, form = _one_answer(rest, source)
     if form:
         counts[f"converted from {form}"] += 1
-    if "functions" in rest and "tools" not in rest:
+    if isinstance(rest.get("functions"), list) and "tools" not in rest:
         rest["tools"] = [{"type": "function", "function": function} for function in rest.pop("functions")]
         counts["'functions' taken as 'tools'"] += 1
     return {"messages": _with_system(rest, messages, source), **rest}

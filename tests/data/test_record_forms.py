@@ -1,6 +1,7 @@
 """Every form of a chat becomes the same messages, or is refused with its place and the remedy."""
 
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -409,3 +410,40 @@ def test_a_text_with_a_key_that_is_not_understood_is_refused():
     assert parse_record('{"text": "a", "id": 7, "metadata": {"x": 1}}', "f:1", allow_text=True).text == "a"
     with pytest.raises(DataError, match="this one has 'text', 'mood'"):
         parse_record('{"text": "a", "mood": "good"}', "f:1", allow_text=True)
+
+
+def mutated(value: object, numbers: random.Random) -> object:
+    """The value with some part of it replaced by something else."""
+    if numbers.random() < 0.15:
+        return numbers.choice(
+            [None, 0, 1.5, True, "", "a", " ", [], {}, [1], {"a": 1}, [None], [{}], "[]", "{", ["a"], [[]]]
+        )
+    if isinstance(value, dict):
+        return {key: mutated(part, numbers) for key, part in value.items() if numbers.random() > 0.05}
+    if isinstance(value, list):
+        return [mutated(part, numbers) for part in value for _ in range(numbers.choice([1, 1, 1, 1, 0, 2]))]
+    return value
+
+
+def test_whatever_json_there_is_becomes_a_record_or_is_refused_by_name():
+    numbers = random.Random(0)
+    rich = {
+        "tools": [{"function": {"name": "f", "parameters": {"properties": {"x": {}}}}}],
+        "choices": ["yo"],
+        "unmask": True,
+    }
+    rows = [value for value, _ in FORMS.values()] + [two(**keys) | rich for keys in CALLS.values()]
+    rows += [
+        two(weight=1, train=True, thinking="t"),
+        {"conversations": [HUMAN, {"from": "function_call", "value": [CALL]}]},
+    ]
+    kept = 0
+    for _ in range(4000):
+        value = mutated(numbers.choice(rows), numbers)
+        try:
+            record = parse_record(json.dumps(value), "f:1", allow_text=True)
+        except DataError:
+            continue
+        kept += 1
+        assert parse_record(json.dumps(record.to_dict()), "f:1", allow_text=True) == record
+    assert 200 < kept < 3800
