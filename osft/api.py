@@ -43,7 +43,7 @@ def run(
         raise told from error
 
 
-def _check_places(config: TrainConfig) -> None:
+def check_places(config: TrainConfig) -> None:
     """Raise ValueError for a place that nothing can be written to, and for an MLflow address that is none."""
     from osft.paths import check_writable
     from osft.tracking.addresses import checked_address
@@ -59,7 +59,7 @@ def _check_places(config: TrainConfig) -> None:
 def _planned(config: TrainConfig) -> "TrainingPlan":
     from osft.training.plan import plan
 
-    _check_places(config)
+    check_places(config)
     return plan(config)
 
 
@@ -74,7 +74,7 @@ def _trained(config: TrainConfig, callbacks: "Sequence[TrainingCallback] | Train
             raise ValueError(
                 f"callbacks must be TrainingCallback objects, got {follower!r} ({type(follower).__name__})"
             )
-    _check_places(config)
+    check_places(config)
     with tracked(config) as trackers:
         return train(config, [*followers, *trackers])
 
@@ -324,10 +324,12 @@ def osft(
         TrainingPlan.
 
     Raises:
-        ValueError: A parameter is missing, unknown, of a wrong type or out of range; data or settings cannot work.
-            Nothing was started then, and nothing lost.
+        ValueError: A parameter is missing, unknown, of a wrong type or out of range; data or settings cannot work; a
+            path cannot be read or written to. Nothing was started then, and nothing lost.
         FileNotFoundError: model_path or data_path does not exist, or is incomplete.
-        RuntimeError: Training failed; the message holds the traceback of the process that failed first.
+        RuntimeError: Training failed; the message holds the traceback of the process that failed first. Also a full
+            disk, or too little memory: the same call goes on from the saved state.
+        ConnectionError: An object store or another node does not answer. A tracking server that is away ends nothing.
     """
     given = dict(locals())
     more: Mapping[str, Any] = given.pop("kwargs")

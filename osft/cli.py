@@ -66,9 +66,12 @@ def train(
         given = read_parameters(config_file, settings or [])
         if dry_run or given.get("dry_run"):
             gc.disable()  # over a second of the time that importing torch and transformers takes
+            from osft.api import check_places
             from osft.training.plan import plan
 
-            output.print(plan_tables(plan(TrainConfig.from_parameters(given), gpu_memory_gib=gpu_memory)))
+            config = TrainConfig.from_parameters(given)
+            check_places(config)
+            output.print(plan_tables(plan(config, gpu_memory_gib=gpu_memory)))
             return
         config = TrainConfig.from_parameters(given)
         from osft.api import run

@@ -18,6 +18,8 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -76,6 +78,9 @@ _PACKAGES = {
 """Module -> the package that brings it, an extra of this one where there is one."""
 
 
+_NOTE = "In short: "
+
+
 class UnusableError(ValueError, OSError):
     """Something that was given cannot be used here: a setting that cannot work, as any other ValueError."""
 
@@ -101,14 +106,33 @@ def explained(error: BaseException, *, path: str = "") -> Exception | None:
             return found
     if isinstance(error, ValueError) and _raised_in(error) not in ("torch", "numpy"):
         return error
-    if isinstance(error, RuntimeError) and _raised_in(error) in ("osft", "components", "pipelines"):
-        return error
-    return None
+    ours = {_raised_in(error), type(error).__module__.partition(".")[0]} & {"osft", "components", "pipelines"}
+    return error if isinstance(error, RuntimeError) and ours else None
 
 
 def one_line(error: BaseException) -> str:
-    """The message without line breaks; that of a failed training, which may hold a traceback, as it is."""
-    return str(error) if isinstance(error, RuntimeError) else " ".join(str(error).split())
+    """The message without line breaks; that of a failed training in short, or with its traceback if it is a bug."""
+    if isinstance(error, RuntimeError):
+        return getattr(error, "reason", "") or str(error)
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Write what the block raises in one line below its traceback, where it is no bug; `note_in` finds it."""
+    try:
+        yield
+    except Exception as error:
+        told = explained(error)
+        if told is not None:
+            error.add_note(_NOTE + one_line(told))
+        raise
+
+
+def note_in(traceback: str) -> str:
+    """The line that `noted` wrote below a traceback; empty if there is none."""
+    last = traceback.rstrip().rpartition("\n")[2]
+    return last.removeprefix(_NOTE) if last.startswith(_NOTE) else ""
 
 
 def _of_system(error: BaseException, path: str) -> Exception | None:

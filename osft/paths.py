@@ -43,10 +43,14 @@ def check_writable(name: str, location: str) -> None:
     """
     if storage.is_remote(location):
         return
-    path = Path(location).absolute()
+    path, missing = Path(location).absolute(), list[Path]()
     try:
         while not _is_there(path):
+            missing.append(path)
             path = path.parent
+        for part in missing:
+            if len(os.fsencode(part.name)) > os.pathconf(path, "PC_NAME_MAX"):
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(part))
         if not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
         if not os.access(path, os.W_OK | os.X_OK):

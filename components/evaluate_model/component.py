@@ -60,6 +60,9 @@ def evaluate_model(
     import shutil
 
     from osft import steps
+    from osft.errors import tell_in_one_line
+
+    tell_in_one_line()
 
     round = steps.Round(
         storage_root=storage_root,

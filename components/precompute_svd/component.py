@@ -38,6 +38,9 @@ def precompute_svd(
         Output: Manifest of the factor set.
     """
     from osft import SubspaceConfig, steps
+    from osft.errors import tell_in_one_line
+
+    tell_in_one_line()
 
     return steps.precompute_svd(
         steps.Round(

@@ -51,6 +51,9 @@ def prepare_data(
     from collections import namedtuple
 
     from osft import steps
+    from osft.errors import tell_in_one_line
+
+    tell_in_one_line()
 
     prepared = steps.prepare_data(
         steps.Round(

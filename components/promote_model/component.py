@@ -28,6 +28,9 @@ def promote_model(
         pipeline_run_id: Id of the pipeline run.
     """
     from osft import steps
+    from osft.errors import tell_in_one_line
+
+    tell_in_one_line()
 
     steps.promote_model(
         steps.Round(

@@ -34,6 +34,9 @@ def register_model(
         Output: The model version.
     """
     from osft import steps
+    from osft.errors import tell_in_one_line
+
+    tell_in_one_line()
 
     return steps.register_model(
         steps.Round(

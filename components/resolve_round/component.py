@@ -57,6 +57,9 @@ def resolve_round(
     from collections import namedtuple
 
     from osft import steps
+    from osft.errors import tell_in_one_line
+
+    tell_in_one_line()
 
     found, mlflow_run_id = steps.resolve_round(
         steps.Round(

@@ -77,6 +77,9 @@ def train_osft(
         metrics: Loss, counts, time and memory.
     """
     from osft import steps
+    from osft.errors import tell_in_one_line
+
+    tell_in_one_line()
 
     settings = {
         "model_path": model_path,

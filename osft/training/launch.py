@@ -26,6 +26,7 @@ import torch
 from osft import storage
 from osft.atomic import write_json
 from osft.config import TrainConfig
+from osft.errors import note_in
 from osft.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
 from osft.lock import exclusive
 from osft.termination import CAN_PASS_ON, children, passing_on
@@ -48,9 +49,11 @@ _SAVE_SECONDS = 120  # to save the training state in, when the run is asked to e
 class TrainingFailed(RuntimeError):
     """Training failed or was interrupted, and what a process should end with that tells of it (osft.exit_codes)."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int, *, reason: str = "") -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.reason = reason
+        """One line, where it is something that the user can cure and no traceback is wanted."""
 
 
 def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> TrainResult:
@@ -287,9 +290,11 @@ def _training_failed(error: "ChildFailedError") -> TrainingFailed:
         return TrainingFailed(
             f"training failed: rank {rank} ended with signal {-failure.exitcode}\n{details}", 128 - failure.exitcode
         )
+    reason = note_in(str(details))
     return TrainingFailed(
         f"training failed: rank {rank} ended with exit code {failure.exitcode}\n{details}",
         CONNECTION_LOST if _CONNECTION_LOST.search(str(details)) else FAILED,
+        reason=f"training failed: rank {rank}: {reason}" if reason else "",
     )
 
 

@@ -19,6 +19,7 @@ from osft.checkpoint import tensor_sha256
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
 from osft.data.dataset_folder import load_split
+from osft.errors import noted
 from osft.origin import Origin, read_origin
 from osft.preflight import Preflight
 from osft.subspace.effective_rank import effective_rank
@@ -39,7 +40,8 @@ from osft.training.state import load_state, read_position
 def main() -> None:
     """Do what the file says that the launcher wrote."""
     end_with_parent()
-    train_process(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    with noted():
+        train_process(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
 
 
 def train_process(work: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from osft.data.record_hashes import NONE
 from osft.tracking import lineage, registry, runs
+from osft.tracking.addresses import TrackingRefused
 from osft.tracking.description import describe_version
 from osft.training.callbacks import Follower
 from tests.tracking.evaluations import an_evaluation
@@ -30,7 +31,7 @@ def test_wrong_credentials_are_refused_at_once_and_told_nowhere(address, server,
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
     started = time.monotonic()
-    with pytest.raises(runs.TrackingRefused, match="MLFLOW_TRACKING_PASSWORD") as refused:
+    with pytest.raises(TrackingRefused, match="MLFLOW_TRACKING_PASSWORD") as refused:
         runs.client(address, "")
     assert time.monotonic() - started < 5, "it is not tried again"
     told = "".join([str(refused.value), *capfd.readouterr(), caplog.text, server.log.read_text()])
