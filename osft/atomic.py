@@ -32,11 +32,11 @@ def _incomplete(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
     """A temporary name beside `path` for a file or folder; renamed to `path` if the block succeeds.
 
-    An existing file is replaced. An existing folder is kept and the new one dropped: two writers of the same
-    content-addressed folder are no conflict. If the block raises, nothing is left behind.
+    An existing file is replaced, or kept if `keep_existing`. An existing folder is kept and the new one dropped: two
+    writers of the same content-addressed folder are no conflict. If the block raises, nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _incomplete(path)
@@ -45,7 +45,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if temporary.is_dir() and path.is_dir():
             return
         flush(temporary)
-        os.replace(temporary, path)
+        if not (keep_existing and _linked(temporary, path)):
+            os.replace(temporary, path)
         flush_folder(path.parent)
     finally:
         if temporary.is_dir():
@@ -92,18 +93,25 @@ def create_exclusively(path: Path, content: bytes) -> bool:
     try:
         temporary.write_bytes(content)
         flush(temporary)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return path.read_bytes() == content
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
+        if not _linked(temporary, path):
             return _created_in_place(path, content)
         flush_folder(path.parent)
-        return True
+        return path.read_bytes() == content
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give a file its name if nothing has it. False if the file system has no hard links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return True
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return False
+    return True
 
 
 def _created_in_place(path: Path, content: bytes) -> bool:

@@ -1,20 +1,64 @@
-"""Hashes of what files hold, so that they are told apart by content and not by name."""
+"""Hashes of what files hold, so that they are told apart by content and not by name.
+
+A file is read once in a process: its hash is kept for as long as it is the same file of the same size and time of
+change. Files of a large model are read by several threads, with a progress bar if it takes long.
+"""
 
 import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits."""
+_PARALLEL = 8
+"""Files that are hashed at once; hashlib and reading let other threads run."""
+_BLOCK = 1 << 22
+_JUST_CHANGED_NS = 2 * 10**9
+"""A file can be changed again within one tick of the clock: what is younger than this is not kept."""
+_kept: dict[tuple[str, int, int, int, int], str] = {}
+
+
+def file_sha256(path: Path, advance: Callable[[int], object] = lambda size: None) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits. `advance` is told how many bytes are done, as they are."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        status = os.fstat(file.fileno())
+        key = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if key in _kept:
+            advance(status.st_size)
+            return _kept[key]
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(min(_BLOCK, status.st_size + 1)))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            advance(count)
+    found = digest.hexdigest()
+    if abs(time.time_ns() - status.st_mtime_ns) > _JUST_CHANGED_NS:
+        _kept[key] = found
+    return found
+
+
+def files_sha256(files: Iterable[Path]) -> dict[Path, str]:
+    """`file_sha256` of each file, by several threads."""
+    wanted = list(dict.fromkeys(files))
+    total = sum(file.stat().st_size for file in wanted)
+    with (
+        # Seconds of delay: a small model needs no line.
+        tqdm(total=total, desc="hash", unit="B", unit_scale=True, mininterval=2.0, delay=5.0) as bar,
+        ThreadPoolExecutor(_PARALLEL, thread_name_prefix="osft-hash") as pool,
+    ):
+        return dict(zip(wanted, pool.map(lambda file: file_sha256(file, bar.update), wanted), strict=True))
 
 
 def folder_sha256(folder: Path, *, hidden: bool = True) -> str:
     """SHA-256 over the relative names and the bytes of a folder's files, with or without hidden ones."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder)
-        if file.is_file() and (hidden or not any(part.startswith(".") for part in name.parts)):
-            digest.update(f"{name.as_posix()} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
+    names = {file: file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()}
+    wanted = [file for file, name in names.items() if hidden or not any(part.startswith(".") for part in name.parts)]
+    return named_sha256({names[file].as_posix(): digest for file, digest in files_sha256(wanted).items()})
+
+
+def named_sha256(digests: dict[str, str]) -> str:
+    """SHA-256 over names and the hashes that belong to them, in their order."""
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests.items()).encode()).hexdigest()

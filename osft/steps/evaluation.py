@@ -91,7 +91,7 @@ def evaluate_model(
             evaluation,
             training=read_json(round.address("train", "training.json")),
             metrics=[json.loads(line) for line in metrics.splitlines()],
-            factors=load_factor_set(factors_path),
+            factors=load_factor_set(factors_path, check=False),
             dataset=read_json(storage.join(data_path, "dataset.json")),
             cost=runs.step_seconds(step.client, round.mlflow_run_id),
         )

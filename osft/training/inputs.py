@@ -124,14 +124,26 @@ def vocabulary_size(model: Path, *, trust_remote_code: bool = False) -> int:
 
 def factor_set(config: TrainConfig, model: Path, data: "PreparedData", batching: Batching) -> FactorSet:
     """The factor set that is named, or the one that the store holds or gets."""
-    if config.factors and (Path(config.factors).is_file() or config.factors.endswith(".json")):
-        if storage.find(config.factors) is None:
-            raise FileNotFoundError(f"there is no factor set {config.factors}. Leave `factors` out to have it computed")
-        return load_factor_set(config.factors)
+    if named := _named_factor_set(config):
+        return named
     store = config.factors or storage.join(data_folder(config), "factors")
     return compute_factors(
         model, data.folder, store, config.subspace, batching=batching, trust_remote_code=config.trust_remote_code
     )
+
+
+def named_factors(config: TrainConfig) -> dict[str, str]:
+    """What the run is made of by a factor set that is named in the settings; nothing if it is found or computed."""
+    named = _named_factor_set(config)
+    return {"factors": named.bases_sha256} if named else {}
+
+
+def _named_factor_set(config: TrainConfig) -> FactorSet | None:
+    if not config.factors or not (Path(config.factors).is_file() or config.factors.endswith(".json")):
+        return None
+    if storage.find(config.factors) is None:
+        raise FileNotFoundError(f"there is no factor set {config.factors}. Leave `factors` out to have it computed")
+    return load_factor_set(config.factors)
 
 
 def compute_factors(

@@ -10,7 +10,6 @@ refused.
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import uuid
@@ -29,13 +28,16 @@ from osft.config import TrainConfig
 from osft.errors import note_in
 from osft.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
 from osft.lock import exclusive
+from osft.sealed import write_sealed
 from osft.termination import CAN_PASS_ON, children, passing_on
 from osft.training.callbacks import Follower, TrainingCallback
-from osft.training.inputs import check_model, factor_set, local_model, prepare_training_data
+from osft.training.identity import MADE_OF, model_contents
+from osft.training.inputs import check_model, factor_set, local_model, named_factors, prepare_training_data
 from osft.training.liger import liger_wanted
-from osft.training.mirror import METRICS, POSITION, SETTINGS, STOP_FILE, SUMMARY, fetch_models, fill, output_folder
+from osft.training.mirror import SETTINGS, SUMMARY, fetch_models, fill, output_folder
 from osft.training.result import TrainResult
-from osft.training.state import complete, newest_state, read_position
+from osft.training.resume import check_state_is_of, clear, finished_run, run_uri, state_to_resume
+from osft.training.state import read_position
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -59,8 +61,8 @@ class TrainingFailed(RuntimeError):
 def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> TrainResult:
     """Prepare what is missing, train in `config.nproc_per_node` processes and wait for them.
 
-    A finished run with the same settings in `ckpt_output_dir` is returned as it is, an unfinished one is gone on with
-    (see `resume`). With several nodes, each of them calls this.
+    A finished run in `ckpt_output_dir` that is the same is returned as it is, an unfinished one is resumed
+    (`osft.training.resume`). With several nodes, each of them calls this.
 
     Raises FileNotFoundError for missing inputs and ValueError for settings that cannot work, before a process is
     started, ValueError if `ckpt_output_dir` holds another run, RuntimeError if another process is training there (it is
@@ -73,55 +75,44 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     model = local_model(config)
     found = check_model(config, model)
     data = prepare_training_data(config, model)
-    fill(config, output)
-    finished = finished_run(output, config, data.key)
-    if finished:
-        fetch_models(config, output, finished.summary["checkpoints"])
-        return finished
-    state = _state_to_resume(output, config, data.key)
-    factors = factor_set(config, model, data, found.batching)
-
-    work = {
-        "config": config.to_dict(),
-        "output": str(output),
-        "model": str(model),
-        "dataset": str(data.folder),
-        "factors": str(factors.path),
-        "state": str(state) if state else None,
-        "liger": liger,
-        "preflight": found.to_dict(),
-        "summary_file": str(output / f"summary-{config.node_rank}.json"),
-    }
+    made_of = model_contents(model) | {"dataset": data.key}
     patience = float(os.environ.get("OSFT_LOCK_SECONDS", "0"))
-    with exclusive(output, patience_seconds=patience) if config.node_rank == 0 else nullcontext():
+    owns_folder = config.node_rank == 0 or storage.is_remote(config.ckpt_output_dir)
+    with exclusive(output, patience_seconds=patience) if owns_folder else nullcontext() as lock:
+        fill(config, output)
+        finished = finished_run(config, output, made_of | named_factors(config))
+        if finished:
+            fetch_models(config, output, finished.summary["checkpoints"])
+            return finished
+        state = state_to_resume(config, output, made_of)
+        factors = factor_set(config, model, data, found.batching)
+        made_of["factors"] = factors.bases_sha256
+        if state:
+            check_state_is_of(state, config, made_of, output)
         if config.node_rank == 0:
-            _clear(config.ckpt_output_dir, output, keep_state=state is not None)
-            write_json(output / SETTINGS, config.to_dict() | {"dataset": data.key})
+            clear(config, output, state)
+            write_sealed(output / SETTINGS, config.to_dict() | {"dataset": data.key, MADE_OF: made_of})
             storage.publish(storage.join(config.ckpt_output_dir, SETTINGS), source=output / SETTINGS)
         after = read_position(state)["step"] if state else 0
+        work = {
+            "config": config.to_dict(),
+            "output": str(output),
+            "model": str(model),
+            "dataset": str(data.folder),
+            "factors": str(factors.path),
+            "made_of": made_of,
+            "state": str(state) if state else None,
+            "lock": str(lock.file) if lock else None,
+            "liger": liger,
+            "preflight": found.to_dict(),
+            "summary_file": str(output / f"summary-{config.node_rank}.json"),
+        }
         with Follower(output, callbacks, after=after) if config.node_rank == 0 else nullcontext():
             summary = _run_processes(_launch_config(config, processes), work)
         if not (output / SUMMARY).is_file():  # not node 0, and a folder of its own
-            write_json(output / SUMMARY, summary)
+            write_sealed(output / SUMMARY, summary)
         fetch_models(config, output, summary["checkpoints"])
-    return TrainResult(output, summary, uri=_uri(config))
-
-
-def finished_run(output: Path, config: TrainConfig, dataset: str) -> TrainResult | None:
-    """The run in `output`, if it is complete: the summary is written last.
-
-    Raises ValueError if it is another one, that is, if it had other settings or its data another content hash.
-    """
-    summary_file = output / SUMMARY
-    if config.resume == "off" or not summary_file.is_file():
-        return None
-    summary = json.loads(summary_file.read_text(encoding="utf-8"))
-    _check_same_run(summary["config"], config, dataset, output, "a finished")
-    return TrainResult(output, summary, reused=True, uri=_uri(config))
-
-
-def _uri(config: TrainConfig) -> str | None:
-    return config.ckpt_output_dir if storage.is_remote(config.ckpt_output_dir) else None
+    return TrainResult(output, summary, uri=run_uri(config))
 
 
 def with_environment(config: TrainConfig) -> TrainConfig:
@@ -145,52 +136,6 @@ def num_processes(config: TrainConfig) -> int:
     if not gpus and config.nproc_per_node == "gpu":
         raise ValueError("nproc_per_node is 'gpu', but there is no GPU on this machine. Use 'auto' or a number")
     return max(1, gpus)
-
-
-def _state_to_resume(output: Path, config: TrainConfig, dataset: str) -> Path | None:
-    """The training state that the run goes on from. Raises ValueError if it is another run's."""
-    if config.resume == "off":
-        return None
-    if config.resume == "auto":
-        state = newest_state(output)
-    else:
-        state = storage.find(config.resume, marker=POSITION)
-        if state is None or not complete(state):
-            raise FileNotFoundError(f"resume: {config.resume} is not a complete training state (…/state/step-<n>)")
-        storage.find(storage.join(config.resume.rstrip("/").rsplit("/", 2)[0], SETTINGS))
-    settings = (state.parent.parent if state else output) / SETTINGS
-    if settings.is_file() and (state or (output / "hf_format").exists()):
-        _check_same_run(json.loads(settings.read_text(encoding="utf-8")), config, dataset, output, "an unfinished")
-    elif (output / "hf_format").exists():
-        raise ValueError(
-            f"ckpt_output_dir {output} holds models that something else wrote (hf_format). Give another "
-            "ckpt_output_dir, or resume='off' to replace them"
-        )
-    if state:
-        print(f"train: goes on from {state}", flush=True)
-    return state
-
-
-def _check_same_run(made: dict[str, Any], config: TrainConfig, dataset: str, output: Path, kind: str) -> None:
-    wanted = json.loads(json.dumps(config.identity() | {"dataset": dataset}))
-    differing = [
-        f"{key}: {made.get(key)!r} there, {wanted[key]!r} now" for key in wanted if made.get(key) != wanted[key]
-    ]
-    if differing:
-        raise ValueError(
-            f"ckpt_output_dir {output} holds {kind} run with other settings ({'; '.join(differing)}). "
-            "Give another ckpt_output_dir, or resume='off' to replace that run"
-        )
-
-
-def _clear(location: str, output: Path, *, keep_state: bool) -> None:
-    """Remove what an earlier run left; a run that goes on keeps its models and metrics too."""
-    for name in (SUMMARY, STOP_FILE) if keep_state else (SUMMARY, STOP_FILE, METRICS, "state", "hf_format"):
-        storage.remove(storage.join(location, name))
-        if (output / name).is_dir():
-            shutil.rmtree(output / name)
-        else:
-            (output / name).unlink(missing_ok=True)
 
 
 def _launch_config(config: TrainConfig, processes: int) -> "LaunchConfig":

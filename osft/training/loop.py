@@ -8,7 +8,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -99,6 +99,11 @@ class Position:
     best_checkpoint: str | None = None
     scheduler: dict[str, Any] | None = None
     learning_rate: float | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> "Position":
+        """That of a training state, which says more."""
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,9 @@ does nothing. `osft.storage` lists what lies below the URI, who writes it and wh
   uploads position.json and removes the older states. What fails here ends the run, which goes on from the older state.
 - The summary goes last, when everything else is there.
 
-Nothing keeps two runs on different machines from writing to one URI at once: give each its own.
+Nothing keeps two runs on different machines from writing to one URI at once: give each its own. What lies below a path
+is owned by one process at a time (`osft.lock`); one that was taken over ends before it writes a model, state or
+summary.
 """
 
 import os
@@ -24,12 +26,13 @@ from types import TracebackType
 from osft import storage
 from osft.atomic import atomic_path
 from osft.config import TrainConfig
-from osft.lock import exclusive
+from osft.lock import check_owner
 
 INTERVAL_SECONDS = 10.0
 METRICS, SUMMARY, SETTINGS = "metrics.jsonl", "training.json", "config.json"
 STOP_FILE = "stop"
 """Whoever follows the run writes it to the output folder when a callback ends training: STOP or INTERRUPT."""
+MODELS = "hf_format"
 POSITION = "position.json"
 """Completes a training state."""
 
@@ -43,51 +46,50 @@ def output_folder(config: TrainConfig) -> Path:
 
 
 def fill(config: TrainConfig, output: Path) -> None:
-    """Make this node's folder what a run goes on from. Models are not fetched; hf_format says that there are some.
+    """Make this node's folder what a run resumes from. Models are not fetched; hf_format says that there are some.
 
-    Raises RuntimeError if another process is writing to the folder, and as `storage.files`.
+    The caller owns the folder (`osft.lock`). Raises as `storage.files`.
     """
     uri = config.ckpt_output_dir
     if not storage.is_remote(uri):
         return
-    with exclusive(output):
-        there = storage.files(uri) if config.resume != "off" else {}
-        for name in (SETTINGS, METRICS, SUMMARY):
-            if name in there:
-                storage.fetch(storage.join(uri, name), to=output / name)
-            else:
-                (output / name).unlink(missing_ok=True)
-        steps = [name.split("/")[1] for name in there if name.startswith("state/") and name.endswith(f"/{POSITION}")]
-        newest = max(steps, key=lambda step: int(step.removeprefix("step-")), default=None)
-        for state in (output / "state").glob("*"):
-            if state.name != newest:
-                shutil.rmtree(state)
-        if newest is not None:
-            storage.fetch(storage.join(uri, "state", newest), marker=POSITION, to=output / "state" / newest)
-        if SUMMARY not in there:
-            shutil.rmtree(output / "hf_format", ignore_errors=True)
-        if any(name.startswith("hf_format/") for name in there):
-            (output / "hf_format").mkdir(exist_ok=True)
+    there = storage.files(uri) if config.resume != "off" else {}
+    for name in (SETTINGS, METRICS, SUMMARY):
+        if name in there:
+            storage.fetch(storage.join(uri, name), to=output / name)
+        else:
+            (output / name).unlink(missing_ok=True)
+    steps = [name.split("/")[1] for name in there if name.startswith("state/") and name.endswith(f"/{POSITION}")]
+    newest = max(steps, key=lambda step: int(step.removeprefix("step-")), default=None)
+    for state in (output / "state").glob("*"):
+        if state.name != newest:
+            shutil.rmtree(state)
+    if newest is not None:
+        storage.fetch(storage.join(uri, "state", newest), marker=POSITION, to=output / "state" / newest)
+    if SUMMARY not in there:
+        shutil.rmtree(output / MODELS, ignore_errors=True)
+    if any(name.startswith(f"{MODELS}/") for name in there):
+        (output / MODELS).mkdir(exist_ok=True)
 
 
 def fetch_models(config: TrainConfig, output: Path, models: list[str]) -> None:
     """Have those of a run's models here that an earlier start wrote. Only node 0 needs them."""
     if storage.is_remote(config.ckpt_output_dir) and config.node_rank == 0:
         for model in models:
-            if not (output / model).is_dir():
-                storage.fetch(storage.join(config.ckpt_output_dir, model), marker="config.json", to=output / model)
+            storage.fetch(storage.join(config.ckpt_output_dir, model), marker="config.json", to=output / model)
 
 
 class Mirror:
     """Publishes what a training process writes to `folder`. Use it in a `with` block around training."""
 
-    def __init__(self, location: str, folder: Path, *, rank: int) -> None:
-        self.folder = folder
+    def __init__(self, location: str, folder: Path, *, rank: int, lock: Path | None = None) -> None:
+        self.folder, self.rank = folder, rank
+        self._lock_file = lock
         self.separate = storage.is_remote(location)
         """Whether each node has a folder of its own."""
         self.writes_here = rank == 0 or (self.separate and os.environ["LOCAL_RANK"] == "0")
         """Whether this process makes and removes the folders that several processes write to."""
-        self._uri, self._rank = location, rank
+        self._uri = location
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="osft-models")
         self._models: list[Future[None]] = []
         self._published_metrics = 0
@@ -96,7 +98,7 @@ class Mirror:
         self._thread = threading.Thread(target=self._run, name="osft-mirror", daemon=True)
 
     def __enter__(self) -> "Mirror":
-        if self.separate and self._rank == 0:
+        if self.separate and self.rank == 0:
             self._thread.start()
         return self
 
@@ -110,16 +112,21 @@ class Mirror:
                 self._look()
                 self._uploads.shutdown(wait=False, cancel_futures=True)
 
+    def check_owner(self) -> None:
+        """Raise LockLost if another process has taken the folder over. Call it before what is written gets its name."""
+        if self._lock_file is not None and self.rank == 0:
+            check_owner(self._lock_file)
+
     def model(self, path: str) -> None:
         """Publish a model, in the background. Call it when rank 0 has written it."""
-        if self.separate and self._rank == 0:
+        if self.separate and self.rank == 0:
             address = storage.join(self._uri, path)
             publish = self._uploads.submit(storage.publish, address, marker="config.json", source=self.folder / path)
             self._models.append(publish)
 
     def begin_state(self, name: str) -> None:
         """Forget what an earlier start left of a state that is about to be written. Call it on every rank."""
-        if self.separate and self._rank == 0:
+        if self.separate and self.rank == 0:
             storage.remove(storage.join(self._uri, "state", name))
 
     def publish_shards(self, name: str) -> None:
@@ -127,13 +134,13 @@ class Mirror:
         if not self.separate:
             return
         folder = self.folder / "state" / name
-        files = list(folder.glob(f"__{self._rank}_*"))
-        for file in [*files, folder / ".metadata"] if self._rank == 0 else files:
+        files = list(folder.glob(f"__{self.rank}_*"))
+        for file in [*files, folder / ".metadata"] if self.rank == 0 else files:
             storage.publish(storage.join(self._uri, "state", name, file.name), source=file)
 
     def complete_state(self, name: str) -> None:
         """Make a state the one that counts, and remove the others."""
-        if not (self.separate and self._rank == 0):
+        if not (self.separate and self.rank == 0):
             return
         self._wait_for_models()
         self._publish_metrics()
@@ -144,7 +151,7 @@ class Mirror:
 
     def finish(self) -> None:
         """Wait until all is published, and publish the summary. Not before the other ranks need this one no more."""
-        if self.separate and self._rank == 0:
+        if self.separate and self.rank == 0:
             self._wait_for_models()
             self._publish_metrics()
             storage.publish(storage.join(self._uri, SUMMARY), source=self.folder / SUMMARY)

@@ -25,8 +25,10 @@ from osft.data.dataset_folder import load_split
 from osft.model_card import model_card
 from osft.origin import MODEL_CARD, ORIGIN, Origin, base_of
 from osft.training.calibration import BlockMoments
+from osft.training.identity import MADE_OF
 from osft.training.loop import Position, StepMetrics, WrittenModel
-from osft.training.mirror import STOP_FILE, Mirror
+from osft.training.mirror import METRICS, MODELS, STOP_FILE, Mirror
+from osft.training.resume import metrics_sha256
 from osft.training.saving import SavedModel, save_merged
 from osft.training.state import save_state
 from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE, STOP
@@ -43,8 +45,10 @@ class Outputs:
         mirror: Mirror,
         *,
         dataset: Path,
+        made_of: dict[str, str],
         rank: int,
     ) -> None:
+        self._made_of = made_of
         self._config, self._dataset = config, dataset
         self._folder, self._mirror = mirror.folder, mirror
         self._model, self._stored, self._rank = model, stored, rank
@@ -84,7 +88,8 @@ class Outputs:
     def model(self, name: str, metrics: StepMetrics) -> WrittenModel:
         """Write the tuned model after a step under a name."""
         started = time.perf_counter()
-        path = f"hf_format/{name}"
+        path = f"{MODELS}/{name}"
+        self._mirror.check_owner()
 
         def files(saved: SavedModel) -> dict[str, str]:
             origin = Origin(
@@ -121,6 +126,9 @@ class Outputs:
     def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
         """Write the training state."""
         started = time.perf_counter()
-        save_state(self._mirror, self._model, optimizer, asdict(position))
+        # Every rank gives the same; rank 0 alone has the metrics, and writes this down.
+        metrics = metrics_sha256(self._folder / METRICS, position.step) if self._rank == 0 else ""
+        described = asdict(position) | {MADE_OF: self._made_of, "metrics_sha256": metrics}
+        save_state(self._mirror, self._model, optimizer, described)
         self._last_state = time.monotonic()
         self.seconds += time.perf_counter() - started

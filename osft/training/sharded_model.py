@@ -51,7 +51,7 @@ def load_sharded(
     stored = ModelWeights(reader, model)
     _untie_what_is_stored_apart(model, stored)
     targets = select_targets(model, config.subspace.target_patterns)
-    factors = load_factor_set(factors_path)
+    factors = load_factor_set(factors_path, check=False)  # the launcher did
     check_settings(factors, config.subspace, targets)
     rank, world_size = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
     check_weights(factors, stored, targets[rank::world_size])  # each process reads its share, together all of them

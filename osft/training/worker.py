@@ -22,9 +22,11 @@ from osft.data.dataset_folder import load_split
 from osft.errors import noted
 from osft.origin import Origin, read_origin
 from osft.preflight import Preflight
+from osft.sealed import write_sealed
 from osft.subspace.effective_rank import effective_rank
 from osft.subspace.factor_store import load_factor_set
 from osft.subspace.model import osft_layers
+from osft.training.identity import MADE_OF
 from osft.training.inputs import wants_validation
 from osft.training.liger import apply_liger
 from osft.training.loop import Position, StepMetrics, num_steps, run
@@ -32,6 +34,7 @@ from osft.training.mirror import METRICS, SUMMARY, Mirror
 from osft.training.outputs import Outputs
 from osft.training.parent import end_with_parent
 from osft.training.progress import Progress
+from osft.training.resume import metrics_sha256, model_files
 from osft.training.sharded_model import load_sharded
 from osft.training.state import load_state, read_position
 
@@ -64,10 +67,11 @@ def train_process(work: dict[str, Any]) -> None:
     model, stored = load_sharded(config, work["model"], work["factors"], device=device, mesh=mesh)
     if work["liger"]:
         apply_liger(model)
-    mirror = Mirror(config.ckpt_output_dir, output, rank=rank)
-    outputs = Outputs(config, model, stored, mirror, dataset=dataset, rank=rank)
+    lock = Path(work["lock"]) if work["lock"] else None
+    mirror = Mirror(config.ckpt_output_dir, output, rank=rank, lock=lock)
+    outputs = Outputs(config, model, stored, mirror, dataset=dataset, made_of=work["made_of"], rank=rank)
     state = Path(work["state"]) if work["state"] else None
-    position = Position(**read_position(state)) if state else Position()
+    position = Position.of(read_position(state)) if state else Position()
     loaded = time.perf_counter()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for name, p in model.named_parameters() if name in stored)
@@ -104,14 +108,14 @@ def train_process(work: dict[str, Any]) -> None:
 
     update_norms = {name: _norm(layer.coefficients) for name, layer in osft_layers(model)}
     effective_ranks = _effective_ranks(model, rank, world_size)
-    weights = load_factor_set(work["factors"]).weights
+    weights = load_factor_set(work["factors"], check=False).weights
     history = [metrics.to_dict() for metrics in steps]
     if rank == 0:  # the steps before this call, too
         history = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
     checkpoints = [path for line in history for path in line["checkpoints"]]
     origin = read_origin(output / checkpoints[-1]) if checkpoints else None  # of the model that the run is for
     summary = {
-        "config": config.to_dict() | {"dataset": dataset.name},
+        "config": config.to_dict() | {"dataset": dataset.name, MADE_OF: work["made_of"]},
         "steps": position.step,
         "samples": position.samples,
         "tokens": position.tokens,
@@ -121,7 +125,9 @@ def train_process(work: dict[str, Any]) -> None:
         "validation_loss": history[-1]["validation_loss"],
         "best_validation_loss": position.best_validation_loss,
         "checkpoints": checkpoints,
+        "checkpoint_files": {path: model_files(output / path) for path in checkpoints} if rank == 0 else {},
         "best_checkpoint": position.best_checkpoint,
+        "metrics_sha256": metrics_sha256(output / METRICS, position.step) if rank == 0 else "",
         "world_size": world_size,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "liger": work["liger"],
@@ -139,8 +145,9 @@ def train_process(work: dict[str, Any]) -> None:
         },
         "saved": None if origin is None else _described(origin),
     }
+    mirror.check_owner()
     if rank == 0:
-        write_json(output / SUMMARY, summary)
+        write_sealed(output / SUMMARY, summary)
     if os.environ["LOCAL_RANK"] == "0":
         write_json(Path(work["summary_file"]), summary)
     if world_size > 1:
@@ -198,12 +205,14 @@ def _effective_ranks(model: torch.nn.Module, rank: int, world_size: int) -> dict
 
 def _check_same_inputs(work: dict[str, Any]) -> None:
     """Raise RuntimeError unless all processes have equal data and factors, which nodes without a shared folder made."""
-    factors = load_factor_set(work["factors"])
+    factors = load_factor_set(work["factors"], check=False)
     digests = [tensor_sha256(basis) for name in factors.weights for basis in factors.first_rows(name)]
-    mine = [Path(work["dataset"]).name, Path(work["factors"]).name, digests, Path(work["state"] or "").name]
+    made_of = work["made_of"]
+    weights = [made_of[what] for what in ("weights", "model_config", "tokenizer")]
+    mine = [made_of["dataset"], weights, Path(work["factors"]).name, digests, Path(work["state"] or "").name]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    compared = ("data", "factor set", "singular vectors", "training state to go on from")
+    compared = ("data", "model files", "factor set", "singular vectors", "training state to go on from")
     for what, values in zip(compared, zip(*everyone, strict=True), strict=True):
         if any(value != values[0] for value in values):
             raise RuntimeError(

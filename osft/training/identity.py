@@ -1,0 +1,82 @@
+"""What a training run is made of, and whether two runs are the same.
+
+    what                    by its content                                        written to
+    weights                 the shards that the model reads, their index, exact/  config.json, training.json and
+    model_config            config.json and code beside it                        state/step-<n>/position.json of the
+    tokenizer               its files and chat templates                          run, as `made_of`
+    dataset                 the prepared data: its key
+    factors                 the bases of all target weights
+    settings                those that determine the result (`TrainConfig.identity`)
+
+A finished run is returned, and an unfinished one is resumed, only if all of that is what it was. Where the model, the
+data and the factors lie, and what those places are called, does not matter.
+
+    what happened since the run was started        what the next call does
+    other weights, code or data at the same path   refused, with the hash there and the hash now
+    the factors were computed on other hardware    a resume is refused: coefficients in other bases mean another update
+    a model of a finished run was removed          trained again, from the training state where that has what is needed
+    the run is of a release that wrote no hashes   settings, paths and data are compared, and it is said that the rest
+                                                   cannot be
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from osft.checkpoint import EXACT
+from osft.config import TrainConfig
+from osft.content import files_sha256, named_sha256
+from osft.data.dataset_folder import hash_tokenizer
+
+MADE_OF = "made_of"
+_PATHS = {
+    "model_path": "weights",
+    "factors": "factors",
+    "data_path": "dataset",
+    "validation_data_path": "dataset",
+}
+"""Settings that name what has a hash of its own."""
+
+
+def model_contents(folder: Path) -> dict[str, str]:
+    """The hashes of a model's `weights`, `model_config` and `tokenizer`, as hexadecimal digits."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = [index.name, *sorted(set(weight_map.values()))]
+    exact = sorted(file.relative_to(folder).as_posix() for file in (folder / EXACT).rglob("*") if file.is_file())
+    code = sorted(file.name for file in folder.glob("*.py"))
+    groups = {"weights": [*names, *exact], "model_config": ["config.json", *code]}
+    digests = files_sha256(folder / name for group in groups.values() for name in group)
+    contents = {what: named_sha256({name: digests[folder / name] for name in group}) for what, group in groups.items()}
+    return contents | {"tokenizer": hash_tokenizer(folder)}
+
+
+def differences(recorded: dict[str, Any], config: TrainConfig, made_of: dict[str, str]) -> list[str]:
+    """How a run whose settings file is `recorded` differs from one of these settings that is made of `made_of`.
+
+    What only one of them has is not compared.
+    """
+    there = recorded.get(MADE_OF) or {}
+    if "dataset" in recorded:
+        there = {"dataset": recorded["dataset"]} | there
+    found = [
+        f"{what}: {there[what][:12]} there, {now[:12]} now"
+        for what, now in made_of.items()
+        if what in there and there[what] != now
+    ]
+    settings = json.loads(json.dumps(config.identity()))
+    for name, now in settings.items():
+        what = _PATHS.get(name)
+        if what in there and what in made_of and there[what] == made_of[what]:
+            continue  # the same, wherever it lies
+        if recorded.get(name) != now:
+            found.append(f"{name}: {recorded.get(name)!r} there, {now!r} now")
+    return found
+
+
+def cannot_be_compared(recorded: dict[str, Any], made_of: dict[str, str]) -> list[str]:
+    """What a run of an older release does not say of itself."""
+    there = {"dataset", *(recorded.get(MADE_OF) or {})}
+    return [what for what in made_of if what not in there]
