@@ -75,12 +75,12 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     model = local_model(config)
     found = check_model(config, model)
     data = prepare_training_data(config, model)
-    made_of = model_contents(model) | {"dataset": data.key}
+    made_of = model_contents(model) | {"dataset": data.key} | named_factors(config)
     patience = float(os.environ.get("OSFT_LOCK_SECONDS", "0"))
     owns_folder = config.node_rank == 0 or storage.is_remote(config.ckpt_output_dir)
     with exclusive(output, patience_seconds=patience) if owns_folder else nullcontext() as lock:
         fill(config, output)
-        finished = finished_run(config, output, made_of | named_factors(config))
+        finished = finished_run(config, output, made_of)
         if finished:
             fetch_models(config, output, finished.summary["checkpoints"])
             return finished
