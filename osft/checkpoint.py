@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from osft import residual
 from osft.atomic import atomic_path
 from osft.origin import MODEL_CARD, ORIGIN
+from osft.weight_files import check_index, read_index, tensor_names
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -54,8 +55,8 @@ class CheckpointReader:
     `tensor`, `rows` and `dtype` are of the exact weights, `served` of what is in the model's own files; they differ
     where the folder keeps a residual.
 
-    Raises FileNotFoundError if the folder, a shard or safetensors weights are missing, ValueError if the weights are
-    quantized or the residual is damaged.
+    Raises FileNotFoundError if the folder, a shard or safetensors weights are missing, DamagedFileError if one of the
+    files is not whole, ValueError if the weights are quantized or the residual is damaged.
     """
 
     def __init__(self, model_path: str | Path) -> None:
@@ -74,19 +75,16 @@ class CheckpointReader:
                 "`Mxfp4Config(dequantize=True)`), save it with `save_pretrained`, and give that folder"
             )
         if (self.folder / _INDEX).is_file():
-            weight_map = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_index(self.folder / _INDEX)
+            check_index(self.folder / _INDEX, weight_map)
             files = {name: self.folder / file for name, file in weight_map.items()}
         elif (self.folder / _SINGLE).is_file():
-            with safe_open(self.folder / _SINGLE, framework="pt") as opened:
-                files = dict.fromkeys(opened.keys(), self.folder / _SINGLE)
+            files = dict.fromkeys(tensor_names(self.folder / _SINGLE), self.folder / _SINGLE)
         else:
             raise FileNotFoundError(
                 f"{model_path} has no safetensors weights ({_SINGLE} or {_INDEX}). Pickled weights are not read; "
                 "load the model once and save it with `save_pretrained`"
             )
-        for file in sorted(set(files.values())):
-            if not file.is_file():
-                raise FileNotFoundError(f"{model_path} is incomplete: {file.name} is missing. Download it again")
         self._files = files
         self._residuals = self._read_manifest()
         self._opened: dict[Path, Any] = {}

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
+from osft.checkpoint import CheckpointReader
 from osft.data.chat import Sample
 from osft.data.packing import Batching, collate
 from osft.likelihood import target_logits, token_nll
@@ -70,47 +71,88 @@ class Preflight:
 def preflight(
     model_path: str | Path, *, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> Preflight:
-    """Try the architecture of a model folder; config.json is all that is read.
+    """Check the files of a model folder against each other and try its architecture.
 
-    Raises FileNotFoundError if there is none, ValueError for an attention that the architecture does not have, and
+    The headers of weights and the tokenizer are checked where the folder has them; config.json it must have. Raises
+    FileNotFoundError for what is missing, DamagedFileError for a file that is not whole, ValueError for weights that
+    are quantized, a tokenizer that is larger than the model and an attention that the architecture does not have, and
     UnsupportedModelError for one that cannot be trained as a causal language model.
     """
-    config = Path(model_path, "config.json")
-    if not config.is_file():
+    folder = Path(model_path)
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{model_path} is not a model folder: it has no config.json")
-    key = (config.read_bytes(), attn_implementation)
-    if trust_remote_code or key not in _found:  # custom code is no part of the key
-        _found[key] = _preflight(model_path, attn_implementation, trust_remote_code)
-    return _found[key]
+    if any(folder.glob("*.safetensors*")):
+        CheckpointReader(folder)
+    key = ((folder / "config.json").read_bytes(), attn_implementation)
+    if trust_remote_code or key not in _tried:  # custom code is no part of the key
+        _tried[key] = _preflight(folder, attn_implementation, trust_remote_code)
+    found, vocabulary = _tried[key]
+    if any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
+        _check_tokenizer(folder, vocabulary, trust_remote_code)
+    return found
 
 
-_found: dict[tuple[bytes, str | None], Preflight] = {}
-"""By config.json and attention: what this process has tried."""
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges")
+"""What the names of a tokenizer's files begin with."""
+_tried: dict[tuple[bytes, str | None], tuple[Preflight, int]] = {}
+"""By config.json and attention: what this process has tried, and the rows of the embeddings."""
 
 
-def _preflight(model_path: str | Path, attn_implementation: str | None, trust_remote_code: bool) -> Preflight:
+def _check_tokenizer(folder: Path, vocabulary: int, trust_remote_code: bool) -> None:
+    """Raise ValueError if the tokenizer gives ids for which the model has no embedding.
+
+    A padding token of its own is not used in training and allowed.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    outside = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocabulary}
+    outside.pop(tokenizer.pad_token, None)
+    if outside:
+        first = min(outside, key=outside.__getitem__)
+        raise ValueError(
+            f"{folder}: the tokenizer is larger than the model: {first!r} is token {outside[first]}"
+            f"{f' and {len(outside) - 1} more follow' if len(outside) > 1 else ''}, and the model has embeddings for 0 "
+            f"to {vocabulary - 1}. Give the model's own tokenizer, or call `model.resize_token_embeddings("
+            f"{max(outside.values()) + 1})`, train the new rows and save both"
+        )
+
+
+def check_data(folder: Path, model_path: str | Path, *, trust_remote_code: bool = False) -> None:
+    """Raise ValueError if a prepared dataset has a token for which the model has no embedding."""
+    from osft.data.dataset_folder import load_split
+
+    vocabulary = empty_model(model_path, trust_remote_code=trust_remote_code).get_input_embeddings().weight.shape[0]
+    largest = load_split(folder, "train").largest_token
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer of {model_path} gave token {largest} for the data, and the model has embeddings for 0 to "
+            f"{vocabulary - 1}. Give the model's own tokenizer"
+        )
+
+
+def _preflight(folder: Path, attn_implementation: str | None, trust_remote_code: bool) -> tuple[Preflight, int]:
     varlen = attn_implementation not in (None, "sdpa", "eager")
     model = empty_model(
-        model_path, attn_implementation=None if varlen else attn_implementation, trust_remote_code=trust_remote_code
+        folder, attn_implementation=None if varlen else attn_implementation, trust_remote_code=trust_remote_code
     )
     if varlen and not (model._supports_flash_attn or model._supports_flex_attn):
         raise ValueError(
             f"attn_implementation={attn_implementation!r}: {type(model).__name__} does not have it. Use 'sdpa' or "
             "'eager'"
         )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     model.config._experts_implementation = "eager"  # the others copy all experts
     targets = [target for target in select_targets(model) if math.prod(target.shape) < _LARGEST_GRADIENT]
     inject_empty(model, targets, dict.fromkeys((target.name for target in targets), 1), free_subspace="complement")
     fill_at_random(model)
     compute_one_block_of_each_kind(model)
-    found = examine(model, name=str(model_path))
+    found = examine(model, name=str(folder))
     if varlen and found.batching is Batching.PACKED:
         model.config._attn_implementation = _VARLEN
         try:
-            return examine(model, name=str(model_path))
+            found = examine(model, name=str(folder))
         except UnsupportedModelError:  # it has a way of its own into the kernel, which a CPU cannot go
-            return Preflight(Batching.PADDED, f"whether {attn_implementation} packs them well cannot be seen here")
-    return found
+            found = Preflight(Batching.PADDED, f"whether {attn_implementation} packs them well cannot be seen here")
+    return found, vocabulary
 
 
 def examine(model: PreTrainedModel, *, name: str = "the model") -> Preflight:
@@ -125,12 +167,12 @@ def examine(model: PreTrainedModel, *, name: str = "the model") -> Preflight:
         raise UnsupportedModelError(f"{name}: {_what(model)} cannot compute a plain text: {_told(error)}") from error
     if not alone.isfinite().all():
         raise UnsupportedModelError(f"{name}: {_what(model)} computes logits that are not finite")
-    if _difference(cut_row, alone[: _CUT - 1]) > TOLERANCE:
+    if not _difference(cut_row, alone[: _CUT - 1]) <= TOLERANCE:
         raise UnsupportedModelError(
             f"{name}: {_what(model)} sees the tokens that follow, so it is not a causal language model. Give one that "
             "is (with is_decoder=true in config.json, where its architecture has that setting)"
         )
-    if (difference := _difference(rows[1], alone)) > TOLERANCE:
+    if not (difference := _difference(rows[1], alone)) <= TOLERANCE:
         raise UnsupportedModelError(
             f"{name}: {_what(model)} lets samples that are computed together change each other's logits (by "
             f"{difference:.2g} standard deviations), so they cannot be trained in batches"

@@ -90,7 +90,8 @@ def compute_one_block_of_each_kind(model: PreTrainedModel) -> None:
     for block in transformer_blocks(model)[1]:
         kind = _kind(block)
         if kind not in computed:
-            computed[kind] = outputs = []
+            outputs: list[Any] = []
+            computed[kind] = outputs
             block.register_forward_hook(lambda _block, _inputs, output, seen=outputs: seen.append(output))
         else:
             _hand_on(block, computed[kind])

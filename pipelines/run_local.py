@@ -106,7 +106,7 @@ def check(arguments: dict[str, Any]) -> None:
                 pass
     if Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         CheckpointReader(model)
-        preflight(model)
+        console.print(preflight(model).line(), highlight=False)
         skeleton = empty_model(model)
         for target in select_targets(skeleton, training.target_patterns):
             unfrozen_rank(target.shape, training.unfreeze_rank_ratio)

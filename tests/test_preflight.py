@@ -12,6 +12,8 @@ from osft.likelihood import target_logits
 from osft.models import UnsupportedModelError, empty_model
 from osft.preflight import Preflight, preflight
 from osft.random_weights import compute_one_block_of_each_kind, fill_at_random
+from osft.weight_files import DamagedFileError
+from tests.conftest import byte_tokenizer
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -145,3 +147,37 @@ def test_plan_says_how_samples_are_fed(model_folder, chats, tmp_path):
     t5 = saved(AutoConfig.for_model("t5", d_model=32), tmp_path / "t5")
     with pytest.raises(UnsupportedModelError):
         plan(dataclasses.replace(config, model_path=str(t5)))
+
+
+TOO_LARGE = {
+    "an ordinary token": (258, lambda t: t.add_tokens(["please"]), "'please' is token 258"),
+    "several": (258, lambda t: t.add_tokens(["<x>", "<y>", "<z>"]), "'<x>' is token 258 and 2 more follow"),
+    "a special token": (258, lambda t: t.add_special_tokens({"bos_token": "<s>"}), "'<s>' is token 258"),
+    "a marker of the chat template": (257, lambda t: None, "is token 257"),
+    "a smaller model": (100, lambda t: None, "is token 100 and 157 more follow"),
+}
+
+
+@pytest.mark.parametrize("what", TOO_LARGE)
+def test_tokenizer_that_is_larger_than_the_model_is_refused(what, tmp_path):
+    rows, change, message = TOO_LARGE[what]
+    tokenizer = byte_tokenizer()
+    change(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    folder = saved(LlamaConfig(**LLAMA | {"vocab_size": rows}), tmp_path)
+    with pytest.raises(ValueError, match=f"the tokenizer is larger than the model: .*{message}"):
+        preflight(folder)
+
+
+def test_padding_token_beyond_the_embeddings_is_allowed_because_nothing_is_padded_with_it(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    assert preflight(saved(LlamaConfig(**LLAMA | {"vocab_size": 258}), tmp_path)).batching is Batching.PACKED
+
+
+def test_damaged_weights_are_found_where_the_folder_has_any(tmp_path):
+    folder = saved(LlamaConfig(**LLAMA), tmp_path)
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DamagedFileError, match="Git-LFS pointer"):
+        preflight(folder)

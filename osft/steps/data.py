@@ -116,7 +116,7 @@ def prepare_data(
     """
     from osft.data.prepare import prepare
     from osft.models import model_folder, stored_model
-    from osft.preflight import preflight
+    from osft.preflight import check_data, preflight
 
     root = round.storage_root
     fetched = storage.join(root, "examples")
@@ -143,6 +143,7 @@ def prepare_data(
             max_train_samples=max_train_samples,
             max_validation_samples=max_validation_samples,
         )
+        check_data(prepared.folder, folder)
         resolved = round.resolved()
         step.log_dataset(
             name=resolved.task,

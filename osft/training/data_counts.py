@@ -13,6 +13,7 @@ from osft.data.chat import Sample, tokenize
 from osft.data.records import DataError, read_records
 from osft.data.rows import read_rows
 from osft.data.split import held_out_prompts, is_held_out
+from osft.preflight import TOKENIZER_FILES
 
 MAX_COUNTED = 1000
 """Up to so many records are tokenized; of more, so many that are spread evenly."""
@@ -51,7 +52,7 @@ def count_data(config: TrainConfig, folder: Path) -> DataCounts:
             return _from_statistics(config, statistics)
         sources, samples = _processed(config, folder)
         return _count(config, sources, samples, total=len(samples))
-    if not any(file.name.startswith(("tokenizer", "vocab", "merges")) for file in folder.iterdir()):
+    if not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
         return _without_tokenizer(config)
     from transformers import AutoTokenizer
 

@@ -16,7 +16,7 @@ from osft.checkpoint import CheckpointReader
 from osft.config import SubspaceConfig, TrainConfig
 from osft.data.packing import Batching
 from osft.models import model_folder
-from osft.preflight import Preflight, preflight
+from osft.preflight import Preflight, check_data, preflight
 from osft.subspace.factor_store import FactorSet, load_factor_set, precompute
 from osft.subspace.rank_allocation import measure_importance
 
@@ -86,6 +86,8 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
             trust_remote_code=config.trust_remote_code,
             **common,
         )
+    if not config.use_processed_dataset:  # those are checked against the vocabulary row by row
+        check_data(prepared.folder, model, trust_remote_code=config.trust_remote_code)
     check_lengths(prepared.statistics, config)
     if wants_validation(config) and not prepared.statistics["num_validation_samples"]:
         raise ValueError(
