@@ -7,7 +7,7 @@ descriptions are applied to one tensor at a time, when it is read and, backwards
 exact tensors (`osft.checkpoint`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import reduce
@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 )
 
 from osft.checkpoint import CheckpointReader, tensor_sha256
+from osft.weight_files import check_finite
 
 
 @dataclass(slots=True)
@@ -153,8 +154,19 @@ class ModelWeights:
         return self.reader.is_exact or all(self.dtype(name) == torch.float32 for name in names)
 
     def sha256(self, name: str) -> str:
-        """Hash of a tensor's dtype, shape and bytes, in the model's layout."""
-        return tensor_sha256(self.tensor(name))
+        """Hash of a tensor's dtype, shape and bytes, in the model's layout.
+
+        Raises DamagedFileError if one of its numbers is not finite.
+        """
+        tensor = self.tensor(name)
+        check_finite(name, tensor, self.folder)
+        return tensor_sha256(tensor)
+
+    def check_finite(self, *, but_for: Collection[str]) -> None:
+        """Raise DamagedFileError if a tensor has a number that is not finite; those of `but_for` are not read."""
+        for name in self._group_of:
+            if name not in but_for:
+                check_finite(name, self.tensor(name), self.folder)
 
     def check_invertible(self, name: str) -> None:
         """Raise ValueError unless what is read as `name` can be written as it is stored, bit by bit."""

@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from osft.checkpoint import CheckpointReader
+from osft.conversion import ModelWeights
+from osft.models import empty_model
 from osft.weight_files import DamagedFileError, check_finite, tensor_names
+from tests.conftest import tiny_llama
 
 
 def header(tensors: object, data: bytes = b"") -> bytes:
@@ -104,6 +107,19 @@ def test_damaged_index_is_named(content, message, tmp_path):
     (folder / "model.safetensors.index.json").write_bytes(content)
     with pytest.raises(DamagedFileError, match=message):
         CheckpointReader(folder)
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "embed_tokens.weight", "layers.1.mlp.up_proj.weight"])
+def test_weight_that_is_not_finite_is_named_when_weights_are_hashed(name, tmp_path):
+    name, model = f"model.{name}", tiny_llama()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[-1] = torch.nan
+    model.save_pretrained(tmp_path)
+    stored = ModelWeights(CheckpointReader(tmp_path), empty_model(tmp_path))
+    with pytest.raises(DamagedFileError, match=f"{name} has 1 of"):
+        stored.sha256(name)
+    with pytest.raises(DamagedFileError, match=f"{name} has 1 of"):
+        stored.check_finite(but_for=())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -130,6 +130,7 @@ def precompute(
     stored = ModelWeights(reader, model)
     targets = select_targets(model, config.target_patterns)
     ranks = allocate_ranks(targets, config, importance)
+    stored.check_finite(but_for={target.tensor for target in targets})  # these when they are hashed
     for target in targets:
         stored.require(target.tensor)
         stored.check_invertible(target.tensor)

@@ -23,6 +23,7 @@ from osft.subspace.factor_store import FactorSet, check_settings, check_weights,
 from osft.subspace.model import inject_empty, osft_layers
 from osft.subspace.targets import select_targets, transformer_blocks
 from osft.subspace.weight import local
+from osft.weight_files import check_finite
 
 
 def load_sharded(
@@ -135,7 +136,9 @@ def _load_tensors(model: nn.Module, stored: ModelWeights, factors: FactorSet, ra
         start, stop = local_rows(parameter.shape[0], rank, world_size)
         part = local(parameter)
         assert part.shape[0] == stop - start, f"{name}: FSDP2 shards rows differently than expected"
-        part.copy_(rows(start, stop))
+        values = rows(start, stop)
+        check_finite(name, values, stored.folder)
+        part.copy_(values)
         loaded.add(id(parameter))
 
     for name, layer in osft_layers(model):
