@@ -4,6 +4,7 @@ import csv
 import io
 import sys
 from collections.abc import Collection, Iterable, Iterator
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -49,7 +50,11 @@ class _CsvLines:
     def __init__(self, text: io.TextIOWrapper) -> None:
         self._text = text
         self.count, self._begun = 0, 1
-        self.first = self._text.readline()
+
+    @cached_property
+    def first(self) -> str:
+        """The first line, which is read whatever comes first."""
+        return self._text.readline()
 
     def __iter__(self) -> Iterator[str]:
         for line in chain([self.first], self._text):
@@ -80,7 +85,7 @@ def arrow_rows(file: Path, name: str, head: bytes, columns: Collection[str] | No
                     source,
                     {key: _plain(value, types[key], source) for key, value in row.items() if value is not None},
                 )
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         what = "Parquet" if head.startswith(b"PAR1") else "Arrow"
         raise DataError(f"{name} is not a whole {what} file: {error}. Fetch it again") from None
 
@@ -101,6 +106,7 @@ def _batches(file: Path, head: bytes, columns: Collection[str] | None) -> Iterat
             batches = reader = pa.ipc.open_stream(mapped)
         kept = _present(reader.schema, columns)
         for batch in batches:
+            batch.validate(full=True)  # a damaged file would end the process
             chosen = batch.select(kept) if kept else batch
             for start in range(0, chosen.num_rows, _BATCH):
                 yield chosen.slice(start, _BATCH)

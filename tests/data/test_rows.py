@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import random
 import tracemalloc
 
 import pyarrow as pa
@@ -239,3 +240,40 @@ def test_a_cut_zstd_file_is_refused(tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(sink.getvalue().to_pybytes()[:-9])
     with pytest.raises(DataError, match=r"a.jsonl.zst cannot be decompressed"):
         values(tmp_path / "a.jsonl.zst")
+
+
+def packed(kind: str, path) -> bytes:
+    rows = [{"text": f"é{number}" * 5, "n": number} for number in range(60)]
+    text = json.dumps(rows, ensure_ascii=False).encode()
+    if kind in ("zstd", "lz4"):
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, kind) as out:
+            out.write(text)
+        return sink.getvalue().to_pybytes()
+    table = Dataset.from_list(rows).data.table
+    if kind == "parquet":
+        pq.write_table(table, path)
+        return path.read_bytes()
+    if kind.startswith("arrow"):
+        with (pa.ipc.new_file if kind == "arrow file" else pa.ipc.new_stream)(str(path), table.schema) as out:
+            out.write_table(table)
+        return path.read_bytes()
+    return {"array": bytes, "gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}[kind](text)
+
+
+@pytest.mark.parametrize(
+    "kind", ["array", "gzip", "bzip2", "xz", "zstd", "lz4", "parquet", "arrow file", "arrow stream"]
+)
+def test_a_file_that_is_cut_or_damaged_anywhere_is_refused_and_never_read_short(tmp_path, kind):
+    whole, numbers = packed(kind, tmp_path / "whole"), random.Random(0)
+    for number in range(40):
+        at = numbers.randrange(1, len(whole) - 8)
+        damaged = bytearray(whole)
+        damaged[at] = (damaged[at] + 1) % 256
+        (tmp_path / "a").write_bytes(whole[:at] if number % 2 else damaged)
+        try:
+            read = len(values(tmp_path / "a"))
+        except DataError:
+            continue
+        assert number % 2 == 0, f"cut after {at} of {len(whole)} bytes"
+        assert read == 60
