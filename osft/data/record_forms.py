@@ -49,8 +49,8 @@ _NO_CHATS = (
 )
 
 
-def decoded(row: Row, counts: Counter[str]) -> Row:
-    """The row with its nulls left out and what is JSON in a text decoded."""
+def decoded(row: Row, source: str, counts: Counter[str]) -> Row:
+    """The row with its nulls left out and what is JSON in a text decoded. Raises DataError for broken JSON."""
     found: Row = {}
     for key, value in row.items():
         if value is None:
@@ -58,8 +58,11 @@ def decoded(row: Row, counts: Counter[str]) -> Row:
         if key in _STRUCTURED and isinstance(value, str):
             if not value.strip():
                 continue
-            value = _from_text(value)
-            if not isinstance(value, str):
+            text, value = value, _from_text(value)
+            if value is text and text.lstrip().startswith(("[", "{")):
+                problem = f"{key!r} is a text that is not JSON. Write it with json.dumps, not with str"
+                raise DataError(f"{source}: {problem}; got {text!r:.80}")
+            if value is not text:
                 counts[f"'{key}' read from a JSON text"] += 1
         if key in _STRUCTURED and isinstance(value, list):
             value = [_from_text(part) if isinstance(part, str) and key != "choices" else part for part in value]
@@ -69,9 +72,8 @@ def decoded(row: Row, counts: Counter[str]) -> Row:
 
 def _from_text(text: str) -> Any:
     """What a JSON text says; the text itself if it is none, for the error that names it."""
-    text = {"True": "true", "False": "false"}.get(text.strip(), text)
     try:
-        return DECODER.decode(text.strip())
+        return DECODER.decode({"True": "true", "False": "false"}.get(text.strip(), text.strip()))
     except ValueError:
         return text
 

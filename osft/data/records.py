@@ -136,7 +136,7 @@ def _to_record(row: dict[str, Any], source: str, counts: Counter[str], *, allow_
     def refuse(problem: str) -> DataError:
         return DataError(f"{source}: {problem}")
 
-    value = decoded(row, counts)
+    value = decoded(row, source, counts)
     if allow_text and not value.keys() - {"text"} - ABOUT_THE_RECORD and isinstance(value.get("text"), str):
         if not value["text"].strip():
             raise refuse("a record needs 'messages' or a non-empty 'text'; its text is empty. Drop the line")

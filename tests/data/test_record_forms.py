@@ -383,7 +383,8 @@ REFUSED = {
         "has 'why', which is no part of a call",
     ),
     "custom tool": (two(tool_calls=[{"type": "custom", "name": "f"}]), "the type 'custom'; only calls of functions"),
-    "tools text": ({"messages": [ASK, TELL], "tools": "[]x"}, "'tools' must be a list of JSON schemas"),
+    "tools text": ({"messages": [ASK, TELL], "tools": "[]x"}, "'tools' is a text that is not JSON"),
+    "python text": ({"messages": str([ASK, TELL])}, "'messages' is a text that is not JSON. Write it with json.dumps"),
     "pretraining beside": ({"messages": [{"role": "pretraining", "content": "x"}, TELL]}, "must be the only one"),
     "pretraining in front": (
         {"messages": [{"role": "pretraining", "content": "x" + CHAT}]},
