@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from osft.data.records import DataError, Record
@@ -69,11 +70,9 @@ def tokenize(
         input_ids, in_loss = tokens_of_spans(tokenizer, chat.text, spans)
     except TokenizerMismatchError as error:
         raise DataError(f"{record.source}: {error}") from error
-    labels = [token if counted else IGNORE for token, counted in zip(input_ids, in_loss, strict=True)]
-    sample = Sample(list(input_ids), labels)
-    if sample.num_loss_tokens == 0:
+    if not in_loss[1:].any():
         raise DataError(f"{record.source}: the chat template leaves no token to learn from")
-    return sample
+    return Sample(input_ids, np.where(in_loss, input_ids, IGNORE).tolist())
 
 
 def _is_document(record: Record, tokenizer: PreTrainedTokenizerBase) -> bool:

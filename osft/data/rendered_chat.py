@@ -57,6 +57,8 @@ class RenderedChat:
 
     def _span(self, position: int) -> Span | None:
         """From where the message's author begins to write it through the special token that closes it."""
+        if plain := self._plain_answer(position):
+            return plain
         around = self._around(position)
         if around is None:
             return None
@@ -68,6 +70,45 @@ class RenderedChat:
             return None
         end = len(self.text) - len(around[1])
         return len(around[0]), self._closing(end) or end
+
+    def _plain_answer(self, position: int) -> Span | None:
+        """The span of an answer that the template renders as it is between its header and a closing token."""
+        header = self._habits.header
+        if not header or position not in self._contents:
+            return None
+        start, end = self._contents[position]
+        closed = self._closing(end)
+        return (start, closed) if closed and self.text.endswith(header, 0, start) else None
+
+    @cached_property
+    def _contents(self) -> dict[int, Span]:
+        """Where the answers without reasoning and calls stand, by their positions; empty if the template changes any.
+
+        One more rendering finds them all, where each of the others takes two: of long chats, most of the time.
+        """
+        plain = [
+            position
+            for position, message in enumerate(self._messages)
+            if message["role"] == "assistant" and message.keys() == {"role", "content"}
+        ]
+        try:
+            before, *pieces = self._render(
+                [m | {"content": SENTINEL} if at in plain else m for at, m in enumerate(self._messages)]
+            ).split(SENTINEL)
+        except TEMPLATE_ERRORS:
+            return {}
+        if len(pieces) != len(plain) or not self.text.startswith(before):
+            return {}
+        found, start = {}, len(before)
+        for position, piece in zip(plain, pieces, strict=True):
+            content = self._messages[position]["content"]
+            if not self.text.startswith(content + piece, start):
+                content = content.strip()
+            if not self.text.startswith(content + piece, start):
+                return {}
+            found[position] = (start, start + len(content))
+            start += len(content) + len(piece)
+        return found if start == len(self.text) else {}
 
     def _marked(self, position: int, span: Span | None) -> list[Span]:
         """What the template's markers enclose of an assistant's message, and the token that closes it.

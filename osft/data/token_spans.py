@@ -20,8 +20,8 @@ class TokenizerMismatchError(ValueError):
 
 def tokens_of_spans(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]
-) -> tuple[list[int], list[bool]]:
-    """Tokens of a text, and whether each has a character in one of `spans`. No special token is added to the text.
+) -> tuple[list[int], np.ndarray]:
+    """Tokens of a text, and (T,) bool, whether each has a character in one of `spans`. No special token is added.
 
     The tokenizer says where a token lies in the text, where it can. One that cannot (those written in Python), or that
     says so wrongly, is asked for the tokens of the text up to a span's border: as far as these are those of the whole
@@ -36,7 +36,7 @@ def tokens_of_spans(
     for first, last in spans:
         if first < last:
             in_spans[slice(*tokens.range_of(first, last))] = True
-    return tokens.input_ids, in_spans.tolist()
+    return tokens.input_ids, in_spans
 
 
 class _Tokens:
@@ -46,6 +46,7 @@ class _Tokens:
         self, tokenizer: PreTrainedTokenizerBase, text: str, input_ids: list[int], offsets: Sequence[Span] | None
     ) -> None:
         self.input_ids = input_ids
+        self._token_array = np.array(input_ids, dtype=np.int64)  # decodes faster than a list
         self._tokenizer = tokenizer
         self._text = text
         self._starts, self._ends = np.array(offsets or (), dtype=np.int64).reshape(-1, 2).T
@@ -115,7 +116,7 @@ class _Tokens:
         return True
 
     def _decode(self, start: int, end: int) -> str:
-        decoded: Any = self._tokenizer.decode(self.input_ids[start:end], clean_up_tokenization_spaces=False)
+        decoded: Any = self._tokenizer.decode(self._token_array[start:end], clean_up_tokenization_spaces=False)
         return str(decoded)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from osft.data.chat import IGNORE, tokenize
 from osft.data.records import DataError, Record
+from osft.data.rendered_chat import RenderedChat
 from tests.conftest import byte_tokenizer
 from tests.data.templates import SHAPES, shaped_tokenizer
 
@@ -59,6 +60,24 @@ def test_the_loss_is_on_each_answer_and_on_nothing_else(shape, chat):
         assert after.strip() in (special if shape not in LEFT_OPEN else [""]), piece
         rendered = before.replace("<think>", "").replace("</think>", "").replace("<|channel|>final<|message|>", "")
         assert not rendered.strip(), piece
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chat", CHATS)
+def test_answers_that_are_found_together_are_found_where_each_is_alone(shape, chat, monkeypatch):
+    messages = tuple(message for message in CHATS[chat] if message is not SYSTEM)
+    tokenizer, record = shaped_tokenizer(shape), Record(source="f:1", messages=messages)
+    together = tokenize(record, tokenizer)
+    monkeypatch.setattr(RenderedChat, "_contents", {})
+    assert tokenize(record, tokenizer) == together
+
+
+def test_renderings_do_not_grow_with_the_turns(monkeypatch):
+    counted, render = [], RenderedChat._render
+    monkeypatch.setattr(RenderedChat, "_render", lambda self, *a, **k: counted.append(1) or render(self, *a, **k))
+    turns = [message for i in range(20) for message in (asks(f"q{i}"), says(f"a{i}"))]
+    assert len(pieces(Record(source="f:1", messages=tuple(turns)), shaped_tokenizer("llama3"))) == 20
+    assert len(counted) == 2
 
 
 def marked(turn: str, prompt: str = "<|im_start|>assistant\\n") -> object:
