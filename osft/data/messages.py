@@ -26,6 +26,7 @@ ROLE_ALIASES = {
     "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "chatbot", "ai", "model"), "assistant"),
     "pretrain": "pretraining",
+    "tool_call": "function_call",
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}

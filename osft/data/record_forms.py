@@ -5,12 +5,13 @@
     ShareGPT                   conversations: [{from, value}]
     Capybara                   conversation: [{input, output}]
     prompt/completion          prompt, completion: two texts, or two lists of messages
-    Alpaca                     instruction, output; also input, history: [[question, answer]]
+    Alpaca                     instruction, output; also input
     Dolly                      instruction, response; also context
     question/answer            question, query, problem, prompt or input with answer, response, solution or output
 
 Beside them may stand `system` or `system_prompt`, the text of a system message, and `functions`, the former name of
-`tools`. Of the one-question forms `reasoning`, `reasoning_content` or `thinking` is the answer's.
+`tools`. In a form of one question, `history`, [[question, answer]], comes before it, and `reasoning`,
+`reasoning_content` or `thinking` is the answer's.
 """
 
 from collections import Counter
@@ -26,7 +27,7 @@ Row = dict[str, Any]
 _TURNS = {
     **ROLE_ALIASES,
     **dict.fromkeys(("observation", "function_response", "function-response", "tool_response", "tool_result"), "tool"),
-    **dict.fromkeys(("function_call", "function-call", "tool_call"), "function_call"),
+    "function-call": "function_call",
 }
 """What ShareGPT calls its turns."""
 
@@ -179,10 +180,13 @@ def _one_answer(row: Row, source: str) -> tuple[list[Any], str]:
     form = {"completion": "prompt/completion", "output": "Alpaca"}.get(answer, "question/answer")
     if ask == "prompt" and isinstance(asked, list) and isinstance(answered, list):
         return [*asked, *answered], "prompt/completion"
-    messages: list[Any] = []
     if ask == "instruction":
         form = "Dolly" if answer == "response" else "Alpaca"
-        messages, asked = _instruction(row, asked, answered, source)
+        asked = _instruction(row, asked, answered, source)
+    history = row.pop("history", [])
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError(f"{source}: 'history' must be a list of pairs of texts; got {history!r:.80}")
+    messages = [message for pair in history for message in (_user(pair[0]), _assistant(pair[1]))]
     for key, value in ((ask, asked), (answer, answered)):
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{source}: {key!r} must be a non-empty text; got {value!r:.80}")
@@ -195,8 +199,8 @@ def _one_answer(row: Row, source: str) -> tuple[list[Any], str]:
     return [*messages, _user(asked), _assistant(answered) | reasoning], form
 
 
-def _instruction(row: Row, asked: Any, answered: Any, source: str) -> tuple[list[Any], Any]:
-    """The earlier messages of an Alpaca or Dolly record, and its instruction with its input."""
+def _instruction(row: Row, asked: Any, answered: Any, source: str) -> Any:
+    """The instruction of an Alpaca or Dolly record with its input, which is taken out of the row."""
     texts = [asked, answered]
     given = [key for key in ("input", "context") if row.get(key)]
     if len(given) > 1:
@@ -208,13 +212,10 @@ def _instruction(row: Row, asked: Any, answered: Any, source: str) -> tuple[list
         if text:
             texts.append(text)
             asked = f"{asked}\n{text}" if asked else text
-    history = row.pop("history", [])
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise DataError(f"{source}: 'history' must be a list of pairs of texts; got {history!r:.80}")
     rendered = row.get("text")
     if isinstance(rendered, str) and all(isinstance(text, str) and text in rendered for text in texts):
         del row["text"]  # all of it once more, as Stanford's Alpaca has it
-    return [message for pair in history for message in (_user(pair[0]), _assistant(pair[1]))], asked
+    return asked
 
 
 def _user(content: Any) -> Row:

@@ -41,17 +41,21 @@ ABOUT_THE_RECORD = frozenset(
 option of OpenAI's service that changes no text. What else describes a record belongs below `metadata`."""
 
 _RESERVED = frozenset(
-    {"chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"}
-    | {
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-        "conversation",
+    {
+        *("messages", "tools", "conversation", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+        *(
+            "return_assistant_tokens_mask",
+            "sanitize_control_tokens",
+            "bos_token",
+            "eos_token",
+            "pad_token",
+            "unk_token",
+        ),
+        *("sep_token", "cls_token", "mask_token", "raise_exception", "strftime_now", "namespace", "dict", "range"),
     }
 )
-"""Parameters of the call that renders a chat, which no record sets."""
+"""Parameters of the call that renders a chat, and what transformers gives every template: a record sets neither."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

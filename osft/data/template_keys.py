@@ -16,11 +16,14 @@ from jinja2.parser import Parser
 
 from osft.data.records import DataError, Record
 
-FALLBACK_ROLES = {"developer": "system", "function": "tool", "ipython": "tool", "observation": "tool"}
+FALLBACK_ROLES = {
+    "developer": "system",
+    **dict.fromkeys(("function", "ipython", "observation", "tool_response"), "tool"),
+}
 """Roles of the OpenAI form and of some templates, and what takes their place where a template does not name them."""
 STANDARD_ROLES = ("system", "user", "assistant", "tool")
 """Handed to any template, which refuses what it does not want."""
-_LINKS = dict.fromkeys(("tool", "function", "ipython", "observation"), ("tool_call_id", "name"))
+_LINKS = {role: ("tool_call_id", "name") for role in ("tool", *FALLBACK_ROLES) if role != "developer"}
 """Keys that say which call a message answers. Its place in the chat says so too, so a template need not read them."""
 _REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
 """transformers hands a message's reasoning to the template under each of these names, whichever the record has."""

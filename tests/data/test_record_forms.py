@@ -77,6 +77,10 @@ FORMS = {
     "prompt and completion of trl": ({"prompt": [ASK], "completion": [TELL]}, PLAIN),
     "prompt and response": ({"prompt": "hi", "response": "yo", "system_prompt": "s"}, WITH_SYSTEM),
     "question and answer": ({"question": "hi", "answer": "yo"}, PLAIN),
+    "query and response with history": (
+        {"query": "hi", "response": "yo", "history": [["a", "b"]], "system": "s"},
+        [("system", "s"), ("user", "a"), ("assistant", "b"), *PLAIN],
+    ),
     "query and response": ({"query": "hi", "response": "yo"}, PLAIN),
     "problem and solution": ({"problem": "hi", "solution": "yo"}, PLAIN),
     "input and output": ({"input": "hi", "output": "yo"}, PLAIN),
@@ -175,6 +179,8 @@ def test_calls_of_sharegpt():
         record = read({"conversations": turns, "tools": json.dumps([{"name": "f", "parameters": {}}])})
         assert record.messages[1]["tool_calls"] == [{"type": "function", "function": one}]
         assert record.tools == ({"name": "f", "parameters": {}},)
+    swift = [ASK, {"role": "tool_call", "content": json.dumps(one)}, {"role": "tool_response", "content": "o"}, TELL]
+    assert read({"messages": swift}).messages[1]["tool_calls"] == [{"type": "function", "function": one}]
     both = read({"conversations": [HUMAN, {"from": "function_call", "value": [one, two]}]}).messages[1]
     assert [call["function"]["name"] for call in both["tool_calls"]] == ["f", "g"]
 
@@ -391,6 +397,7 @@ REFUSED = {
         "has text before its first turn, 'x'",
     ),
     "template": ({"messages": [ASK, TELL], "chat_template": "{{ x }}"}, "'chat_template' is no variable"),
+    "token": ({"messages": [ASK, TELL], "eos_token": "x"}, "'eos_token' is no variable"),
     "option": ({"messages": [ASK, TELL], "chat_template_kwargs": {"tokenize": True}}, "'tokenize' is no variable"),
     "options": ({"messages": [ASK, TELL], "chat_template_kwargs": [1]}, "'chat_template_kwargs' must be an object"),
     "two options": (
