@@ -154,8 +154,12 @@ class TrainConfig(SubspaceConfig):
     """Clip the gradient's global 2-norm to this; 0 turns clipping off."""
 
     seed: Annotated[int, Bounds(low=0)] = 42
-    """Seed of the sample order. The same seed on the same machine gives the same losses, bit for bit. Dropout is off:
-    with it the losses would depend on how the work is cut."""
+    """Seed of the sample order. The same seed on the same machine gives the same losses, bit for bit on a CPU and, with
+    deterministic, on CUDA. Dropout is off: with it the losses would depend on how the work is cut."""
+
+    deterministic: bool = False
+    """On CUDA, use algorithms that give the same result twice, where there are such; they are slower. Without, two runs
+    differ in the last digits. A CPU's always do."""
 
     validation_split: Annotated[float, Bounds(low=0.0, high=0.99)] = 0.0
     """Share of the data that is held out for the validation loss. Which side a record falls on depends on its
@@ -218,6 +222,13 @@ class TrainConfig(SubspaceConfig):
 
     master_port: Annotated[int | None, Bounds(low=1, high=65535)] = None
     """Port of node 0 that goes with master_addr. None: 29500, as torchrun."""
+
+    rdzv_timeout_minutes: Annotated[float, Bounds(low=0.01)] = 15.0
+    """How long a node waits for the others to come. A single node waits for none."""
+
+    process_group_timeout_minutes: Annotated[float, Bounds(low=0.01)] = 30.0
+    """How long a process waits for another one in a collective operation (NCCL, gloo) before it gives the run up.
+    Longer than rank 0 takes to write a model; uploads do not count."""
 
     use_liger: bool | None = None
     """Liger kernels (the extra `osft[liger]`, CUDA only). None: where both are there. True: refuse to run without."""
@@ -327,6 +338,15 @@ class TrainConfig(SubspaceConfig):
         except (TypeError, ValueError) as error:
             raise ValueError(f"lr_scheduler_kwargs of {self.lr_scheduler!r}: {error}") from None
 
+    def warmup_warning(self, num_training_steps: int) -> str | None:
+        """What to say of a warm-up that the run does not get to the end of; None if it does."""
+        if self.warmup_steps < num_training_steps or not self.warmup_steps:
+            return None
+        return (
+            f"warmup_steps={self.warmup_steps} but the run has {num_training_steps} steps: the peak learning rate is "
+            "never reached. Lower warmup_steps, or train for longer"
+        )
+
     def make_scheduler(self, optimizer: "Optimizer", *, num_training_steps: int) -> Any:
         """The learning-rate schedule of these settings."""
         from transformers import get_scheduler
@@ -390,6 +410,7 @@ _NOT_IDENTITY = frozenset(
     {
         *("ckpt_output_dir", "data_output_dir", "resume", "save_state_minutes", "save_state_steps", "dry_run"),
         *("nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"),
+        *("rdzv_timeout_minutes", "process_group_timeout_minutes", "deterministic"),
         *("max_tokens_per_gpu", "gradient_checkpointing", "use_liger", "attn_implementation", "trust_remote_code"),
         *("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "tensorboard_log_dir"),
         *("wandb_project", "wandb_entity", "wandb_run_name"),

@@ -5,6 +5,7 @@ nodes may do the same work side by side on one shared folder or each on its own.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from osft.models import model_folder
 from osft.preflight import Preflight, check_data, preflight
 from osft.subspace.factor_store import FactorSet, load_factor_set, precompute
 from osft.subspace.rank_allocation import measure_importance
+from osft.training.own_process import in_own_process
 
 if TYPE_CHECKING:
     from osft.data.dataset_folder import PreparedData
@@ -157,21 +159,48 @@ def compute_factors(
     batching: Batching,
     trust_remote_code: bool = False,
 ) -> FactorSet:
-    """Decompose what `store` does not hold yet; with adaptive ranks, measure the layers' importance on `data` first."""
+    """Decompose what `store` does not hold yet; with adaptive ranks, measure the layers' importance on `data` first.
+
+    With a GPU, that is done in a process of its own, which ends: a CUDA context would keep several 100 MB of the GPU
+    from the training processes for as long as this one waits for them. Raises what the other process raised.
+    """
+    work = {
+        "model": str(model),
+        "data": str(data),
+        "store": str(store),
+        "subspace": asdict(subspace),
+        "batching": batching.value,
+        "trust_remote_code": trust_remote_code,
+    }
+    if not torch.cuda.is_available():
+        return compute_factors_here(work, device="cpu")
+    found = in_own_process("osft.training.factors", work)
+    return load_factor_set(found["path"], computed=found["computed"])
+
+
+def compute_factors_here(work: dict[str, Any], *, device: str) -> FactorSet:
+    """`compute_factors` in this process."""
+    model, subspace = Path(work["model"]), SubspaceConfig(**work["subspace"])
     importance = None
     if subspace.rank_allocation == "adaptive":
         from osft.data.dataset_folder import load_split
 
-        train = load_split(storage.fetch(data), "train")
+        train = load_split(storage.fetch(work["data"]), "train")
         samples = [train[i] for i in range(min(subspace.calibration_samples, len(train)))]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         importance = measure_importance(
             model,
             samples,
             device=device,
             dtype=torch.bfloat16 if device == "cuda" else torch.float32,
             max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
-            batching=batching,
-            trust_remote_code=trust_remote_code,
+            batching=Batching(work["batching"]),
+            trust_remote_code=work["trust_remote_code"],
         )
-    return precompute(model, store, subspace, importance=importance, trust_remote_code=trust_remote_code)
+    return precompute(
+        model,
+        work["store"],
+        subspace,
+        importance=importance,
+        device=device,
+        trust_remote_code=work["trust_remote_code"],
+    )

@@ -165,7 +165,7 @@ def _launch_config(config: TrainConfig, processes: int) -> "LaunchConfig":
         run_id=str(config.rdzv_id or "osft"),
         rdzv_backend="static",
         rdzv_endpoint=config.rdzv_endpoint or f"{config.master_addr}:{config.master_port or 29500}",
-        rdzv_configs={"rank": config.node_rank, "timeout": 900},
+        rdzv_configs={"rank": config.node_rank, "timeout": round(60 * config.rdzv_timeout_minutes)},
         **common,
     )
 
@@ -178,7 +178,8 @@ def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, An
     from torch.distributed.launcher.api import elastic_launch
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs for the same result twice
+    if work["config"]["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs for the same result twice
     workers = partial(children, running=_WORKER)
     summary_file = Path(work["summary_file"])
     work_file = summary_file.with_name(summary_file.name.replace("summary", "work"))

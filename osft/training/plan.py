@@ -148,6 +148,11 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     elif not data.exact:
         notes.append(f"Samples and tokens are extrapolated from {data.counted:,} records.")
 
+    steps = num_steps(data.samples, config)
+    warning = config.warmup_warning(steps)
+    if warning:
+        notes.insert(0, warning)
+
     layers = [layer for _, layer in osft_layers(model)]
     attention = config.attn_implementation or model.config._attn_implementation
     if attention == "sdpa" and found.batching is Batching.PADDED:
@@ -179,7 +184,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
         model_path=config.model_path,
         preflight=found,
         data=data,
-        steps=num_steps(data.samples, config),
+        steps=steps,
         epochs=config.num_epochs,
         effective_batch_size=config.effective_batch_size,
         trainable_parameters=sum(layer.coefficients.numel() for layer in layers),

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,12 @@ def train_process(work: dict[str, Any]) -> None:
     device = _device()
     mesh = None
     if world_size > 1:
-        mesh = init_device_mesh(device.type, (world_size,))  # gloo on CPUs, NCCL on CUDA
+        timeout = timedelta(minutes=config.process_group_timeout_minutes)
+        torch.distributed.init_process_group(timeout=timeout)  # gloo on CPUs, NCCL on CUDA
+        mesh = init_device_mesh(device.type, (world_size,))
         _check_same_inputs(work)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    if config.deterministic or device.type == "cpu":  # which loses nothing by it
+        torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     output, dataset = Path(work["output"]), Path(work["dataset"])
     started = time.perf_counter()
@@ -80,6 +84,9 @@ def train_process(work: dict[str, Any]) -> None:
         print(
             f"train: {_start(stored, [name + layer.tensor_suffix for name, layer in osft_layers(model)])}", flush=True
         )
+        warning = config.warmup_warning(num_steps(len(samples), config))
+        if warning:
+            print(f"train: {warning}", flush=True)
         print(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}", flush=True)
     with (
         mirror,

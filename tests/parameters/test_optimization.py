@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import torch
 
+from osft.training import worker
 from tests.parameters.conftest import losses, rates
 
 
@@ -50,6 +52,21 @@ def test_warmup_rises_linearly_to_the_peak(call):
         call(lr_scheduler="reduce_lr_on_plateau", warmup_steps=1)
 
 
+@pytest.mark.covers("warmup_steps")
+@pytest.mark.parametrize(
+    ("warmup_steps", "is_said"), [(0, False), (1, False), (3, False), (4, True), (5, True), (100, True)]
+)
+def test_warmup_that_the_run_does_not_get_to_the_end_of_is_said(call, capsys, warmup_steps, is_said):
+    """By the plan; and by training, which then really stays below the peak."""
+    text = f"warmup_steps={warmup_steps} but the run has 4 steps: the peak learning rate is never reached"
+    planned = call(warmup_steps=warmup_steps, dry_run=True)
+    assert any(text in note for note in planned.notes) is is_said
+    if warmup_steps in (3, 4):
+        found = rates(call(warmup_steps=warmup_steps, lr_scheduler="constant"))
+        assert (max(found) < 1e-2) is is_said
+        assert (text in capsys.readouterr().out) is is_said
+
+
 @pytest.mark.covers("lr_scheduler_kwargs")
 def test_string_values_of_schedule_arguments_are_converted(call):
     found = rates(call(lr_scheduler="polynomial", lr_scheduler_kwargs={"power": "2", "lr_end": "1e-3"}))
@@ -86,6 +103,27 @@ def test_clipping_off_is_not_clipping_to_zero(call):
 @pytest.mark.covers("seed")
 def test_same_seed_gives_the_same_losses_bit_for_bit(call):
     assert losses(call()) == losses(call())
+
+
+@pytest.mark.covers("deterministic")
+@pytest.mark.parametrize(
+    ("device", "deterministic", "is_on"), [("cuda", False, False), ("cuda", True, True), ("cpu", False, True)]
+)
+def test_deterministic_algorithms_are_a_setting_on_cuda(call, monkeypatch, device, deterministic, is_on):
+    class Reached(Exception):
+        pass
+
+    asked: list[bool] = []
+
+    def load(*arguments, **named):
+        raise Reached
+
+    monkeypatch.setattr(worker, "_device", lambda: torch.device(device))
+    monkeypatch.setattr(worker, "load_split", load)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on, warn_only=False: asked.append(on))
+    with pytest.raises(Reached):
+        call(deterministic=deterministic)
+    assert asked[: len(asked) - 1] == [True] * is_on  # the last one puts back what was before
 
 
 @pytest.mark.covers("num_epochs", "max_steps")

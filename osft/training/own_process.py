@@ -1,0 +1,56 @@
+"""A step that uses the GPU, in a process that gives the GPU back by ending."""
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from osft.training.parent import end_with_parent
+
+_RAISED: dict[str, type[Exception]] = {
+    error.__name__: error for error in (ValueError, FileNotFoundError, ConnectionError, PermissionError, OSError)
+}
+"""What a user can cause, and is raised again as what it was; a program error prints its traceback and ends the step."""
+
+
+def in_own_process(module: str, work: dict[str, Any]) -> dict[str, Any]:
+    """Run `python -m MODULE WORK.json OUTCOME.json`, which calls `answer`; the result.
+
+    Raises what the other process raised, and RuntimeError if it ended otherwise.
+    """
+    with tempfile.TemporaryDirectory(prefix="osft-step-") as folder:
+        given, outcome = Path(folder, "work.json"), Path(folder, "outcome.json")
+        given.write_text(json.dumps(work), encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", module, str(given), str(outcome)], preexec_fn=end_with_parent
+        )
+        try:
+            code = process.wait()
+        except BaseException:  # this process is asked to end
+            process.kill()
+            process.wait()
+            raise
+        if not outcome.is_file():
+            ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise RuntimeError(f"{module} ended with {ended}; what it printed last says why")
+        found = json.loads(outcome.read_text(encoding="utf-8"))
+    if "error" in found:
+        raise _RAISED[found["error"]](found["message"])
+    result: dict[str, Any] = found["result"]
+    return result
+
+
+def answer(step: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """What the module of such a process does: the step with what it was given, and writing down what came of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt at a terminal goes to the parent, too, which ends this
+    given, outcome = (Path(argument) for argument in sys.argv[1:])
+    try:
+        found: dict[str, Any] = {"result": step(json.loads(given.read_text(encoding="utf-8")))}
+    except tuple(_RAISED.values()) as error:
+        kind = next(name for name in (base.__name__ for base in type(error).__mro__) if name in _RAISED)
+        found = {"error": kind, "message": str(error)}
+    outcome.write_text(json.dumps(found), encoding="utf-8")
