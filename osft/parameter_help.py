@@ -18,7 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Optimization": (
         *("num_epochs", "max_steps", "lr_scheduler", "warmup_steps", "lr_scheduler_kwargs", "weight_decay", "beta1"),
-        *("beta2", "eps", "max_grad_norm", "seed"),
+        *("beta2", "eps", "max_grad_norm", "seed", "deterministic"),
     ),
     "Validation": ("validation_split", "validation_data_path", "validation_frequency", "save_best_val_loss"),
     "Checkpoints": (
@@ -27,7 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Processes": (
         *("nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"),
-        "dry_run",
+        *("rdzv_timeout_minutes", "process_group_timeout_minutes", "dry_run"),
     ),
     "Model and kernels": (
         *("use_liger", "gradient_checkpointing", "attn_implementation", "dtype", "trust_remote_code"),

@@ -26,7 +26,6 @@ from typing import Any
 from osft.checkpoint import EXACT
 from osft.config import TrainConfig
 from osft.content import files_sha256, named_sha256
-from osft.data.dataset_folder import hash_tokenizer
 
 MADE_OF = "made_of"
 _PATHS = {
@@ -40,6 +39,8 @@ _PATHS = {
 
 def model_contents(folder: Path) -> dict[str, str]:
     """The hashes of a model's `weights`, `model_config` and `tokenizer`, as hexadecimal digits."""
+    from osft.data.dataset_folder import hash_tokenizer  # brings the datasets library
+
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():

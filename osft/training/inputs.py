@@ -5,7 +5,7 @@ nodes may do the same work side by side on one shared folder or each on its own.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,7 +175,7 @@ def compute_factors(
     if not torch.cuda.is_available():
         return compute_factors_here(work, device="cpu")
     found = in_own_process("osft.training.factors", work)
-    return load_factor_set(found["path"], computed=found["computed"])
+    return replace(load_factor_set(found["path"]), computed=found["computed"])
 
 
 def compute_factors_here(work: dict[str, Any], *, device: str) -> FactorSet:
