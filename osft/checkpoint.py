@@ -191,7 +191,8 @@ class CheckpointReader:
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """Hash of a CPU tensor's dtype, shape and bytes, as hexadecimal digits."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+    # Flat: a dimension of size 1 may have any stride in a tensor that counts as contiguous.
+    digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

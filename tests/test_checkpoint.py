@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter
 
-from osft.checkpoint import CheckpointReader
+from osft.checkpoint import CheckpointReader, tensor_sha256
 from osft.config import SubspaceConfig
 from osft.conversion import ModelWeights
 from osft.models import empty_model
@@ -232,3 +232,11 @@ def test_config_of_another_model_is_refused(tmp_path):
     set_config(tmp_path, intermediate_size=48)
     with pytest.raises(ValueError, match=r"gives model.layers.0.mlp.down_proj.weight \(32, 64\).*asks for \(32, 48\)"):
         stored_weights(tmp_path)
+
+
+def test_hash_depends_on_dtype_shape_and_values_only():
+    values = torch.arange(4.0)
+    column = torch.as_strided(values.clone(), (4, 1), (1, 4))  # contiguous: of the last dimension no stride is used
+    assert tensor_sha256(column) == tensor_sha256(values[:, None].clone())
+    assert len({tensor_sha256(t) for t in (values, values[:, None], values[None], values.double(), values + 1)}) == 5
+    assert tensor_sha256(torch.tensor(1.0)) != tensor_sha256(torch.tensor([1.0]))
