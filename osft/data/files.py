@@ -14,7 +14,7 @@ from osft.paths import expanded
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 FORMATS = frozenset({".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow"})
-COMPRESSIONS = frozenset({".gz", ".bz2", ".xz", ".zst", ".lz4"})
+COMPRESSIONS = frozenset({".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd", ".lz4"})
 _ABOUT = frozenset({"readme", "license", "licence", "notice", "citation", "changelog", "dataset_info", "dataset_infos"})
 """Files of a data folder that speak of the data, by their names without suffixes."""
 _HELD_OUT_SPLITS = frozenset({"test", "validation", "valid", "val", "dev", "eval"})

@@ -151,6 +151,8 @@ def _part(part: Any, place: str) -> str:
     if not isinstance(text, str):
         what = "a part" if not isinstance(part, dict) else f"a part of the type {kind!r}"
         remedy = "Move it to 'reasoning_content'" if kind in ("thinking", "reasoning") else "Drop the record"
+        if isinstance(part, dict) and not {"type", "text"} & part.keys():
+            remedy = "Write an object as its JSON text"
         raise DataError(f"{place} is {what} without text, and only text is trained. {remedy}; got {part!r:.80}")
     if given:
         raise DataError(f"{place} has {next(iter(given))!r}, which would be dropped. Remove it")

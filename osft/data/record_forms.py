@@ -44,6 +44,7 @@ _STRUCTURED = frozenset(
 
 _NO_CHATS = (
     ({"chosen", "rejected"}, "is a preference, not a chat. Rename 'chosen' to 'messages' and drop 'rejected'"),
+    ({"preferred_output"}, "is a preference, not a chat. Give the messages with the preferred output as 'messages'"),
     ({"input_ids"}, "holds tokens. Set use_processed_dataset=True, or give the text"),
     ({"role", "content"}, 'is a single message. Put the messages of a chat into one record: {"messages": [...]}'),
     ({"from", "value"}, 'is a single message. Put the messages of a chat into one record: {"conversations": [...]}'),

@@ -44,15 +44,8 @@ _RESERVED = frozenset(
     {
         *("messages", "tools", "conversation", "chat_template", "add_generation_prompt", "continue_final_message"),
         *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
-        *(
-            "return_assistant_tokens_mask",
-            "sanitize_control_tokens",
-            "bos_token",
-            "eos_token",
-            "pad_token",
-            "unk_token",
-        ),
-        *("sep_token", "cls_token", "mask_token", "raise_exception", "strftime_now", "namespace", "dict", "range"),
+        *("return_assistant_tokens_mask", "sanitize_control_tokens", "bos_token", "eos_token", "pad_token"),
+        *("unk_token", "sep_token", "cls_token", "mask_token", "raise_exception", "strftime_now", "namespace", "dict"),
     }
 )
 """Parameters of the call that renders a chat, and what transformers gives every template: a record sets neither."""

@@ -315,6 +315,11 @@ def two(**second: object) -> dict:
 
 REFUSED = {
     "preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "is a preference, not a chat. Rename 'chosen'"),
+    "preference of OpenAI": ({"input": {}, "preferred_output": []}, "is a preference, not a chat"),
+    "object of a tool": (
+        {"messages": [ASK, TELL, {"role": "tool", "content": {"x": 1}}, TELL]},
+        r"messages\[2\].* Write an object as its JSON text",
+    ),
     "tokens": ({"input_ids": [1], "labels": [1]}, "holds tokens. Set use_processed_dataset=True"),
     "text": ({"text": "a"}, "this one has 'text'. Plain text is for is_pretraining=True"),
     "message": (ASK, "is a single message"),
