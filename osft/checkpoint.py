@@ -67,6 +67,8 @@ class CheckpointReader:
                 "`save_pretrained` or a download from the Hugging Face hub wrote"
             )
         config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.folder / 'config.json'} holds no settings, {{name: value}}. Download it again")
         if config.get("quantization_config"):
             method = config["quantization_config"].get("quant_method", "an unnamed method")
             raise ValueError(

@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -160,24 +161,74 @@ def _of_system(error: BaseException, path: str) -> Exception | None:
 
 def _of_library(error: BaseException, path: str) -> Exception | None:
     """An error of a library that reads files, talks to a server, or allocates."""
-    kind = f"{type(error).__module__.partition('.')[0]}.{type(error).__name__}"
-    place = f"{path}: " if path else ""
-    if kind == "mlflow.MlflowException" or any(base.__name__ == "MlflowException" for base in type(error).__mro__):
+    place = f"{path or _file_of(error)}: ".removeprefix(": ")
+    if "MlflowException" in [base.__name__ for base in type(error).__mro__]:
         from osft.tracking.addresses import explained_mlflow
 
-        return explained_mlflow(error)
+        return explained_mlflow(error)  # type: ignore[arg-type]  # mlflow is not imported to ask
     if type(error).__name__ == "SafetensorError":
+        if place and Path(place[:-2]).read_bytes()[:100].startswith(b"version https://git-lfs"):
+            return UnusableError(f"{place}a pointer of Git LFS, not the file itself. Fetch it: git lfs pull")
         return UnusableError(f"{place}a file of weights is damaged or cut off ({one_line(error)}). Download it again")
     if type(error).__module__.partition(".")[0] == "yaml":
         return UnusableError(f"{place}not a YAML file: {one_line(error)}")
     if type(error).__name__ == "JSONDecodeError":
-        return UnusableError(f"{place}not a JSON file: {one_line(error)}")
+        return UnusableError(f"{place}not a JSON file, or a damaged one: {one_line(error)}. Write or download it again")
+    if isinstance(error, UnicodeDecodeError):
+        return UnusableError(f"{place}not a text in UTF-8: {one_line(error)}. Convert it, or give another file")
+    if type(error).__module__.partition(".")[0] == "jinja2":
+        line = getattr(error, "lineno", None)
+        return UnusableError(
+            f"the chat template cannot be used: {one_line(error)}{f' (line {line})' if line else ''}. Correct "
+            "chat_template.jinja, or `chat_template` in tokenizer_config.json, in the model's folder"
+        )
     if type(error).__name__ == "OutOfMemoryError":
         return ExhaustedError(
             f"the GPU has too little memory ({one_line(error).partition('. ')[0]}). Lower max_tokens_per_gpu, set "
             "gradient_checkpointing=True, or use more GPUs"
         )
     return None
+
+
+def _file_of(error: BaseException) -> str:
+    """The damaged file of an error that names none: one that the code which raised it had in hand, and that is damaged
+    in that way; empty if there is none."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for value in list(frame.f_locals.values()):
+            for file in _files(value):
+                if _is_of(error, file):
+                    return str(file)
+    return ""
+
+
+def _files(value: Any) -> list[Path]:
+    """The file that a variable names, or those in the folder that it names."""
+    if not isinstance(value, str | Path) or not 0 < len(str(value)) < 4096:
+        return []
+    try:
+        path = Path(value)
+        if path.is_dir():
+            return sorted([*path.glob("*.json"), *path.glob("*.safetensors")])[:200]
+        return [path] if path.is_file() else []
+    except (OSError, ValueError):
+        return []
+
+
+def _is_of(error: BaseException, file: Path) -> bool:
+    """Whether a file is the one that could not be read."""
+    try:
+        if type(error).__name__ == "SafetensorError":
+            if file.suffix != ".safetensors":
+                return False
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt"):
+                return False
+        if isinstance(error, UnicodeDecodeError):
+            return file.read_bytes().startswith(error.object)
+        return file.read_text(encoding="utf-8") == getattr(error, "doc", None)
+    except Exception as wrong:
+        return type(wrong) is type(error) and type(error).__name__ == "SafetensorError"
 
 
 def _of_module(error: BaseException, path: str) -> Exception | None:

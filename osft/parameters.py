@@ -133,7 +133,8 @@ def number(value: Any, *, whole: bool) -> int | float | None:
         return None
     if not whole:
         return float(value)
-    return int(value) if value == int(value) else None
+    whole_part = math.floor(value)
+    return whole_part if value == whole_part else None
 
 
 def boolean(value: Any) -> bool | None:

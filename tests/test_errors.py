@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from osft.console import failures
 from osft.errors import ExhaustedError, UnusableError, explained, note_in, noted, one_line
 from osft.tracking.addresses import TrackingRefused
 from osft.training.launch import TrainingFailed
+from tests.test_cli import invoke
+from tests.test_config import REQUIRED
 
 
 def raised(cause) -> BaseException:
@@ -68,7 +71,7 @@ def system(number: int, name: str | None = "/data/x") -> OSError:
         (lambda: Path("/proc/x").mkdir(), FileNotFoundError, "/proc/x: does not exist, or cannot be made there"),
         (lambda: Path("/tmp", "x" * 300).write_text(""), UnusableError, "the name is too long"),
         (lambda: Path("/dev/full").write_text("x" * 99999), ExhaustedError, "no space is left"),
-        (lambda: json.loads("{"), UnusableError, "not a JSON file: Expecting property name"),
+        (lambda: json.loads("{"), UnusableError, "Expecting property name"),
         (lambda: yaml.safe_load("a: ["), UnusableError, "not a YAML file: while parsing"),
         (lambda: safe_open(__file__, "pt"), UnusableError, "a file of weights is damaged or cut off"),
         (raises(torch.OutOfMemoryError("CUDA out of memory. Tried")), ExhaustedError, "Lower max_tokens_per_gpu"),
@@ -205,3 +208,65 @@ def test_step_ends_with_the_message_as_its_last_line(code, last):
 
 def test_damaged_weights_are_safetensors_own_error():
     assert isinstance(raised(lambda: safe_open(__file__, "pt")), SafetensorError)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", b"{", "not a JSON file, or a damaged one"),
+        ("config.json", b"[1]", "holds no settings"),
+        ("config.json", b"\xff\x00", "not a text in UTF-8"),
+        ("tokenizer.json", b"{", "not a JSON file, or a damaged one"),
+        ("tokenizer_config.json", b'{"a": ', "not a JSON file, or a damaged one"),
+        ("model.safetensors", b"", "damaged or cut off"),
+        ("model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{", "damaged or cut off"),
+        ("model.safetensors", LFS_POINTER, "a pointer of Git LFS, not the file itself. Fetch it: git lfs pull"),
+        ("model.safetensors.index.json", b"{", "not a JSON file, or a damaged one"),
+        ("chat_template.jinja", b"{% for %}", "the chat template cannot be used"),
+    ],
+)
+def test_damaged_file_of_a_model_is_named_by_the_command(tmp_path, model_folder, chats, name, content, words):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    (model / name).write_bytes(content)
+    given = REQUIRED | {"model_path": model, "data_path": chats, "ckpt_output_dir": tmp_path / "out"}
+    code, _, printed = invoke("train", *[part for key, value in given.items() for part in ("--set", f"{key}={value}")])
+    (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert words in line
+    assert str(model) in line or name in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "/nowhere.yaml"],
+        ["train", "/"],
+        ["train", "/dev/null"],
+        ["train", "--set", "model_path"],
+        ["decompose", "/nowhere", "--store", "/dev/null/x", "--unfreeze-rank-ratio", "0.25"],
+        ["evaluate", "/nowhere", "/nowhere", "/nowhere.jsonl"],
+        ["evaluate", "a", "b", "c", "--gate", "/"],
+        ["lineage", "m@champion"],
+        ["lineage", "m@champion", "--storage-root", "/nowhere"],
+        ["lineage", "m@champion", "--tracking-uri", "localhost:5000"],
+        ["export", "/nowhere", "--format", "lora", "--output", "/dev/null/x"],
+        ["submit", "/nowhere.yaml", "--dry-run"],
+        ["submit", "--pipeline", "/", "--dry-run"],
+        ["submit", "--set", "model_name=team/model", "--dry-run"],
+        ["submit", "--set", "num_epochs=2.5", "--dry-run"],
+        ["status", "--host", "http://127.0.0.1:1", "--token-file", "/nowhere"],
+        ["status", "--host", "http://127.0.0.1:1", "--cookie-file", "/"],
+        ["schedule", "create", "n", "--cron", "x", "--dry-run"],
+    ],
+    ids=" ".join,
+)
+def test_command_refuses_in_one_line(arguments, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    code, _, printed = invoke(*arguments)
+    assert code == 2
+    assert len(printed.splitlines()) == 1
+    assert printed.startswith("error: ")

@@ -55,6 +55,24 @@ def begin(where: tuple[str, str, str], base_model: str, data: str, anchor: str) 
     )
 
 
+@pytest.mark.parametrize("name", ["team/model", "model:1", "", "it's", "m" * 300])
+def test_name_that_the_registry_refuses_is_refused_by_the_first_step(tmp_path, name):
+    where = steps.Round(storage_root=str(tmp_path), pipeline_run_id="r", mlflow_tracking_uri="http://127.0.0.1:1")
+    with pytest.raises(ValueError, match="^model_name"):
+        steps.resolve_round(
+            where,
+            model_name=name,
+            base_model="m",
+            data_uri="d.jsonl",
+            anchor_uris=[],
+            gate={},
+            min_new_samples=1,
+            experiment="e",
+            run_name="r",
+        )
+    assert list(tmp_path.iterdir()) == [], "before the tracking server is asked"
+
+
 def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) -> dict:
     """The steps up to training. Returns what they hand on."""
     resolved, parent = begin(where, base_model, data, anchor)

@@ -54,6 +54,33 @@ def promoted(arguments: list[str]) -> subprocess.CompletedProcess:
     return run_local(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("model_name=team/model", "model_name 'team/model' holds '/'"),
+        ("model_name=", "model_name is empty"),
+        ("mlflow_tracking_uri=localhost:5000", "has no scheme. Give http://localhost:5000"),
+        ("num_epochs=1.5", "num_epochs must be an integer, got 1.5"),
+        ('anchor_uris=["~no-such-user/x"]', "knows no home folder of no-such-user"),
+        ("base_model=$HOME/model", "$HOME is not replaced by what it stands for"),
+    ],
+)
+def test_what_would_be_met_late_is_refused_in_one_line(model_folder, chats, tmp_path, setting, problem):
+    given = ["--model", str(model_folder), "--data", str(chats), "--storage", str(tmp_path / "runs")]
+    result = CliRunner().invoke(app, [*given, "--set", "anchor_uris=[]", "--set", setting], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert problem in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_storage_that_is_a_file_is_refused(model_folder, chats):
+    given = ["--model", str(model_folder), "--data", str(chats), "--storage", str(chats), "--set", "anchor_uris=[]"]
+    result = CliRunner().invoke(app, given, env={"COLUMNS": "300"})
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert "a part of the path is a file, where a folder is needed" in result.stderr
+
+
 def test_run_ends_with_table_version_and_report(promoted, storage):
     assert promoted.returncode == 0, promoted.stdout[-5000:] + promoted.stderr[-5000:]
     end = promoted.stdout[promoted.stdout.rindex("base -> candidate") :]
