@@ -18,6 +18,7 @@ What lies below a storage root or an output folder, whichever it is, path or URI
     factors/weights/<key>          precompute_svd, osft()              a file: when it is there
     factors/sets/<key>.json        precompute_svd, osft()              when it is there; its weights came before
     scores/<key>.json              evaluate_model                      when it is there and its hash is right
+    champions/<model>/<n>.json     promote_model                       when it is there; created once, never changed
     <run>/config.json              node 0, at the start                when it is there
     <run>/hf_format/samples_<n>.0/ rank 0                              config.json
     <run>/state/step-<n>/          every rank its own files            position.json, by rank 0 after all the others
@@ -33,8 +34,10 @@ that is complete is not written again. Requests are repeated when the store answ
 import glob
 import hashlib
 import json
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -43,11 +46,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from osft.atomic import atomic_path
-from osft.store_client import PROTOCOL, endpoint, explained, no_room, scratch, scratch_path, split
+from osft.atomic import atomic_path, create_exclusively
+from osft.store_client import PROTOCOL, StorageRefused, endpoint, explained, no_room, scratch, scratch_path, split
 
 MARKERS = ("training.json", "position.json", "dataset.json", "config.json")
 """What makes a folder complete is removed before the rest of it."""
+_ATTEMPTS_TO_CREATE = 6
 _PARALLEL = 8
 """Files that are transferred at once."""
 
@@ -241,6 +245,56 @@ def write(location: str | Path, content: bytes) -> None:
         return
     with atomic_path(Path(location)) as temporary:
         temporary.write_bytes(content)
+
+
+def create(location: str | Path, content: bytes) -> bool:
+    """Make a small file that is not there yet, whole. False if it is there: one of several creators makes it.
+
+    Creators must give different contents, see `osft.atomic.create_exclusively`. Raises StorageRefused where the store
+    does not know `If-None-Match`, and as `files`.
+    """
+    if not is_remote(location):
+        return create_exclusively(Path(location), content)
+    for attempt in range(_ATTEMPTS_TO_CREATE):
+        if attempt:
+            time.sleep(0.2 * attempt)
+        with explained(location) as store:
+            path = store._strip_protocol(str(location))
+            made = _made(store, path, content)
+            if made is None:
+                continue
+            if not made:
+                break
+            if not _made(store, path, content):
+                return True
+            raise StorageRefused(
+                f"{location}: the object store ignores If-None-Match, so that one of several runs cannot be told to be "
+                "the first. Use a store that knows it (Amazon S3, MinIO, Ceph), or a storage root on a volume"
+            )
+    return read(location) == content  # if it is, the answer to the request that made it was lost
+
+
+def _made(store: Any, path: str, content: bytes) -> bool | None:
+    """Whether a file could be made that was not there. None: somebody is making it right now."""
+    try:
+        store.pipe_file(path, content, mode="create")
+    except FileExistsError:
+        return False
+    except OSError as error:
+        code = (getattr(error.__cause__, "response", None) or {}).get("Error", {}).get("Code")
+        if code in ("PreconditionFailed", "412"):
+            return False
+        if code == "ConditionalRequestConflict":
+            return None
+        raise
+    return True
+
+
+def names(location: str | Path) -> list[str]:
+    """The relative names of the files below a place; none if it does not exist."""
+    if is_remote(location):
+        return list(files(location))
+    return [f"{folder}/{name}"[len(str(location)) + 1 :] for folder, _, found in os.walk(location) for name in found]
 
 
 def _check_room(location: str | Path, size: int) -> None:

@@ -245,7 +245,7 @@ def test_anchor_with_the_name_of_a_task_is_refused_before_anything_is_computed(
     file = tmp_path / anchor
     file.parent.mkdir(exist_ok=True)
     write_jsonl(file, [{"text": "a"}])
-    monkeypatch.setattr("osft.rounds.resolve.registry.champion", lambda *arguments: None)
+    monkeypatch.setattr("osft.rounds.resolve.settled_champion", lambda *arguments, **options: None)
     if anchor == "numbers.jsonl":
         monkeypatch.setattr(
             "osft.steps.data.resolve", lambda *arguments, **given: replace(RESOLVED, earlier_tasks=("numbers",))

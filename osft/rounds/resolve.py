@@ -10,7 +10,8 @@ from osft.data.record_hashes import NONE
 from osft.parameters import number
 from osft.rounds.new_records import find_new_records
 from osft.rounds.sources import open_source
-from osft.tracking import lineage, registry
+from osft.tracking import lineage
+from osft.tracking.champion import settled_champion
 from osft.tracking.lineage import DataFile, DataManifest, Lineage, check_task
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class ResolvedRound:
 
     base_model: str
     parent_version: int | None
-    """The champion when the round began, None for the base model: `expected_champion` of `registry.promote`."""
+    """The champion when the round began, None for the base model: `expected_champion` of `champion.promote`."""
     model: str
     """Path or URI of the model to train on: the champion's checkpoint, or the base model as it was given."""
     task: str
@@ -77,7 +78,7 @@ def resolve_round(
     min_new_samples = int(wanted)
     for uri in (base_model, data_uri, storage_root):
         storage.is_remote(uri)  # refuses credentials, before anything is written down
-    champion = registry.champion(mlflow, model_name)
+    champion = settled_champion(mlflow, model_name, storage_root=storage_root)
     known, tasks, model = NONE, list[str](), base_model
     if champion is not None:
         versions = lineage.history(mlflow, model_name, champion)

@@ -13,7 +13,7 @@ from osft.origin import MODEL_CARD
 from osft.rounds.resolve import ResolvedRound
 from osft.steps.evaluation import next_scores
 from osft.steps.round import EVALUATION_FILE, VERSION_FILE, Round, read_json
-from osft.tracking import lineage, registry, runs
+from osft.tracking import champion, lineage, registry, runs
 from osft.tracking.description import describe_version
 from osft.tracking.lineage import Lineage
 from osft.tracking.runs import Outcome
@@ -85,8 +85,15 @@ def promote_model(round: Round, *, model_name: str, version: int, parent_version
     """
     with round.step("promote_model") as step:
         try:
-            previous = registry.promote(step.client, model_name, version, expected_champion=parent_version)
-        except registry.ChampionChanged as error:
+            previous = champion.promote(
+                step.client,
+                model_name,
+                version,
+                storage_root=round.storage_root,
+                run=round.pipeline_run_id,
+                expected_champion=parent_version,
+            )
+        except champion.ChampionChanged as error:
             registry.refuse(step.client, model_name, version, str(error))
             raise
         step.log_params({"model_name": model_name, "model_version": version, "previous_champion": previous})

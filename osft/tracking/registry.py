@@ -2,17 +2,12 @@
 
 `candidate` names the newest version, `champion` the last one that passed the gate, `challenger` the last one that the
 gate refused. A version is never overwritten: it lies in the artifacts of the MLflow run that registered it, `model/`
-with the checkpoint and `lineage/` with where it came from (`osft.tracking.lineage`), and a run holds one version.
-
-MLflow sets an alias unconditionally, so the champion moves by reading, setting and reading again, and a race remains:
-two runs may both read the same champion before either has set the alias. Then the later one's version stays the
-champion, and the earlier run, which may have ended before that, believes that its own is. Nothing is lost by it: the
-champion is a whole version that passed the gate against the same parent, the other one stays registered, and its
-records are not in the champion's lineage, so that the next round finds them new and learns them.
+with the checkpoint and `lineage/` with where it came from (`osft.tracking.lineage`), and a run holds one version. The
+champion moves by compare-and-set (`osft.tracking.champion`).
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from osft.content import folder_sha256
 from osft.origin import MODEL_CARD
@@ -29,10 +24,6 @@ MODEL = "model"
 LINEAGE = "lineage"
 _CHECKPOINT_TAG = "osft.checkpoint"
 _CONTENT_TAG = "osft.checkpoint_sha256"
-
-
-class ChampionChanged(RuntimeError):
-    """The champion is not the version that this run started from, so what the gate decided no longer holds."""
 
 
 def register(
@@ -96,39 +87,6 @@ def register(
     return int(version)
 
 
-def promote(
-    mlflow: "MlflowClient",
-    model_name: str,
-    version: int,
-    *,
-    expected_champion: int | Literal["any"] | None = "any",
-) -> int | None:
-    """Point the alias `champion` at a version. Returns the version that it named before, or None.
-
-    `expected_champion` is what the alias named when the run began (None: nothing); "any" asks for no check. A version
-    that is the champion already stays it, so that a step can be repeated. What race remains, the module says.
-
-    Raises ChampionChanged if the alias names another version than expected, before or right after it was set.
-    """
-    previous = champion(mlflow, model_name)
-    if previous == version:
-        return previous
-    if expected_champion != "any" and previous != expected_champion:
-        raise ChampionChanged(
-            f"{model_name}: {_named(previous)} is the champion; when this run began, it was {_named(expected_champion)}"
-            f". Version {version} was not compared with the present one and is not promoted. It stays registered: "
-            "start the round again"
-        )
-    mlflow.set_registered_model_alias(model_name, CHAMPION, str(version))
-    present = champion(mlflow, model_name)
-    if present != version:
-        raise ChampionChanged(
-            f"{model_name}: another run made {_named(present)} the champion at the same time as this one version "
-            f"{version}. That one stays the champion, this one stays registered: start the round again"
-        )
-    return previous
-
-
 def refuse(mlflow: "MlflowClient", model_name: str, version: int, reason: str) -> None:
     """Point the alias `challenger` at a version that the gate refused, and tag the version with the reason."""
     mlflow.set_model_version_tag(model_name, str(version), REFUSED_TAG, reason[:5000])
@@ -150,7 +108,3 @@ def version_of(mlflow: "MlflowClient", model_name: str, alias: str) -> int | Non
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-
-
-def _named(version: int | str | None) -> str:
-    return "no version" if version is None else f"version {version}"

@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from osft.data.records import DataError, read_records
 from osft.rounds.resolve import ResolvedRound, resolve_round
 from osft.tracking import registry
+from osft.tracking.champion import promote as make_champion
 from osft.tracking.lineage import LineageError
 from tests.conftest import arithmetic, write_jsonl
 from tests.tracking.rounds import a_lineage, new_run, register_round
@@ -41,7 +42,7 @@ def champion(mlflow, tmp_path, request):
         entry = a_lineage(before, version, task=task, model_name=request.node.name, checkpoint=checkpoint)
         number = register_round(mlflow, folder, entry, records, list(held_out))
         if promote:
-            registry.promote(mlflow, request.node.name, number, expected_champion=version)
+            make_champion(mlflow, request.node.name, number, storage_root=str(tmp_path), expected_champion=version)
         return number, entry
 
     return make
@@ -156,7 +157,7 @@ def test_a_champion_without_lineage_is_refused(resolve, mlflow, tmp_path, reques
     tags = {"osft.checkpoint": "c"}
     name = request.node.name
     version = registry.register(mlflow, name, checkpoint, run_id=run_id, description="d", tags=tags)
-    registry.promote(mlflow, name, version)
+    make_champion(mlflow, name, version, storage_root=str(tmp_path / "root"))
     with pytest.raises(LineageError, match="version 1 of .* has no lineage.json"):
         resolve(write_jsonl(tmp_path / "d.jsonl", RECORDS))
 

@@ -12,6 +12,7 @@ from osft.data.record_hashes import contains, read_hashes, record_hash
 from osft.data.records import read_records
 from osft.evaluation import matrix
 from osft.tracking import lineage, registry
+from osft.tracking.champion import promote
 from osft.tracking.lineage import LineageError
 from tests.conftest import arithmetic, write_jsonl
 from tests.tracking.rounds import a_lineage, new_run, register_round
@@ -28,7 +29,7 @@ def three_rounds(mlflow, tmp_path_factory):
         )
         records = arithmetic(10, seed=number)
         parent = register_round(mlflow, folder / str(number), entry, records[2:], records[:2])
-    registry.promote(mlflow, "three", 2)
+    promote(mlflow, "three", 2, storage_root=str(folder))
     registry.refuse(mlflow, "three", 3, "forgot")
     return entry
 

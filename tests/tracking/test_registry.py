@@ -1,4 +1,4 @@
-"""Versions that are never overwritten, and a champion that changes by compare-and-set."""
+"""Versions that are never overwritten, and their aliases."""
 
 from pathlib import Path
 
@@ -71,46 +71,9 @@ def test_a_second_version_does_not_overwrite_the_first_ones_files_in_their_run(m
     assert content(mlflow, model, 1) == "first"
 
 
-def test_the_champion_moves_only_from_the_version_that_the_run_began_with(mlflow, model, register):
-    for name in ("first", "second", "third"):
-        register(name)
-    assert registry.promote(mlflow, model, 1, expected_champion=None) is None
-    assert registry.promote(mlflow, model, 2, expected_champion=1) == 1
-    with pytest.raises(registry.ChampionChanged, match="version 2 is the champion; when this run began, .* version 1"):
-        registry.promote(mlflow, model, 3, expected_champion=1)
-    with pytest.raises(registry.ChampionChanged, match="when this run began, it was no version"):
-        registry.promote(mlflow, model, 3, expected_champion=None)
-    assert registry.champion(mlflow, model) == 2
-    assert registry.promote(mlflow, model, 3) == 2, "without an expectation there is no check"
-
-
-def test_promotion_can_be_repeated(mlflow, model, register):
-    register("first")
-    register("second")
-    registry.promote(mlflow, model, 1)
-    assert registry.promote(mlflow, model, 2, expected_champion=1) == 1
-    assert registry.promote(mlflow, model, 2, expected_champion=1) == 2
-
-
-def test_a_promotion_that_another_run_overtakes_says_so(mlflow, model, register, monkeypatch):
-    for name in ("first", "second", "third"):
-        register(name)
-    registry.promote(mlflow, model, 1)
-    set_alias = mlflow.set_registered_model_alias
-
-    def overtaken(name, alias, version):
-        set_alias(name, alias, version)
-        set_alias(name, alias, "3")
-
-    monkeypatch.setattr(mlflow, "set_registered_model_alias", overtaken)
-    with pytest.raises(registry.ChampionChanged, match="another run made version 3 the champion"):
-        registry.promote(mlflow, model, 2, expected_champion=1)
-    assert registry.champion(mlflow, model) == 3
-
-
 def test_a_refused_version_is_the_challenger_with_the_reason(mlflow, model, register):
     register("first")
-    registry.promote(mlflow, model, 1)
+    mlflow.set_registered_model_alias(model, "champion", "1")
     register("second")
     registry.refuse(mlflow, model, 2, "loss of the anchor web-text +4.0%, at most +2.0%")
     assert registry.version_of(mlflow, model, "challenger") == 2

@@ -11,6 +11,7 @@ import pytest
 from osft.data.record_hashes import NONE
 from osft.tracking import lineage, registry, runs
 from osft.tracking.addresses import TrackingRefused
+from osft.tracking.champion import promote
 from osft.tracking.description import describe_version
 from osft.training.callbacks import Follower
 from tests.tracking.evaluations import an_evaluation
@@ -83,7 +84,7 @@ def test_version_is_registered_promoted_and_read_back(address, server, tmp_path)
             tags={"osft.checkpoint": "1"},
             lineage=tmp_path / "lineage",
         )
-    assert registry.promote(mlflow, "m", version, expected_champion=None) is None
+    assert promote(mlflow, "m", version, storage_root=str(tmp_path), expected_champion=None) is None
     assert registry.champion(mlflow, "m") == version
     assert mlflow.get_model_version("m", str(version)).description == described, "as long as a description gets"
     assert any((server.folder / "artifacts").rglob("config.json")), "the checkpoint went to the server's artifacts"
