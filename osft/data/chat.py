@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from osft.data.left_out import check_nothing_left_out
 from osft.data.records import DataError, Record
 from osft.data.rendered_chat import RenderedChat
 from osft.data.template_keys import check_read, knows_role, with_known_roles
@@ -42,8 +43,8 @@ def tokenize(
     messages count as well, except the system's: their content and the special token that closes it. What the record
     says of a message (`learn`) goes before all of this; text of the role `pretraining` counts whole.
 
-    Raises DataError if the tokenizer has no chat template, the template refuses the chat or does not read a key of
-    it, or a message cannot be located exactly in what it renders or among the tokens.
+    Raises DataError if the tokenizer has no chat template, the template refuses the chat, does not read a key of it or
+    leaves a message out, or a message cannot be located exactly in what it renders or among the tokens.
     """
     if record.text:
         input_ids = tokenizer(record.text, truncation=True, max_length=max_text_tokens)["input_ids"]
@@ -59,6 +60,7 @@ def tokenize(
     record = with_known_roles(template, record)
     check_read(template, record)
     chat = RenderedChat(record, tokenizer)
+    check_nothing_left_out(record, tokenizer, template)
     unmask = unmask_messages or record.unmask
     spans = [
         span

@@ -73,7 +73,8 @@ def test_text_that_the_template_changes_counts_as_rendered(tokenizer):
     [
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] if m['role'] == 'user' }}{% endfor %}",
         "{% for m in messages %}{{ m['role'] + ':' + m['content'] + m['content'] }}{% endfor %}",
-        "{% for m in messages %}{{ m['role'] + ':' + m['content'] | length | string }}{% endfor %}",
+        "{% for m in messages %}{{ m['role'] + ':' }}"
+        "{{ m['content'] if m['role'] == 'user' else m['content'] | length | string }}{% endfor %}",
     ],
     ids=["left out", "repeated", "summarized"],
 )
