@@ -13,6 +13,7 @@ from osft import steps
 from osft.config import SubspaceConfig
 from osft.data.records import DataError
 from osft.rounds.resolve import ResolvedRound
+from osft.steps.data import check_chats
 from osft.tracking import lineage, runs
 from osft.tracking.lineage import DataManifest
 from tests.conftest import arithmetic, write_jsonl
@@ -234,6 +235,15 @@ def test_data_address_with_credentials_is_not_written_down(tmp_path, monkeypatch
         begin(where, "org/model", "s3://me:hunter2@bucket/data.jsonl", "prose.jsonl")
     assert "hunter2" not in str(found.value)
     assert not list(tmp_path.rglob("*"))
+
+
+def test_anchor_that_the_template_would_not_render_whole_is_refused_by_line(tmp_path, model_folder):
+    asked = {"role": "user", "content": "a"}
+    chats = [{"messages": [asked, {"role": "assistant", "content": "b", **more}]} for more in ({}, {"thinking": "c"})]
+    check_chats([str(write_jsonl(tmp_path / "fine.jsonl", [chats[0], {"text": "prose"}]))], model_folder)
+    bad = write_jsonl(tmp_path / "bad.jsonl", chats)
+    with pytest.raises(DataError, match=r"bad.jsonl:2: .* does not read messages\[1\].thinking"):
+        check_chats([str(bad)], model_folder)
 
 
 @pytest.mark.parametrize("anchor", ["other/larger-number.jsonl", "numbers.jsonl"])

@@ -287,7 +287,7 @@ class RenderedChat:
         Raises DataError if the template refuses the messages.
         """
         try:
-            (text,), (blocks,) = render_jinja_template(
+            rendered: Any = render_jinja_template(  # it says that it returns a text
                 conversations=[[{k: v for k, v in message.items() if v is not None} for message in messages]],
                 tools=self._tools,
                 chat_template=self._template,
@@ -297,6 +297,7 @@ class RenderedChat:
         except TEMPLATE_ERRORS as error:
             problem = "the {% generation %} markers of the model's chat template cannot be followed"
             raise DataError(f"{self._record.source}: {problem}: {error}") from error
+        (text,), (blocks,) = rendered
         return [(first, last) for first, last in blocks if holding in text[first:last]]
 
     def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:

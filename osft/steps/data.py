@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from osft import examples, storage
@@ -133,6 +134,7 @@ def prepare_data(
             model = base
         folder = model_folder(model)
         print(preflight(folder).line(), flush=True)
+        check_chats(anchors, folder)
         prepared = prepare(
             records,
             folder,
@@ -163,3 +165,16 @@ def prepare_data(
         anchor_paths=anchors,
         statistics=prepared.statistics,
     )
+
+
+def check_chats(uris: Sequence[str], model_path: Path) -> None:
+    """Raise DataError for a record that the model's chat template cannot render as evaluation will ask it to."""
+    from transformers import AutoTokenizer
+
+    from osft.data.chat import tokenize
+
+    if uris:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        for uri in uris:
+            for record in read_records(uri, allow_text=True):
+                tokenize(record, tokenizer)
