@@ -11,7 +11,8 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from osft.data.chat import IGNORE, Sample
 from osft.data.dataset_folder import load_split
 from osft.data.prepare import prepare
-from osft.data.processed import import_processed
+from osft.data.processed import import_processed, read_rows
+from osft.data.processed_row import check_row
 from osft.data.records import DataError
 from tests.conftest import write_jsonl
 from tests.data.test_dataset_folder import samples
@@ -244,10 +245,10 @@ def imported(tmp_path, row: dict, form: str = "jsonl", **settings: object):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
-@pytest.mark.parametrize("row", [padded(), padded(3), padded(0, 4), padded(2, 2), padded(1, 0)])
-def test_padding_is_left_out_as_the_mask_says(tmp_path, form, row):
-    prepared = imported(tmp_path, row, form)
-    assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])]
+def test_padding_is_left_out_as_the_mask_says(tmp_path, form):
+    made = [padded(), padded(3), padded(0, 4), padded(2, 2), padded(1, 0)]
+    prepared = import_processed(stored(made, form, tmp_path / "data"), tmp_path / "out", **SIZES)
+    assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])] * 5
     assert prepared.statistics["longest_sample"] == 5
 
 
@@ -269,9 +270,9 @@ def test_padding_is_left_out_as_the_mask_says(tmp_path, form, row):
         {"text": "as it was", "image": "a path"},
     ],
 )
-def test_columns_that_agree_change_nothing(tmp_path, columns):
-    prepared = imported(tmp_path, padded(2, 1, **columns))
-    assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])]
+def test_columns_that_agree_change_nothing(columns):
+    input_ids, labels = check_row(padded(2, 1, **columns), "f:1", 258)
+    assert (input_ids.tolist(), labels.tolist()) == (PLAIN["input_ids"], PLAIN["labels"])
 
 
 def test_padding_does_not_count_as_length(tmp_path):
@@ -325,9 +326,9 @@ def test_labels_of_padding_are_left_out_and_counted(tmp_path):
         (padded(len=4), "len is 4, but the record has 5"),
     ],
 )
-def test_columns_that_would_be_trained_on_wrongly_are_refused(tmp_path, row, problem):
-    with pytest.raises(DataError, match=rf"data\.jsonl:1: .*{problem}"):
-        imported(tmp_path, row)
+def test_columns_that_would_be_trained_on_wrongly_are_refused(row, problem):
+    with pytest.raises(DataError, match=f"^f:1: .*{problem}"):
+        check_row(row, "f:1", 258)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int16", "int32", "int64", "float32", "float64"])
@@ -335,15 +336,15 @@ def test_columns_that_would_be_trained_on_wrongly_are_refused(tmp_path, row, pro
 def test_any_type_that_holds_token_ids_is_read(tmp_path, kind, of):
     columns = {name: pa.array([values], of(getattr(pa, kind)())) for name, values in PLAIN.items()}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    prepared = import_processed(str(tmp_path / "a.parquet"), tmp_path / "out", **SIZES)
-    assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])]
+    ((source, row),) = read_rows(str(tmp_path / "a.parquet"))
+    assert [part.tolist() for part in check_row(row, source, 258)] == list(PLAIN.values())
 
 
 def test_a_type_that_rounds_token_ids_is_refused(tmp_path):
     columns = {name: pa.array([np.array(values, np.float16)], pa.list_(pa.float16())) for name, values in PLAIN.items()}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="a.parquet: input_ids is of the type float16, which rounds"):
-        import_processed(str(tmp_path / "a.parquet"), tmp_path / "out", **SIZES)
+        list(read_rows(str(tmp_path / "a.parquet")))
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
@@ -362,5 +363,5 @@ def test_columns_that_are_not_used_are_not_even_read(tmp_path):
     damaged = content.replace(b"ab" * 5000, b"\xff\xfe" * 5000)  # no text any more
     assert damaged != content
     (tmp_path / "a.parquet").write_bytes(damaged)
-    prepared = import_processed(str(tmp_path / "a.parquet"), tmp_path / "out", **SIZES)
-    assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])]
+    ((_, row),) = read_rows(str(tmp_path / "a.parquet"))
+    assert row == PLAIN
