@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeGuard
 
-from jinja2 import Environment, meta, nodes
+from jinja2 import Environment, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
@@ -50,8 +50,14 @@ class TemplateReads:
 
 @lru_cache(maxsize=64)
 def template_reads(template: str) -> TemplateReads:
-    """What `template`, a chat template in Jinja, reads. Raises jinja2.TemplateSyntaxError if it is not one."""
-    tree = Environment(extensions=[_Generation, loopcontrols]).parse(template)
+    """What `template`, a chat template in Jinja, reads. Raises DataError if it is not one."""
+    try:
+        tree = Environment(extensions=[_Generation, loopcontrols]).parse(template)
+    except TemplateSyntaxError as error:
+        raise DataError(
+            f"the model's chat template is no valid Jinja: {error.message} (line {error.lineno}). Repair it: it is "
+            "chat_template.jinja, or `chat_template` in tokenizer_config.json, in the model's folder"
+        ) from None
     walk = _Walk(tree)
     return TemplateReads(
         variables=frozenset(meta.find_undeclared_variables(tree)),

@@ -1,6 +1,7 @@
 """Whatever the template: every token in the loss is the assistant's, and all that the assistant says is in it."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from osft.data.chat import IGNORE, tokenize
 from osft.data.records import DataError, Record
@@ -289,3 +290,22 @@ def test_a_developers_message_is_the_systems_where_the_template_has_none():
     assert pieces(record, shaped_tokenizer("qwen3"), unmask_messages=True)[0] == "q1<|im_end|>", (
         "as the system's: masked"
     )
+
+
+def test_a_tokenizer_that_adds_tokens_cuts_or_pads_leaves_the_rendered_chat_as_it_is():
+    tokenizer, record = shaped_tokenizer("llama3"), Record(source="f:1", messages=ANSWERS)
+    usual = tokenize(record, tokenizer)
+    backend = tokenizer.backend_tokenizer
+    added = [("<|begin|>", tokenizer.bos_token_id), ("<|end_of_text|>", tokenizer.eos_token_id)]
+    backend.post_processor = TemplateProcessing(single="<|begin|> $A <|end_of_text|>", special_tokens=added)
+    backend.enable_truncation(7)
+    backend.enable_padding(length=400)
+    assert tokenize(record, tokenizer) == usual
+    assert usual.input_ids.count(tokenizer.bos_token_id) == 1, "the template's own"
+
+
+def test_a_template_that_is_no_jinja_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }"
+    with pytest.raises(DataError, match=r"chat template is no valid Jinja: .* \(line 1\)\. Repair it"):
+        tokenize(Record(source="f:1", messages=ANSWERS), tokenizer)
