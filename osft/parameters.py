@@ -129,12 +129,17 @@ def number(value: Any, *, whole: bool) -> int | float | None:
                 value = float(value)
             except ValueError:
                 return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
-    if not whole:
-        return float(value)
-    whole_part = math.floor(value)
-    return whole_part if value == whole_part else None
+    if isinstance(value, numbers.Integral) and whole:
+        return int(value)
+    try:
+        nearest = float(value)
+    except OverflowError:
+        return None
+    if not math.isfinite(nearest) or (whole and not nearest.is_integer()):
+        return None
+    return int(nearest) if whole else nearest
 
 
 def boolean(value: Any) -> bool | None:

@@ -74,6 +74,12 @@ def test_name_that_the_registry_refuses_is_refused_by_the_first_step(tmp_path, n
     assert list(tmp_path.iterdir()) == [], "before the tracking server is asked"
 
 
+@pytest.mark.parametrize("root", ["~", "~/runs", "~root/runs", "$HOME/runs", "~no-such-user/x"])
+def test_storage_root_that_each_pod_would_have_for_itself_is_refused(root):
+    with pytest.raises(ValueError, match="each step's pod has a home folder|is not replaced|knows no home folder"):
+        steps.Round(storage_root=root, pipeline_run_id="r")
+
+
 def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) -> dict:
     """The steps up to training. Returns what they hand on."""
     resolved, parent = begin(where, base_model, data, anchor)

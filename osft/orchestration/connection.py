@@ -63,6 +63,8 @@ def connect(
             "which Pipelines server? Give its URL with --host (host=…) or in KFP_ENDPOINT; after `kubectl port-forward "
             "-n kubeflow svc/ml-pipeline 8888` it is http://localhost:8888"
         )
+    if "://" not in host:
+        host = f"https://{host}"  # as kfp's client, without its warning
     token = None if token_file else os.environ.get("KFP_EXISTING_TOKEN")
     if token_file and not Path(token_file).is_file():
         raise FileNotFoundError(f"there is no token file {token_file}")

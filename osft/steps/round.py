@@ -8,6 +8,7 @@ from typing import Any
 
 from osft import storage
 from osft.atomic import atomic_path
+from osft.paths import expanded
 from osft.rounds.resolve import ResolvedRound
 from osft.tracking import runs
 
@@ -27,6 +28,11 @@ class Round:
     """Empty: MLFLOW_TRACKING_URI, or a database below the storage root."""
 
     def __post_init__(self) -> None:
+        if expanded(self.storage_root) != self.storage_root:
+            raise ValueError(
+                f"storage_root {self.storage_root}: each step's pod has a home folder of its own. Give the whole path "
+                "of a folder that all steps share"
+            )
         tracking = self.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         if storage.is_remote(self.storage_root) and not tracking:
             raise ValueError(

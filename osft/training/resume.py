@@ -39,6 +39,8 @@ def finished_run(config: TrainConfig, output: Path, made_of: dict[str, str]) -> 
     if config.resume == "off" or not (output / SUMMARY).is_file():
         return None
     summary = read_sealed(output / SUMMARY, _RESUME_OR_TRAIN_AGAIN)
+    if lacking := [name for name in ("config", "checkpoints", "steps") if name not in summary]:
+        raise DamagedFile(f"{output / SUMMARY} has no {lacking[0]!r}, so it is no run's. {_RESUME_OR_TRAIN_AGAIN}")
     _check_same_run(summary["config"], config, made_of, output, "a finished")
     if "metrics_sha256" in summary:
         _check_metrics(output / METRICS, summary["steps"], summary["metrics_sha256"], _TRAIN_AGAIN)
