@@ -15,7 +15,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from osft.console import failures
+from osft.console import errors, failures
 from osft.orchestration import CompiledPipeline, pipeline_arguments
 from osft.parameters import number
 from osft.paths import check_writable, expanded
@@ -106,7 +106,7 @@ def check(arguments: dict[str, Any]) -> None:
                 pass
     if Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         CheckpointReader(model)
-        console.print(preflight(model).line(), highlight=False)
+        errors.print(preflight(model).line())  # the parameters alone go to the standard output
         skeleton = empty_model(model)
         for target in select_targets(skeleton, training.target_patterns):
             unfrozen_rank(target.shape, training.unfreeze_rank_ratio)

@@ -203,7 +203,7 @@ def test_refusal_is_the_commands_last_word(tmp_path, model_folder, chats):
     given = ("--model", str(model_folder), "--data", str(chats), "--storage", str(tmp_path / "storage"))
     result = run_local(*given, "--set", "unfreeze_rank_ratio=0")
     assert result.returncode == 2
-    assert result.stdout.startswith("error: unfreeze_rank_ratio is 0")
+    assert result.stderr.startswith("error: unfreeze_rank_ratio is 0")
     assert "Traceback" not in result.stderr
 
 
@@ -218,7 +218,7 @@ def test_dry_run_prints_the_parameters_and_runs_nothing(model_folder, chats, tmp
     given = ["--model", str(model_folder), "--data", str(chats), "--storage", str(storage), "--dry-run"]
     result = CliRunner().invoke(app, [*given, "--set", "num_epochs=3"])
     assert result.exit_code == 0
-    printed = json.loads(result.output)
+    printed = json.loads(result.stdout)
     assert printed["num_epochs"] == 3
     assert printed["base_model"] == str(model_folder)
     assert not storage.exists()
