@@ -36,6 +36,12 @@ def test_set_without_accuracy_shows_dashes(page):
     assert result_row(page, "web-text")[5:] == ["–"] * 4
 
 
+def test_what_is_unusual_of_a_sets_accuracy_stands_below_the_table(evaluation):
+    assert "no two different choices" not in render_report(evaluation)
+    evaluation["sets"]["web-text"]["notes"] = ["3 of 9 records have no two different choices"]
+    assert "web-text: 3 of 9 records have no two different choices." in render_report(evaluation)
+
+
 def test_first_round_shows_two_models_and_the_change_against_the_base():
     row = result_row(render_report(new_evaluation(1)), "sarcasm-headlines")
     assert row[1:4] == ["3.200 24.53", "1.280 3.60", "▼ −60.0 % better −1.920 ± 0.012"]

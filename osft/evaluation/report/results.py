@@ -44,7 +44,7 @@ def models(evaluation: dict[str, Any]) -> dict[str, str]:
 
 
 def result_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per evaluation set, the new task first, anchors last: `name`, `role`, `scores` by model, and `changes`.
+    """Per evaluation set, the new task first, anchors last: `name`, `role`, `notes`, `scores` by model, and `changes`.
 
     `changes[metric]` is what the candidate changed against the round's reference, None where it was not measured.
     """
@@ -56,6 +56,7 @@ def result_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "role": described["role"],
+                "notes": described.get("notes", []),
                 "scores": scores,
                 "changes": {
                     "loss": _change(changes["loss"], higher_is_better=False),
