@@ -13,6 +13,7 @@ from osft import steps
 from osft.config import SubspaceConfig
 from osft.data.records import DataError
 from osft.rounds.resolve import ResolvedRound
+from osft.sealed import DamagedFile, unsealed
 from osft.steps.data import check_chats
 from osft.tracking import lineage, runs
 from osft.tracking.lineage import DataManifest
@@ -167,7 +168,8 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     files = object_store.names(f"{root}/rounds/first")
     assert {"round.json", "evaluation.json", "report.html", "version.json", "train/training.json"} <= files
     assert b"<html" in object_store.files.cat(f"{root}/rounds/first/report.html")
-    assert json.loads(object_store.files.cat(f"{root}/rounds/first/evaluation.json")) == evaluation
+    stored = object_store.files.cat(f"{root}/rounds/first/evaluation.json")
+    assert unsealed(stored, "evaluation.json", "") == evaluation
     mlflow = runs.client(tracking, root)
     run_id = mlflow.get_model_version("tiny", str(version)).run_id
     card = Path(mlflow.download_artifacts(run_id, "model/README.md")).read_text()
@@ -268,3 +270,18 @@ def test_anchor_with_the_name_of_a_task_is_refused_before_anything_is_computed(
         )
     with pytest.raises(DataError, match=r"has the name of a task of tiny.*leave it out of anchor_uris"):
         begin((str(tmp_path), anchor, runs.local_tracking_uri(registry_root)), "org/model", str(chats), str(file))
+
+
+@pytest.mark.parametrize("name", ["round.json", "evaluation.json", "version.json", "train/training.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
+def test_damaged_file_of_a_round_is_named(name, damage, tmp_path):
+    from osft.steps.round import Round, read_json
+
+    round = Round(storage_root=str(tmp_path), pipeline_run_id="first")
+    file = round.write_record(name, {"decision": {"promote": True}, "loss": 1.25})
+    assert read_json(round.address(name)) == {"decision": {"promote": True}, "loss": 1.25}
+    content = file.read_bytes()
+    flipped = content.replace(b"1.25", b"1.24")
+    file.write_bytes({"cut": content[:-30], "flipped": flipped, "emptied": b""}[damage])
+    with pytest.raises(DamagedFile, match=rf"rounds/first/{name} is damaged.*retry the step that writes it"):
+        round.resolved() if name == "round.json" else read_json(round.address(name))

@@ -12,6 +12,7 @@ A second run with the same input reuses it; a run that dies half-way leaves noth
 
 import hashlib
 import json
+import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -25,14 +26,18 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from osft import storage
-from osft.content import file_sha256
+from osft.content import file_sha256, files_sha256
 from osft.data.chat import IGNORE, Sample
+from osft.sealed import DamagedFile, read_sealed, write_sealed
 
 FORMAT = 4
 """Part of every dataset's hash: raise it when a preparation or the layout changes."""
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "source": Value("string")})
 _STATISTICS = "dataset.json"
+_WRITTEN = "written"
+"""In dataset.json: the other files of the folder, each with its size and SHA-256."""
+_REMEDY = "Remove the dataset's folder and prepare it again"
 BUFFERED_TOKENS = 1 << 20
 BUFFERED_SAMPLES = 1 << 12
 
@@ -72,20 +77,46 @@ def content_address(output_root: str | Path, *identity: Any) -> str:
 
 
 def open_dataset(folder: Path) -> PreparedData:
-    """A complete dataset folder. Raises FileNotFoundError if it is not one."""
+    """A complete dataset folder.
+
+    Raises FileNotFoundError if it is not one, DamagedFile if dataset.json is not what was written, or a file that it
+    names has another size.
+    """
     statistics = folder / _STATISTICS
     if not statistics.is_file():
         raise FileNotFoundError(f"{folder} is not a prepared dataset: it has no dataset.json")
-    return PreparedData(folder, json.loads(statistics.read_text(encoding="utf-8")), reused=True)
+    found = PreparedData(folder, read_sealed(statistics, _REMEDY), reused=True)
+    for name, (size, _) in found.statistics.get(_WRITTEN, {}).items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise DamagedFile(f"{storage.name_of(file)} is missing, or has not its {size} bytes. {_REMEDY}")
+    return found
+
+
+def check_dataset(folder: Path) -> PreparedData:
+    """As `open_dataset`, and every file is read: DamagedFile names one that is not what was written."""
+    found = open_dataset(folder)
+    written = found.statistics.get(_WRITTEN, {})  # of an older release: none
+    for file, digest in files_sha256(folder / name for name in written).items():
+        if digest != written[file.relative_to(folder).as_posix()][1]:
+            raise DamagedFile(f"{storage.name_of(file)} is damaged: its sha256 is another. {_REMEDY}")
+    return found
 
 
 def find_dataset(address: str, report: Callable[[str], None]) -> PreparedData | None:
-    """The dataset of an address if it is there and complete; says so."""
+    """The dataset of an address if it is there and complete; says so. A damaged one is removed, and that is said."""
     folder = storage.find(address, marker=_STATISTICS)
     if folder is None:
         return None
+    try:
+        found = check_dataset(folder)
+    except DamagedFile as error:
+        report(f"data: prepared again, for {error}")
+        storage.remove(address)
+        shutil.rmtree(folder)
+        return None
     report(f"data: reused {address}")
-    return open_dataset(folder)
+    return found
 
 
 def publish_dataset(address: str, statistics: dict[str, Any]) -> PreparedData:
@@ -207,8 +238,13 @@ class DatasetWriter:
                 "dropped_as_too_long": validation.dropped_as_too_long,
             },
         }
-        statistics = provenance | counted
-        (self._folder / _STATISTICS).write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+        files = sorted(file for file in self._folder.rglob("*") if file.is_file())
+        written = {
+            file.relative_to(self._folder).as_posix(): [file.stat().st_size, digest]
+            for file, digest in files_sha256(files).items()
+        }
+        statistics = provenance | counted | {_WRITTEN: written}
+        write_sealed(self._folder / _STATISTICS, statistics)
         return statistics
 
 

@@ -16,11 +16,11 @@ from osft.data import rows
 from osft.data.dataset_folder import (
     DatasetWriter,
     PreparedData,
+    check_dataset,
     content_address,
     find_dataset,
     hash_files,
     load_split,
-    open_dataset,
     publish_dataset,
 )
 from osft.data.files import data_files
@@ -70,7 +70,7 @@ def import_processed(
                 problem = f"its {side} side has token {largest}, but the model's vocabulary has {vocabulary_size}"
                 raise DataError(f"{data_path}: {problem}. It was prepared for another model; prepare it anew")
         report(f"data: reused {data_path}")
-        return open_dataset(given)
+        return check_dataset(given)
 
     files = hash_files(data_files(data_path))
     validation_files = hash_files(data_files(validation_data)) if validation_data else {}

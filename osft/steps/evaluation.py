@@ -79,7 +79,7 @@ def evaluate_model(
         known = zip(versions, parent.rows, strict=True) if parent else ()
         earlier_versions = [MeasuredVersion(version, row.task, row.scores) for version, row in known]
         evaluation["decision"] = decide(evaluation, rules, history=earlier_versions)
-        evaluation_file = round.write(EVALUATION_FILE, json.dumps(evaluation, indent=2) + "\n")
+        evaluation_file = round.write_record(EVALUATION_FILE, evaluation)
         for model, scores in evaluation["results"].items():
             for name, score in scores.items():
                 numbers = {key: score[key] for key in ("loss", "perplexity", "accuracy")}

@@ -1,6 +1,5 @@
 """A model version of what was trained, and the aliases that say what is thought of it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def register_model(
             model_card=with_scores(card.read_text(encoding="utf-8"), description) if card.is_file() else None,
         )
         step.log_params({"model_name": model_name, "model_version": version})
-        round.write(VERSION_FILE, json.dumps({"model_name": model_name, "version": version}, indent=2) + "\n")
+        round.write_record(VERSION_FILE, {"model_name": model_name, "version": version})
         print(f"registry: {model_name} version {version} is the candidate", flush=True)
         step.tag_round(
             model_version=version,

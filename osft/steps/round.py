@@ -10,6 +10,7 @@ from osft import storage
 from osft.atomic import atomic_path
 from osft.paths import expanded
 from osft.rounds.resolve import ResolvedRound
+from osft.sealed import read_sealed, sealed
 from osft.tracking import runs
 
 ROUND_FILE, EVALUATION_FILE, VERSION_FILE = "round.json", "evaluation.json", "version.json"
@@ -56,13 +57,17 @@ class Round:
         storage.publish(self.address(name))
         return self.folder / name
 
+    def write_record(self, name: str, value: dict[str, Any]) -> Path:
+        """Make a JSON file of this pipeline run that holds its own hash (`osft.sealed`), for all steps."""
+        return self.write(name, json.dumps(sealed(value), indent=2) + "\n")
+
     def step(self, name: str) -> Any:
         """The context of one step: a nested MLflow run (`osft.tracking.runs.StepRun`)."""
         return runs.step_run(self.mlflow(), self.mlflow_run_id, name)
 
     def resolved(self) -> ResolvedRound:
         """What `resolve_round` decided."""
-        return ResolvedRound.from_json(storage.fetch(self.address(ROUND_FILE)).read_text(encoding="utf-8"))
+        return ResolvedRound.from_json(json.dumps(read_json(self.address(ROUND_FILE))))
 
     def mlflow(self) -> Any:
         """A client of the tracking server."""
@@ -70,6 +75,5 @@ class Round:
 
 
 def read_json(location: str) -> dict[str, Any]:
-    """A JSON file of a path or URI."""
-    value: dict[str, Any] = json.loads(storage.fetch(location).read_text(encoding="utf-8"))
-    return value
+    """A JSON file of a path or URI, without its hash. Raises DamagedFile if it is not what was written."""
+    return read_sealed(storage.fetch(location), "Start a new pipeline run, or retry the step that writes it")

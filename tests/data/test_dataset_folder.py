@@ -1,5 +1,6 @@
 """A dataset folder gives back what was written, one sample at a time, without being read whole."""
 
+import json
 import random
 import time
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from osft.data.chat import IGNORE, Sample
-from osft.data.dataset_folder import BUFFERED_SAMPLES, DatasetWriter, load_split
+from osft.data.dataset_folder import BUFFERED_SAMPLES, DatasetWriter, check_dataset, find_dataset, load_split
+from osft.sealed import DamagedFile
 
 
 def samples(count: int, seed: int = 0) -> list[Sample]:
@@ -89,3 +91,35 @@ def test_reading_one_sample_is_cheap(tmp_path):
         split[index]
     per_second = len(order) / (time.process_time() - started)
     assert per_second > 20_000
+
+
+FILES = ["dataset.json", "train/data-00000-of-00001.arrow", "train/state.json", "train/dataset_info.json"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_dataset_is_named_and_removed_to_be_prepared_again(name, damage, tmp_path):
+    folder, said = tmp_path / "dataset", []
+    write(folder, samples(20))
+    assert check_dataset(folder).statistics["num_train_samples"] == 20
+    assert find_dataset(str(folder), said.append).folder == folder
+    content = bytearray((folder / name).read_bytes())
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1
+    (folder / name).write_bytes({"cut": content[:-2], "emptied": b""}.get(damage, changed))
+    if damage == "missing":
+        (folder / name).unlink()
+    unmarked = (name, damage) == ("dataset.json", "missing")
+    with pytest.raises(FileNotFoundError if unmarked else DamagedFile, match=name):
+        check_dataset(folder)
+    assert find_dataset(str(folder), said.append) is None
+    assert unmarked or (name in said[-1] and not folder.exists())
+
+
+def test_dataset_of_a_release_without_hashes_is_used(tmp_path):
+    write(tmp_path / "dataset", samples(5))
+    file = tmp_path / "dataset" / "dataset.json"
+    values = json.loads(file.read_text())
+    del values["sha256"], values["written"]
+    file.write_text(json.dumps(values))
+    assert len(load_split(check_dataset(tmp_path / "dataset").folder, "train")) == 5

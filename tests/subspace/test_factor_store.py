@@ -1,5 +1,6 @@
 """The factor store: computed once, complete or absent, and only for the model that it was made for."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from osft.checkpoint import CheckpointReader
 from osft.config import SubspaceConfig
 from osft.conversion import ModelWeights
 from osft.models import empty_model
-from osft.subspace import select_targets
+from osft.sealed import DamagedFile
+from osft.subspace import decomposition, factor_store, select_targets
 from osft.subspace.factor_store import (
     FactorsMismatchError,
     check_settings,
@@ -107,6 +109,101 @@ def test_missing_factors_are_named(model_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"factors of model.layers.0.mlp.up_proj .* are missing"):
         load_factor_set(factors.path)
     assert precompute(model_folder, tmp_path, QUARTER).computed == 1
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 8)
+
+
+def emptied(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def flipped(file: Path, at: int = -20) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def header(file: Path) -> None:
+    flipped(file, 20)
+
+
+def pointer(file: Path) -> None:
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, flipped, header, pointer])
+def test_damaged_factors_are_named_and_computed_again(damage, model_folder, tmp_path, capsys):
+    factors = precompute(model_folder, tmp_path, QUARTER)
+    file = factors.factors_file("model.layers.0.mlp.up_proj")
+    damage(file)
+    with pytest.raises(
+        DamagedFile, match=f"{file} is damaged: it does not hold the whole factors of model.layers.0.mlp"
+    ):
+        load_factor_set(factors.path)
+    again = precompute(model_folder, tmp_path, QUARTER)
+    assert f"factors: {file} is damaged" in capsys.readouterr().out
+    assert again.computed == 1
+    assert again.path == factors.path
+    assert load_factor_set(factors.path).bases_sha256 == factors.bases_sha256
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, flipped, pointer])
+def test_damaged_manifest_is_named_and_written_again(damage, model_folder, tmp_path):
+    path = precompute(model_folder, tmp_path, QUARTER).path
+    before = path.read_bytes()
+    damage(path)
+    with pytest.raises(DamagedFile, match=f"{path} is damaged.*run `precompute_svd` again"):
+        load_factor_set(path)
+    assert precompute(model_folder, tmp_path, QUARTER).computed == 0
+    assert path.read_bytes() == before
+
+
+def test_set_is_refused_when_its_bases_were_replaced_by_those_of_other_hardware(model_folder, tmp_path, monkeypatch):
+    first = precompute(model_folder, tmp_path, QUARTER)
+    file = first.factors_file("model.layers.0.mlp.up_proj")
+    file.unlink()
+    original = decomposition.decompose
+
+    def elsewhere(*arguments):
+        factors = original(*arguments)
+        return dataclasses.replace(factors, right=-factors.right)
+
+    monkeypatch.setattr(factor_store, "decompose", elsewhere)
+    second = precompute(model_folder, tmp_path, QUARTER)
+    assert second.key != first.key, "the same weights, other bases: another set"
+    assert second.bases_sha256 != first.bases_sha256
+    with pytest.raises(FactorsMismatchError, match=f"other bases of model.layers.0.mlp.up_proj .* than .* {file}"):
+        load_factor_set(first.path)
+
+
+def test_factors_of_a_release_without_hashes_are_used(model_folder, tmp_path):
+    factors = precompute(model_folder, tmp_path, QUARTER)
+    for file in (tmp_path / "weights").iterdir():
+        save_file(load_file(file), file)
+    manifest = json.loads(factors.path.read_text())
+    del manifest["sha256"]
+    for weight in manifest["weights"].values():
+        del weight["bases_sha256"]
+    factors.path.write_text(json.dumps(manifest))
+    assert load_factor_set(factors.path).bases_sha256 == factors.bases_sha256
+    assert precompute(model_folder, tmp_path, QUARTER).computed == 0
+
+
+def test_two_runs_that_compute_one_weight_both_use_the_file_that_came_first(model_folder, tmp_path, monkeypatch):
+    write = factor_store.save_file
+    other = precompute(model_folder, tmp_path / "other", QUARTER)
+
+    def another_run_was_faster(tensors, path, metadata):
+        name = metadata["weight"]
+        target = tmp_path / other.weights[name]["file"]
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(other.factors_file(name).read_bytes())
+        write({key: -tensor for key, tensor in tensors.items()}, path, metadata=metadata)
+
+    monkeypatch.setattr(factor_store, "save_file", another_run_was_faster)
+    assert precompute(model_folder, tmp_path, QUARTER).bases_sha256 == other.bases_sha256
 
 
 def test_killed_run_leaves_whole_files_only_and_is_continued(tmp_path):
