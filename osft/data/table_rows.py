@@ -127,6 +127,8 @@ def _plain(value: Any, kind: Any, source: str) -> Any:
         fields = {field.name: field.type for field in kind}
         return {key: _plain(part, fields[key], source) for key, part in value.items() if part is not None}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        if pa.types.is_primitive(kind.value_type):  # token ids: nothing in them to take away
+            return value
         return [_plain(part, kind.value_type, source) for part in value]
     if pa.types.is_map(kind):
         return {key: _plain(part, kind.item_type, source) for key, part in value if part is not None}
