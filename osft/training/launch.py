@@ -183,7 +183,7 @@ def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, An
     workers = partial(children, running=_WORKER)
     summary_file = Path(work["summary_file"])
     work_file = summary_file.with_name(summary_file.name.replace("summary", "work"))
-    write_json(work_file, work)
+    write_json(work_file, work | {"launcher": os.getpid()})
     try:
         with passing_on(workers, patience_seconds=_SAVE_SECONDS) as asked:
             try:

@@ -126,7 +126,16 @@ class Saving(Protocol):
         """This rank's wish: GO_ON, SAVE_STATE, INTERRUPT (save the state and end) or STOP (end training)."""
 
     def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
-        """Write the training state."""
+        """Write the training state, and begin to upload it."""
+
+    def is_uploading(self) -> bool:
+        """Whether this rank uploads a state."""
+
+    def go_on_uploading(self) -> None:
+        """No rank is uploading: do what is next."""
+
+    def settle(self) -> None:
+        """Return when nothing is left to upload."""
 
 
 class InterruptedTraining(SystemExit):
@@ -270,16 +279,19 @@ def run(
             max_grad_norm=config.max_grad_norm,
             world_size=world_size,
         )
-        wanted = torch.tensor(saving.wanted() if saving else GO_ON, device=device)
+        told = torch.tensor([saving.wanted(), saving.is_uploading()] if saving else [GO_ON, 0], device=device)
         if world_size > 1:
             torch.distributed.all_reduce(loss_sum)
-            torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
-        wish, loss, norm = wanted.item(), loss_sum.item() / num_loss_tokens, grad_norm.item()
+            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+        wish, is_uploading = told.tolist()
+        loss, norm = loss_sum.item() / num_loss_tokens, grad_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RuntimeError(
                 f"step {step.number}: the loss is {loss} and the gradient norm {norm}. Lower learning_rate "
                 f"({config.learning_rate}) or raise warmup_steps ({config.warmup_steps})"
             )
+        if saving and not is_uploading:
+            saving.go_on_uploading()
         seconds = time.perf_counter() - started
         position.step = step.number
         position.samples += len(step.indices)
@@ -319,12 +331,15 @@ def run(
             metrics = replace(metrics, checkpoints=tuple(model.path for model in written), **rounding)
         on_step(metrics)
         if is_last:
+            if saving:
+                saving.settle()
             return
         if saving and (wish in (SAVE_STATE, INTERRUPT) or _state_due(step, config)):
             position.scheduler = {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
             position.learning_rate = optimizer.param_groups[0]["lr"]
             saving.state(optimizer, position)
             if wish == INTERRUPT:
+                saving.settle()
                 raise InterruptedTraining(INTERRUPTED)
 
 

@@ -7,8 +7,9 @@ does nothing. `osft.storage` lists what lies below the URI, who writes it and wh
 - A model is uploaded by a thread of rank 0 while training goes on. Metrics are uploaded every INTERVAL_SECONDS, where
   the `stop` file of whoever follows the run elsewhere is looked for, too; if the store does not answer then, a line
   says so and the next time is another try.
-- A state: every rank uploads its own files; when all have, and models and metrics up to there are in the store, rank 0
-  uploads position.json and removes the older states. What fails here ends the run, which goes on from the older state.
+- A state: every rank uploads its own files, while training goes on; when all have, and models and metrics up to there
+  are in the store, rank 0 uploads position.json and removes the older states (osft.training.state_upload). What fails
+  here ends the run, which goes on from the older state.
 - The summary goes last, when everything else is there.
 
 Nothing keeps two runs on different machines from writing to one URI at once: give each its own. What lies below a path
@@ -20,6 +21,7 @@ import os
 import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -27,6 +29,7 @@ from osft import storage
 from osft.atomic import atomic_path
 from osft.config import TrainConfig
 from osft.lock import check_owner
+from osft.training.state_upload import StateUpload
 
 INTERVAL_SECONDS = 10.0
 METRICS, SUMMARY, SETTINGS = "metrics.jsonl", "training.json", "config.json"
@@ -92,6 +95,7 @@ class Mirror:
         self._uri = location
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="osft-models")
         self._models: list[Future[None]] = []
+        self.state_upload = StateUpload()
         self._published_metrics = 0
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -105,6 +109,7 @@ class Mirror:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.state_upload.join()
         self._ended.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -124,23 +129,27 @@ class Mirror:
             publish = self._uploads.submit(storage.publish, address, marker="config.json", source=self.folder / path)
             self._models.append(publish)
 
-    def begin_state(self, name: str) -> None:
-        """Forget what an earlier start left of a state that is about to be written. Call it on every rank."""
-        if self.separate and self.rank == 0:
+    def state(self, name: str) -> None:
+        """Publish a state, in the background. Call it on every rank, when the one before is settled."""
+        if self.separate:
+            stages = (self._forget_state, self._publish_shards, self._complete_state)
+            self.state_upload.begin([partial(stage, name) for stage in stages])
+
+    def _forget_state(self, name: str) -> None:
+        """Remove what an earlier start left of a state."""
+        if self.rank == 0:
             storage.remove(storage.join(self._uri, "state", name))
 
-    def publish_shards(self, name: str) -> None:
-        """Publish this rank's files of a state. Call it on every rank; then, when all are through, complete_state."""
-        if not self.separate:
-            return
+    def _publish_shards(self, name: str) -> None:
+        """Publish this rank's files of a state."""
         folder = self.folder / "state" / name
         files = list(folder.glob(f"__{self.rank}_*"))
         for file in [*files, folder / ".metadata"] if self.rank == 0 else files:
             storage.publish(storage.join(self._uri, "state", name, file.name), source=file)
 
-    def complete_state(self, name: str) -> None:
+    def _complete_state(self, name: str) -> None:
         """Make a state the one that counts, and remove the others."""
-        if not (self.separate and self.rank == 0):
+        if self.rank != 0:
             return
         self._wait_for_models()
         self._publish_metrics()
@@ -157,8 +166,9 @@ class Mirror:
             storage.publish(storage.join(self._uri, SUMMARY), source=self.folder / SUMMARY)
 
     def _wait_for_models(self) -> None:
-        while self._models:
-            self._models.pop(0).result()
+        for publish in list(self._models):
+            publish.result()
+            self._models.remove(publish)
 
     def _publish_metrics(self) -> None:
         with self._lock:
@@ -177,7 +187,7 @@ class Mirror:
         try:
             self._publish_metrics()
             wish = storage.read(storage.join(self._uri, STOP_FILE))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of any object store's client; whoever follows elsewhere waits for the next try
             print(f"train: the metrics could not be published, trying again later: {error}", flush=True)
             return
         if wish:

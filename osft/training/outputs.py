@@ -68,9 +68,24 @@ class Outputs:
         asked = max(self._asked_by_file() if self._rank == 0 else GO_ON, INTERRUPT if self._terminated else GO_ON)
         if asked != GO_ON:
             return asked
-        if self._rank == 0 and self._interval and time.monotonic() - self._last_state > self._interval:
+        is_due = self._interval and time.monotonic() - self._last_state > self._interval
+        if self._rank == 0 and is_due and self._mirror.state_upload.is_over:
             return SAVE_STATE
         return GO_ON
+
+    def is_uploading(self) -> bool:
+        """Whether this rank uploads a state. Raises what went wrong while it did."""
+        return self._mirror.state_upload.is_busy
+
+    def go_on_uploading(self) -> None:
+        """No rank is uploading: do what is next."""
+        self._mirror.state_upload.go_on()
+
+    def settle(self) -> None:
+        """Return when the state is published."""
+        started = time.perf_counter()
+        self._mirror.state_upload.settle()
+        self.seconds += time.perf_counter() - started
 
     def _asked_by_file(self) -> int:
         """The wish of whoever follows the run. A file that cannot be read is looked at again after the next step."""

@@ -76,13 +76,13 @@ def check_state(folder: Path) -> dict[str, Any]:
 
 
 def save_state(mirror: Mirror, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
-    """Write the state of step `position["step"]` to the mirror's folder, and publish it. Call it on every rank.
+    """Write the state of step `position["step"]` to the mirror's folder, and begin to publish it. All ranks call it.
 
     Raises OSError (ENOSPC) if the disk is full; the state before it is kept.
     """
     folder = mirror.folder / "state" / f"step-{position['step']}"
     temporary = folder.with_suffix(".incomplete")
-    mirror.begin_state(folder.name)
+    mirror.state_upload.settle()  # the state that is being published is about to be removed here
     if mirror.writes_here:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -112,9 +112,7 @@ def save_state(mirror: Mirror, model: nn.Module, optimizer: torch.optim.Optimize
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
     _barrier()
-    mirror.publish_shards(folder.name)
-    _barrier()
-    mirror.complete_state(folder.name)
+    mirror.state(folder.name)
 
 
 def _written_files(folder: Path, rank: int) -> dict[str, tuple[int, str]]:

@@ -43,9 +43,10 @@ from osft.training.state import load_state, read_position
 @record
 def main() -> None:
     """Do what the file says that the launcher wrote."""
-    end_with_parent()
     with noted():
-        train_process(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+        end_with_parent(work["launcher"])
+        train_process(work)
 
 
 def train_process(work: dict[str, Any]) -> None:
