@@ -141,9 +141,11 @@ def explained_mlflow(error: "MlflowException", uri: str = "") -> Exception:
     if "readonly database" in text:
         return UnusableError("MLflow's database cannot be written to. Change its permissions, or give another address")
     if text.startswith("API request to"):
-        if status < 500 and status != 429:
+        answered = re.search(r"error code (\d+)", text)
+        code = int(answered[1]) if answered else status
+        if "not in a valid JSON format" in text or code == 501 or (code < 500 and code not in (408, 425, 429)):
             return UnusableError(f"{server} does not answer as one: {_shortened(text)}. Check the address")
-        reason = re.search(r"(?<=\] )[^\"')\]]+(?=[\"')])|error code \d+|timed out", text)
+        reason = re.search(r"(?<=\] )[^\"')\]]+(?=[\"')])|error code \d+|\d+ error responses|timed out", text)
         said = f" ({reason[0].lower()})" if reason else ""
         return ConnectionError(f"{server} does not answer{said}. Start it, or check the address and the network")
     if status in (429, 502, 503, 504):

@@ -199,8 +199,6 @@ def _check_access(mlflow: "MlflowClient", uri: str, wait_seconds: float) -> None
                 told = explained_mlflow(error, uri)
                 if not isinstance(told, ConnectionError) or time.monotonic() >= deadline:
                     raise told from None
-            except ValueError as error:  # an answer that is no JSON
-                raise ValueError(f"{uri} is no MLflow server: {error}. Check the address") from None
             time.sleep(min(_RETRY_SECONDS, wait_seconds))
 
 

@@ -1,7 +1,9 @@
 """Addresses and names that MLflow would meet late, or take for something else, are refused at once and in one line."""
 
+import http.server
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -122,6 +124,44 @@ def test_server_that_does_not_answer_fails_a_step_with_a_message_in_time(monkeyp
     with pytest.raises(ConnectionError, match="server http://127.0.0.1:1 does not answer .connection refused"):
         runs.client("http://127.0.0.1:1", "", wait_seconds=0.3)
     assert 0.3 < time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "words"),
+    [
+        ((404, "text/html", b"<h1>not here</h1>"), ValueError, "does not answer as one"),
+        ((501, "text/plain", b"no POST"), ValueError, "does not answer as one"),
+        ((200, "text/html", b"<form>log in</form>"), ValueError, "does not answer as one"),
+        ((302, "text/html", b""), ValueError, "no MLflow server|does not answer as one"),
+        ((401, "text/plain", b"who?"), ValueError, "MLFLOW_TRACKING_USERNAME"),
+        ((403, "application/json", b'{"error_code": "PERMISSION_DENIED"}'), ValueError, "MLFLOW_TRACKING_USERNAME"),
+        ((503, "text/html", b"starting"), ConnectionError, "does not answer .503 error responses"),
+        ((502, "text/html", b"bad gateway"), ConnectionError, "does not answer .502 error responses"),
+        ((429, "text/plain", b"slow down"), ConnectionError, "does not answer"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
+)
+def test_answer_of_another_server_or_of_a_proxy_is_told_in_one_line(answer, kind, words):
+    status, content_type, body = answer
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(kind, match=words) as told:
+            runs.client(f"http://127.0.0.1:{server.server_port}", "", wait_seconds=0)
+        server.shutdown()
+    assert "\n" not in str(told.value)
 
 
 def test_server_that_takes_a_request_and_never_answers_is_not_waited_for(monkeypatch):
