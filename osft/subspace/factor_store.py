@@ -214,7 +214,7 @@ def load_factor_set(path: str | Path, *, check: bool = True) -> FactorSet:
                 f"{storage.name_of(file)} is damaged: it does not hold the whole factors of {name}. Run "
                 "`precompute_svd` again, it computes what is damaged"
             )
-        if bases[name] != recorded:
+        if recorded is not None and bases[name] != recorded:
             raise FactorsMismatchError(
                 f"{path} was made of other bases of {name} (hash {recorded[:12]}) than there are now in "
                 f"{storage.name_of(file)} ({bases[name][:12]}). Run `precompute_svd` again for a set of those"

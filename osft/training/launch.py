@@ -31,6 +31,7 @@ from osft.lock import exclusive
 from osft.sealed import write_sealed
 from osft.termination import CAN_PASS_ON, children, passing_on
 from osft.training.callbacks import Follower, TrainingCallback
+from osft.training.disk_space import check_disk_space
 from osft.training.identity import MADE_OF, model_contents
 from osft.training.inputs import check_model, factor_set, local_model, named_factors, prepare_training_data
 from osft.training.liger import liger_wanted
@@ -90,6 +91,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
         if state:
             check_state_is_of(state, config, made_of, output)
         if config.node_rank == 0:
+            check_disk_space(config, output, model, factors)
             clear(config, output, state)
             write_sealed(output / SETTINGS, config.to_dict() | {"dataset": data.key, MADE_OF: made_of})
             storage.publish(storage.join(config.ckpt_output_dir, SETTINGS), source=output / SETTINGS)

@@ -188,12 +188,12 @@ def _gone(config: TrainConfig, output: Path, models: list[str], files: dict[str,
         sizes = {name: entry.size for name, entry in storage.files(uri).items() if name.startswith(f"{MODELS}/")}
     else:
         sizes = {f"{MODELS}/{name}": size for name, size in model_files(output / MODELS).items()}
-    return [
-        model
-        for model in models
-        if any(
-            size is None or (wanted is not None and size != wanted)
-            for name, wanted in (files.get(model) or {"config.json": None}).items()
-            for size in [sizes.get(f"{model}/{name}")]
-        )
-    ]
+    gone = []
+    for model in models:
+        wanted: dict[str, int | None] = {**files[model]} if model in files else {"config.json": None}
+        for name, size in wanted.items():
+            found = sizes.get(f"{model}/{name}")
+            if found is None or size not in (None, found):
+                gone.append(model)
+                break
+    return gone
