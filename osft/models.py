@@ -126,6 +126,15 @@ def load_model(
     return model.eval()
 
 
+def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with nothing dropped, changed in place."""
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if _DROPOUT.search(name) and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
+
+
 class _LargeOnMeta(TorchFunctionMode):
     """What is allocated for a weight of a real model is not allocated; what is computed is."""
 
@@ -160,11 +169,7 @@ def empty_model(
     """
     if not (Path(model_path) / "config.json").is_file():
         raise FileNotFoundError(f"{model_path} is not a model folder: it has no config.json")
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    for part in (config, config.get_text_config()):
-        for name, value in part.to_dict().items():
-            if _DROPOUT.search(name) and isinstance(value, float):
-                setattr(part, name, 0.0)
+    config = without_dropout(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code))
     build = auto_class(config).from_config
     try:
         with no_init_weights(), _LargeOnMeta():

@@ -27,7 +27,7 @@ from osft.data.packing import Batching, collate
 from osft.likelihood import target_logits, token_nll
 from osft.models import UnsupportedModelError, empty_model
 from osft.random_weights import ROWS, compute_one_block_of_each_kind, fill_at_random
-from osft.subspace.model import inject_empty
+from osft.subspace.model import inject_empty, osft_layers
 from osft.subspace.targets import select_targets
 
 TOLERANCE = 1e-3
@@ -120,13 +120,19 @@ def check_data(folder: Path, model_path: str | Path, *, trust_remote_code: bool 
     """Raise ValueError if a prepared dataset has a token for which the model has no embedding."""
     from osft.data.dataset_folder import load_split
 
-    vocabulary = empty_model(model_path, trust_remote_code=trust_remote_code).get_input_embeddings().weight.shape[0]
+    vocabulary = _vocabulary(empty_model(model_path, trust_remote_code=trust_remote_code))
     largest = load_split(folder, "train").largest_token
     if largest >= vocabulary:
         raise ValueError(
             f"the tokenizer of {model_path} gave token {largest} for the data, and the model has embeddings for 0 to "
             f"{vocabulary - 1}. Give the model's own tokenizer"
         )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Rows of the embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 def _preflight(folder: Path, attn_implementation: str | None, trust_remote_code: bool) -> tuple[Preflight, int]:
@@ -139,7 +145,7 @@ def _preflight(folder: Path, attn_implementation: str | None, trust_remote_code:
             f"attn_implementation={attn_implementation!r}: {type(model).__name__} does not have it. Use 'sdpa' or "
             "'eager'"
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = _vocabulary(model)
     model.config._experts_implementation = "eager"  # the others copy all experts
     targets = [target for target in select_targets(model) if math.prod(target.shape) < _LARGEST_GRADIENT]
     inject_empty(model, targets, dict.fromkeys((target.name for target in targets), 1), free_subspace="complement")
@@ -156,7 +162,7 @@ def _preflight(folder: Path, attn_implementation: str | None, trust_remote_code:
 
 
 def examine(model: PreTrainedModel, *, name: str = "the model") -> Preflight:
-    """Try `model`, in float32 on any device. Raises UnsupportedModelError as `preflight`."""
+    """Try `model`, which has its OSFT layers, in float32 on any device. Raises UnsupportedModelError as `preflight`."""
     first, second, third = _samples(model)
     cut = Sample(second.input_ids[:_CUT], second.labels[:_CUT])
     model.eval()
@@ -239,15 +245,12 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _backward(model: PreTrainedModel, samples: Sequence[Sample], batching: Batching) -> None:
-    """One backward pass in training mode, down to the embeddings. Raises what the model raises."""
-    one = torch.ones((), requires_grad=True)
-    hook = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output * one)
-    try:
-        token_nll(model.train(), collate(samples, batching).to(model.device)).sum().backward()
-    finally:
-        hook.remove()
-    if one.grad is None or not one.grad.isfinite():
-        raise FloatingPointError(f"the gradient of its embeddings is {one.grad}")
+    """One backward pass in training mode. Raises what the model raises, and FloatingPointError without a gradient."""
+    token_nll(model.train(), collate(samples, batching).to(model.device)).sum().backward()
+    gradients = [layer.coefficients.grad for _, layer in osft_layers(model)]
+    there = [gradient for gradient in gradients if gradient is not None]
+    if not there or not all(gradient.isfinite().all() for gradient in there):
+        raise FloatingPointError("its gradient is not finite" if there else "no weight gets a gradient")
 
 
 _VARLEN = "osft_varlen"

@@ -13,33 +13,7 @@ import torch
 from torch import nn
 
 from osft.config import FreeSubspace
-from osft.subspace.weight import OSFTWeight
-
-
-class _SubspaceWeight(torch.autograd.Function):
-    """The dense weight, with a gradient for the subspace coefficients: L^T G R of its gradient G."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: torch.Tensor,
-        coefficients: torch.Tensor,
-        left: torch.Tensor | None,
-        right: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(left, right)
-        ctx.coefficients_dtype = coefficients.dtype
-        return weight.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = grad_outputs
-        left, right = ctx.saved_tensors
-        if left is not None:
-            gradient = left.mT.to(gradient.dtype) @ gradient
-        if right is not None:
-            gradient = gradient @ right.to(gradient.dtype)
-        return None, gradient.to(ctx.coefficients_dtype), None, None
+from osft.subspace.weight import DifferentiableWeight, OSFTWeight
 
 
 class OSFTExperts(OSFTWeight):
@@ -80,7 +54,7 @@ class OSFTExperts(OSFTWeight):
 
     def forward(self) -> torch.Tensor:
         """(num_experts, m, n): the dense weight, through which the coefficients get their gradient."""
-        return _SubspaceWeight.apply(self.dense_weight(), self.coefficients, self.left_basis, self.right_basis)
+        return DifferentiableWeight.apply(self.dense_weight(), self.coefficients, self.left_basis, self.right_basis)
 
     def remove(self) -> None:
         """Leave the experts with their dense weight and nothing else."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from osft.config import FreeSubspace
-from osft.subspace.weight import OSFTWeight
+from osft.subspace.weight import DifferentiableWeight, OSFTWeight
 
 
 class _SubspaceLinear(torch.autograd.Function):
@@ -78,18 +78,28 @@ class OSFTLinear(OSFTWeight):
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias.requires_grad_(False) if linear.bias is not None else None
 
-    def dense_weight(self) -> torch.Tensor:
+    def dense_weight(self) -> nn.Parameter:
         """The dense weight W that the forward pass uses."""
-        return self.weight
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    def __getattr__(self, name: str) -> Any:
+        """As of any module, but code that reads `weight` to compute with it itself (Mamba) trains it, too."""
+        value = super().__getattr__(name)
+        if name == "weight" and torch.is_grad_enabled():
+            return DifferentiableWeight.apply(value, self.coefficients, self.left_basis, self.right_basis)
+        return value
 
     def merged(self) -> nn.Linear | Conv1D:
         """The plain layer that this one has become; it shares the weight."""
+        weight = self.dense_weight()
         with torch.device("meta"):
             if self.transposed:
-                plain: nn.Linear | Conv1D = Conv1D(self.weight.shape[1], self.weight.shape[0])
+                plain: nn.Linear | Conv1D = Conv1D(weight.shape[1], weight.shape[0])
             else:
-                plain = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=self.bias is not None)
-        plain.weight = self.weight
+                plain = nn.Linear(weight.shape[1], weight.shape[0], bias=self.bias is not None)
+        plain.weight = weight
         if self.bias is not None:
             plain.bias = self.bias
         return plain
@@ -97,5 +107,5 @@ class OSFTLinear(OSFTWeight):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
         return _SubspaceLinear.apply(
-            x, self.weight, self.bias, self.coefficients, self.left_basis, self.right_basis, self.transposed
+            x, self.dense_weight(), self.bias, self.coefficients, self.left_basis, self.right_basis, self.transposed
         )

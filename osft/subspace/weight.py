@@ -13,6 +13,7 @@ first dimension. Under FSDP2 every tensor is sharded by its first dimension. Of 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -203,3 +204,31 @@ class OSFTWeight(nn.Module):
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+class DifferentiableWeight(torch.autograd.Function):
+    """The dense weight, with a gradient for the subspace coefficients: L^T G R of its gradient G."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        coefficients: torch.Tensor,
+        left: torch.Tensor | None,
+        right: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The weight as it is."""
+        ctx.save_for_backward(left, right)
+        ctx.coefficients_dtype = coefficients.dtype
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """A gradient for the coefficients."""
+        (gradient,) = grad_outputs
+        left, right = ctx.saved_tensors
+        if left is not None:
+            gradient = left.mT.to(gradient.dtype) @ gradient
+        if right is not None:
+            gradient = gradient @ right.to(gradient.dtype)
+        return None, gradient.to(ctx.coefficients_dtype), None, None
