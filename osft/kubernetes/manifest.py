@@ -43,7 +43,7 @@ SPEC_HASH = "osft/spec-hash"
 
 APP_LABEL = {"app.kubernetes.io/name": "osft-training"}
 _SCRATCH = "/scratch"
-_LOCK_SECONDS = 180  # a lock that a dead pod held on NFSv4 stays for its lease, 90 s by default
+_LOCK_SECONDS = 180  # a dead pod's folder is free after a minute without a sign of life (osft.lock)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,10 +12,12 @@ writes what and what completes it). What steps hand to each other are paths or U
     data/<hash>/         prepared datasets
     factors/             decompositions, by content
     scores/              what models scored on evaluation sets, by content
+    champions/           which run replaced which champion (`osft.tracking.champion`)
     rounds/<run id>/     what one pipeline run found, trained and measured:
         round.json         what `resolve_round` decided
         train/             a run's output folder
-        evaluation.json report.html version.json
+        evaluation.json report.html version.json; the JSON files hold their own hash (`osft.sealed`): a damaged one is
+                           named, and the step that needs it ends
     mlflow/              runs and model versions, unless there is a tracking server; with a URI there must be one
 """
 

@@ -149,6 +149,20 @@ def test_damaged_factors_are_named_and_computed_again(damage, model_folder, tmp_
     assert load_factor_set(factors.path).bases_sha256 == factors.bases_sha256
 
 
+def test_factors_that_are_damaged_in_the_store_are_computed_and_published_again(model_folder, bucket, object_store):
+    store = f"{bucket}/factors"
+    factors = precompute(model_folder, store, QUARTER)
+    address = f"{store}/{factors.weights['model.layers.0.mlp.up_proj']['file']}"
+    content = object_store.files.cat(address)
+    object_store.files.pipe(address, content[:-8])
+    manifest = f"{store}/sets/{factors.path.name}"
+    with pytest.raises(DamagedFile, match=f"{address} is damaged"):
+        load_factor_set(manifest)
+    assert precompute(model_folder, store, QUARTER).computed == 1
+    assert len(object_store.files.cat(address)) == len(content)
+    assert load_factor_set(manifest).bases_sha256 == factors.bases_sha256
+
+
 @pytest.mark.parametrize("damage", [cut, emptied, flipped, pointer])
 def test_damaged_manifest_is_named_and_written_again(damage, model_folder, tmp_path):
     path = precompute(model_folder, tmp_path, QUARTER).path
