@@ -24,6 +24,8 @@ SAMPLES ?= 352
 IMAGE   ?=
 TRAINING_IMAGE ?=
 REPORT  ?=
+# Test processes side by side; each takes about 1.5 GB.
+JOBS    ?= 2
 
 .PHONY: help setup run rounds compare test test-slow test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench ui images sbom clean
 
@@ -52,8 +54,8 @@ rounds: setup ## Run three rounds on three real tasks here, as a schedule would:
 ui: setup ## Open MLflow on what `make run` left
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(abspath $(STORAGE))/mlflow/mlflow.db
 
-test: setup ## Run the tests
-	$(BIN)/python -m pytest
+test: setup ## Run the tests: JOBS=2 side by side
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: setup ## Run the tests that `make test` leaves out: several nodes, many processes
 	$(BIN)/python -m pytest -m slow
