@@ -277,7 +277,7 @@ def test_pods_without_a_shared_volume_train_the_same_from_an_object_store(
     (master,) = [pod["metadata"]["name"] for pod in cluster.pods() if pod["metadata"]["name"].endswith("master-0")]
     cluster.kill_pod(master, signal.SIGKILL)
     assert step.wait() == 0, step.log
-    assert "goes on from" in step.log
+    assert "train: resumes from" in step.log
     history = object_store.files.cat(f"{output}/metrics.jsonl").splitlines()
     assert [json.loads(line)["loss"] for line in history] == pytest.approx(reference, abs=1e-5)
     assert json.loads(step.outputs.read_text())["parameterValues"]["Output"].startswith(f"{output}/hf_format/samples_")
@@ -296,7 +296,7 @@ def test_killed_master_is_made_anew_and_the_losses_are_the_same(training, cluste
     cluster.kill_pod(master, signal.SIGKILL)
     assert step.wait() == 0, step.log
     assert training.losses() == pytest.approx(reference, abs=1e-5)
-    assert "goes on from" in step.log
+    assert "train: resumes from" in step.log
     assert f"(pod {master}) ended with exit code 137" in step.log
     assert training.conditions() == ["Created", "Succeeded"]
     assert not cluster.processes()

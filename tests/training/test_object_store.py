@@ -323,7 +323,7 @@ def test_two_nodes_with_scratch_folders_of_their_own_go_on_from_one_store(
     launchers = nodes("second", None)
     outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
-    assert all("train: goes on from" in output for output in outputs)
+    assert all("train: resumes from" in output for output in outputs)
     run_in_process(monkeypatch)
     expected = losses(train(dataclasses.replace(config, **length)))
     lines = object_store.files.cat(f"{bucket}/run/metrics.jsonl").decode().splitlines()
