@@ -1,6 +1,6 @@
 """Hashes of what files hold, so that they are told apart by content and not by name.
 
-A file is read once in a process: its hash is kept for as long as it is the same file of the same size and time of
+A file is read once in a process: its hash is kept for as long as it is the same file of the same size and times of
 change. Files of a large model are read by several threads, with a progress bar if it takes long.
 """
 
@@ -18,14 +18,14 @@ _PARALLEL = 8
 _BLOCK = 1 << 22
 _JUST_CHANGED_NS = 2 * 10**9
 """A file can be changed again within one tick of the clock: what is younger than this is not kept."""
-_kept: dict[tuple[str, int, int, int, int], str] = {}
+_kept: dict[tuple[str, int, int, int, int, int], str] = {}
 
 
 def file_sha256(path: Path, advance: Callable[[int], object] = lambda size: None) -> str:
     """SHA-256 of a file's bytes, in hexadecimal digits. `advance` is told how many bytes are done, as they are."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
-        key = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        key = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if key in _kept:
             advance(status.st_size)
             return _kept[key]
