@@ -1,6 +1,7 @@
 """Small real things: a random two-layer Llama with a byte-level chat tokenizer, and a few chats."""
 
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,14 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     }
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_is_lost() -> Iterator[None]:
+    """Flushing to disk takes the time of the tests. Those about it look at the calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

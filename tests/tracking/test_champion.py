@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import random
 import threading
 import time
@@ -152,8 +151,7 @@ def race(number: int, folder: Path, barrier: Any) -> None:
     (folder / f"won-{number}.json").write_text(json.dumps(won))
 
 
-def test_of_twenty_processes_one_wins_each_of_a_hundred_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # nothing here loses its power
+def test_of_twenty_processes_one_wins_each_of_a_hundred_times(tmp_path):
     barrier = FORK.Barrier(PROCESSES)
     processes = [FORK.Process(target=race, args=(number, tmp_path, barrier)) for number in range(PROCESSES)]
     for process in processes:
