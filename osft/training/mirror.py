@@ -29,7 +29,6 @@ from osft import storage
 from osft.atomic import atomic_path
 from osft.config import TrainConfig
 from osft.lock import check_owner
-from osft.training.state_upload import StateUpload
 
 INTERVAL_SECONDS = 10.0
 METRICS, SUMMARY, SETTINGS = "metrics.jsonl", "training.json", "config.json"
@@ -95,6 +94,8 @@ class Mirror:
         self._uri = location
         self._uploads = ThreadPoolExecutor(1, thread_name_prefix="osft-models")
         self._models: list[Future[None]] = []
+        from osft.training.state_upload import StateUpload  # torch, which who only follows a run does not need
+
         self.state_upload = StateUpload()
         self._published_metrics = 0
         self._lock = threading.Lock()
