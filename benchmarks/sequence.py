@@ -194,7 +194,7 @@ def train_round(
 
 def _build(
     method: str, settings: Settings, config: TrainConfig, source: Path, factors: Path
-) -> tuple[nn.Module, Callable[[Path], None]]:
+) -> tuple[nn.Module, Callable[[Path], object]]:
     """The model of a folder, ready to train with a method, and what writes it to another folder."""
     device = torch.device(settings.device)
     if method == "osft":
