@@ -161,6 +161,9 @@ def evaluate(
         accuracies = ["-" if s["accuracy"] is None else f"{s['accuracy']:.1%}" for s in (before, after)]
         table.add_row(name, described["role"], *losses, *accuracies)
     output.print(table)
+    if found["exact"]:
+        loss = found["exact"]["loss"]
+        output.print(Text(f"The exact weights, before they were rounded to be served: {loss:.4f} on {found['task']}"))
     if found["benchmarks"]:
         table = Table("benchmark", "metric", "before", "after")
         for name, task in found["benchmarks"]["tasks"].items():

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from osft import osft
 from osft.checkpoint import EXACT, CheckpointReader
+from osft.cli import app
 from osft.evaluation.evaluate import evaluate, load_set
 from osft.origin import read_origin
 from osft.training import calibration, loop
@@ -314,6 +316,9 @@ def test_evaluation_measures_what_is_served_and_beside_it_what_was_learned(train
     assert found["exact"]["loss"] == pytest.approx(expected, rel=1e-6)
     base = found["results"]["base"][task]["loss"]
     assert base - found["exact"]["loss"] > 1.1 * (base - found["results"]["candidate"][task]["loss"])
+    command = ["evaluate", str(bases["bfloat16"]), str(served_model), str(chats), "--max-samples", "40"]
+    shown = CliRunner().invoke(app, command)
+    assert f"The exact weights, before they were rounded to be served: {found['exact']['loss']:.4f}" in shown.output
 
 
 def test_lineage_leads_to_the_first_base_model(train, bases):
