@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from osft.config import FreeSubspace
@@ -75,6 +76,8 @@ class OSFTLinear(OSFTWeight):
     ) -> None:
         super().__init__(linear.weight, rank=rank, free_subspace=free_subspace, base_dtype=base_dtype)
         self.transposed = isinstance(linear, Conv1D)
+        self._hooks: tuple[RemovableHandle, ...] = ()
+        self._is_shown = False
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias.requires_grad_(False) if linear.bias is not None else None
 
@@ -84,15 +87,35 @@ class OSFTLinear(OSFTWeight):
         assert weight is not None
         return weight
 
+    def read_by(self, block: nn.Module) -> None:
+        """Let the transformer block that holds this layer train it also by reading `weight` to compute with it itself.
+
+        Mamba's and Gemma 3n's do. What is read is differentiable only while the block computes: to FSDP2 and everybody
+        else `weight` is the frozen parameter.
+        """
+        self._hooks = (
+            block.register_forward_pre_hook(self._show),
+            # Also after an exception: recomputing activations ends a forward pass with one.
+            block.register_forward_hook(self._hide, always_call=True),
+        )
+
+    def _show(self, *_: Any) -> None:
+        self._is_shown = True
+
+    def _hide(self, *_: Any) -> None:
+        self._is_shown = False
+
     def __getattr__(self, name: str) -> Any:
-        """As of any module, but code that reads `weight` to compute with it itself (Mamba) trains it, too."""
+        """As of any module, but for the weight that a block reads (`read_by`)."""
         value = super().__getattr__(name)
-        if name == "weight" and torch.is_grad_enabled():
+        if name == "weight" and self._is_shown and torch.is_grad_enabled():
             return DifferentiableWeight.apply(value, self.coefficients, self.left_basis, self.right_basis)
         return value
 
     def merged(self) -> nn.Linear | Conv1D:
         """The plain layer that this one has become; it shares the weight."""
+        for hook in self._hooks:
+            hook.remove()
         weight = self.dense_weight()
         with torch.device("meta"):
             if self.transposed:

@@ -11,7 +11,7 @@ from osft.subspace.decomposition import decompose
 from osft.subspace.experts import OSFTExperts
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.rank_allocation import allocate_ranks
-from osft.subspace.targets import Target, select_targets
+from osft.subspace.targets import Target, select_targets, transformer_blocks
 from osft.subspace.weight import OSFTWeight
 
 
@@ -38,6 +38,7 @@ def inject_empty(
     weight is kept, by default that of the weight.
     """
     model.requires_grad_(False)
+    stack, blocks = transformer_blocks(model)
     for target in targets:
         owner, _, leaf = target.name.rpartition(".")
         rank, base_dtype = ranks[target.name], (base_dtypes or {}).get(target.name)
@@ -47,6 +48,8 @@ def inject_empty(
             linear = model.get_submodule(target.name)
             assert isinstance(linear, nn.Linear | Conv1D)
             layer = OSFTLinear(linear, rank=rank, free_subspace=free_subspace, base_dtype=base_dtype)
+            number = target.name.removeprefix(f"{stack}.").partition(".")[0]
+            layer.read_by(blocks.get_submodule(number))
             model.set_submodule(target.name, layer)
 
 
