@@ -34,7 +34,7 @@ TOLERANCE = 1e-3
 """Largest difference of logits, as a share of their standard deviation, that rounding may make in float32."""
 _LENGTHS = (9, 14, 11)
 """Tokens of the samples that are tried."""
-_LARGEST_GRADIENT = 2**28
+_LARGEST_GRADIENT = 2**26
 """Elements of the largest weight whose training is tried: that of a stack of experts forms a gradient of its size."""
 _CUT = 8
 """Tokens that are left of the second one, to see whether it misses what follows."""
