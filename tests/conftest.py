@@ -14,6 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.object_store import ObjectStore
 
+# A console of rich that is made while COLUMNS is set keeps that width, whatever a test then asks for.
+os.environ.pop("COLUMNS", None)
+import osft.console  # noqa: F401
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -173,8 +173,9 @@ def test_worker_that_does_not_end_in_time_is_killed():
 def test_waiting_for_workers_that_are_not_there_yet_ends_at_once(kind):
     with program(f"""
         if {kind!r} == "program": end_when_asked()
-        {READY}
-        with passing_on(lambda: [], patience_seconds=60): time.sleep(60)
+        with passing_on(lambda: [], patience_seconds=60):
+            {READY.strip()}
+            time.sleep(60)
     """) as process:
         assert end_of(process, signal.SIGTERM)[0] == 143
 
