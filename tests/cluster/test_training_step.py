@@ -382,12 +382,12 @@ def test_failed_job_fails_the_step_with_the_reason_of_the_rank(training, cluster
     assert step.wait() != 0
     assert training.conditions() == ["Created", "Failed"]
     assert "ended with exit code" in step.log
-    error = step.log[step.log.rindex("JobFailed") :]
+    error = step.log[step.log.rindex("error: ") :]
     assert "no_such_attention" in error
     assert not cluster.processes()
     created = cluster.jobs()[0]["metadata"]["uid"]
 
     again = training.start(more_settings={"attn_implementation": "no_such_attention"})
     assert again.wait() != 0
-    assert "no_such_attention" in again.log[again.log.rindex("JobFailed") :]
+    assert "no_such_attention" in again.log[again.log.rindex("error: ") :]
     assert [job["metadata"]["uid"] for job in cluster.jobs()] == [created], "a program error was repeated"
