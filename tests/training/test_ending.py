@@ -79,7 +79,7 @@ def test_importing_torch_is_ended(model_folder, chats, tmp_path):
 def test_run_ends_with_what_it_has(model_folder, chats, tmp_path, moment, signum):
     output = tmp_path / "run"
     waits = moment == "waiting for the lock"
-    begun = "_internal_data_processing/factors/*" if waits else "metrics.jsonl"
+    begun = "_internal_data_processing/data/*/dataset.json" if waits else "metrics.jsonl"
     with (
         exclusive(output) if waits else nullcontext(),
         container(configuration(model_folder, chats, output)) as (process, first),
