@@ -31,21 +31,9 @@ from osft.export import export_model
 from osft.low_rank import factorize, noise_floor
 from osft.subspace import select_targets
 from tests.conftest import byte_tokenizer, tiny_llama
+from tests.test_families import COMMON
 from tests.training.in_process import run_in_process
 
-COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 EXPERTS = {"num_experts_per_tok": 2, "head_dim": 8}
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**COMMON, tie_word_embeddings=True),

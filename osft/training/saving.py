@@ -74,7 +74,7 @@ def save_merged(
             for name in group.shapes:  # on all ranks
                 if name in layers:
                     target, layer = layers[name]
-                    inputs = moments(target) if moments and rounding == "compensated" else None
+                    inputs = moments(target) if moments else None
                     trained[name] = _Trained(target, layer, layer.split(), inputs)
             if rank == 0:
                 yield from writer.group(group, trained)
