@@ -6,13 +6,28 @@ state runs through the row) gets one sample a row: rows are filled up on the rig
 Which of the two a model needs is measured (`osft.preflight`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 import torch
 
 from osft.data.chat import IGNORE, Sample
+
+
+class Samples(Protocol):
+    """Tokenized samples, as `osft.data.dataset_folder` reads them."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each sample."""
+
+    @property
+    def num_loss_tokens(self) -> Sequence[int]:
+        """Of these, the tokens that count in the loss."""
+
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 class Batching(StrEnum):
@@ -53,6 +68,29 @@ class MicroBatch:
             self.is_token.to(device),
             self.batching,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Feeding:
+    """How a process feeds samples to its model."""
+
+    max_tokens: int
+    """Of a micro-batch."""
+    device: torch.device
+    batching: Batching = Batching.PACKED
+    rank: int = 0
+    world_size: int = 1
+
+    def batches(self, samples: Samples, indices: Sequence[int] | None = None) -> Iterator[tuple[list[int], MicroBatch]]:
+        """This rank's micro-batches of some samples (all by default), and the indices of those that each holds.
+
+        Every rank gets as many as the others; one that has nothing to do, micro-batches without a loss.
+        """
+        chosen = range(len(samples.lengths)) if indices is None else indices
+        plan = plan_micro_batches([samples.lengths[i] for i in chosen], self.max_tokens, self.world_size, self.batching)
+        for positions in plan[self.rank]:
+            held = [chosen[position] for position in positions]
+            yield held, collate([samples[i] for i in held], self.batching).to(self.device)
 
 
 def collate(samples: Sequence[Sample], batching: Batching = Batching.PACKED) -> MicroBatch:

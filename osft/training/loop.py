@@ -16,27 +16,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from osft.config import TrainConfig
-from osft.data.chat import Sample
-from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
+from osft.data.packing import Batching, Feeding, MicroBatch, Samples
 from osft.exit_codes import INTERRUPTED
 from osft.likelihood import token_nll
 from osft.origin import RoundingLoss
 from osft.subspace.model import refresh
+from osft.training.held_out import mean_nll
 from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE, STOP
-
-
-class Samples(Protocol):
-    """Tokenized samples, as `osft.data.dataset_folder` reads them."""
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each sample."""
-
-    @property
-    def num_loss_tokens(self) -> Sequence[int]:
-        """Of these, the tokens that count in the loss."""
-
-    def __getitem__(self, index: int) -> Sample: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,29 +192,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig, *, fused: bool) -> tor
     )
 
 
-@torch.no_grad()
-def mean_nll(
-    model: nn.Module,
-    samples: Samples,
-    max_tokens: int,
-    *,
-    device: torch.device,
-    batching: Batching = Batching.PACKED,
-    rank: int = 0,
-    world_size: int = 1,
-) -> float:
-    """Mean negative log-likelihood of all loss tokens, in nats. Call it on every rank."""
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    plan = plan_micro_batches(samples.lengths, max_tokens, world_size, batching)
-    for packed in plan[rank]:
-        total += token_nll(model, collate([samples[i] for i in packed], batching).to(device)).sum()
-    if world_size > 1:
-        torch.distributed.all_reduce(total)
-    model.train()
-    return total.item() / sum(samples.num_loss_tokens)
-
-
 def run(
     model: nn.Module,
     samples: Samples,
@@ -254,6 +217,9 @@ def run(
     scheduler = config.make_scheduler(optimizer, num_training_steps=num_steps(len(samples.lengths), config))
     follows_loss = "metrics" in inspect.signature(scheduler.step).parameters
     position = position or Position()
+    feeding = Feeding(
+        max_tokens=config.max_tokens_per_gpu, device=device, batching=batching, rank=rank, world_size=world_size
+    )
     if restore is not None:
         restore(optimizer)
         scheduler.load_state_dict(scheduler.state_dict() | (position.scheduler or {}))
@@ -264,17 +230,13 @@ def run(
         started = time.perf_counter()
         # What a model draws at random (a router's noise) depends on the step only: a resumed run draws the same.
         torch.manual_seed((config.seed * 1_000_003 + step.number) * world_size + rank)
-        lengths = [samples.lengths[i] for i in step.indices]
-        plan = plan_micro_batches(lengths, config.max_tokens_per_gpu, world_size, batching)
-        micro_batches = [
-            collate([samples[step.indices[i]] for i in packed], batching).to(device) for packed in plan[rank]
-        ]
+        num_tokens = sum(samples.lengths[i] for i in step.indices)
         num_loss_tokens = sum(samples.num_loss_tokens[i] for i in step.indices)
         learning_rate = optimizer.param_groups[0]["lr"]
         loss_sum, grad_norm = train_step(
             model,
             optimizer,
-            micro_batches,
+            [batch for _, batch in feeding.batches(samples, step.indices)],
             num_loss_tokens=num_loss_tokens,
             max_grad_norm=config.max_grad_norm,
             world_size=world_size,
@@ -295,21 +257,13 @@ def run(
         seconds = time.perf_counter() - started
         position.step = step.number
         position.samples += len(step.indices)
-        position.tokens += sum(lengths)
+        position.tokens += num_tokens
         position.loss_tokens += num_loss_tokens
         is_last = step.is_last or wish == STOP
 
         validation_loss = None
         if validation and (is_last or _validation_due(step, config)):
-            validation_loss = mean_nll(
-                model,
-                validation,
-                config.max_tokens_per_gpu,
-                device=device,
-                batching=batching,
-                rank=rank,
-                world_size=world_size,
-            )
+            validation_loss = mean_nll(model, validation, feeding)
         scheduler.step(*([loss if validation_loss is None else validation_loss] if follows_loss else []))
         metrics = StepMetrics(
             step=step.number,
@@ -320,7 +274,7 @@ def run(
             samples=position.samples,
             tokens=position.tokens,
             loss_tokens=position.loss_tokens,
-            tokens_per_second=sum(lengths) / seconds,
+            tokens_per_second=num_tokens / seconds,
             step_seconds=seconds,
             timestamp=time.time(),
             validation_loss=validation_loss,
