@@ -1,11 +1,13 @@
-"""The loss is PyTorch's cross entropy, at a fraction of its memory."""
+"""The loss is PyTorch's cross entropy, and the divergence its KL, at a fraction of their memory."""
+
+import math
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from osft import likelihood
-from osft.likelihood import cross_entropy
+from osft.likelihood import cross_entropy, kl_divergence
 
 
 @pytest.fixture(params=[1, 7, 10**6], ids=["row-by-row", "few-rows", "at-once"])
@@ -60,3 +62,47 @@ def test_only_the_logits_are_kept_for_the_backward_pass():
         cross_entropy(logits * 1, targets)
     assert max(saved) == logits.nbytes
     assert sum(saved) - logits.nbytes == 100 * (8 + 4), "and for each row its target and one sum"
+
+
+@pytest.mark.usefixtures("several_slices")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_divergence_is_that_of_pytorch_in_float64(dtype):
+    logits, _ = rows(dtype=dtype)
+    other = (logits.detach() + torch.randn(logits.shape)).to(dtype)
+    log_p, log_q = (each.detach().double().log_softmax(-1) for each in (logits, other))
+    expected = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(kl_divergence(logits, other), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergence_of_a_distribution_from_itself_is_exactly_zero(dtype):
+    logits, _ = rows(dtype=dtype)
+    assert kl_divergence(logits, logits.clone()).tolist() == [0.0] * 20
+
+
+def test_smallest_divergence_keeps_its_digits():
+    """To second order KL is half the variance of the change of the logits: here 1e-12, far below float32's rounding."""
+    logits = torch.zeros(1, 2, dtype=torch.float64)
+    other = torch.tensor([[0.0, 2**0.5 * 2e-6]], dtype=torch.float64)
+    assert kl_divergence(logits, other).item() == pytest.approx(1e-12, rel=1e-3)
+
+
+def test_excluded_tokens_count_as_the_definition_says():
+    p, q = torch.tensor([[0.0, 0.0, -torch.inf]]), torch.tensor([[0.0, 0.0, 0.0]])
+    assert kl_divergence(p, q).item() == pytest.approx(math.log(1.5))
+    assert kl_divergence(q, p).item() == math.inf
+    assert kl_divergence(p, p).item() == 0.0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_divergence_of_a_nan_is_no_number(first):
+    logits, _ = rows(3)
+    broken = logits.detach().clone()
+    broken[1, 4] = math.nan
+    found = kl_divergence(*((broken, logits) if first else (logits, broken)))
+    assert [math.isnan(value) for value in found] == [False, True, False]
+
+
+def test_vocabularies_of_different_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"shapes \(2, 5\) and \(2, 6\) cannot be compared"):
+        kl_divergence(torch.zeros(2, 5), torch.zeros(2, 6))
