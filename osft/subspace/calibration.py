@@ -1,0 +1,377 @@
+"""Measuring the statistics of a model's layers on a text (`osft.subspace.statistics` says what they are).
+
+A pass over the text is a forward pass, with gradients also a backward pass to the outputs of the layers and to no
+weight. The sums of a layer cost n^2 numbers, and with gradients m^2, so a pass measures as many layers as there is
+memory for, and there are as many passes as that takes. Every process of several takes its share of the text.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from osft.data.chat import Sample
+from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
+from osft.likelihood import ELEMENTS_AT_ONCE, cross_entropy, target_logits
+from osft.subspace.linear import OSFTLinear
+from osft.subspace.statistics import InputStatistics, Part, SecondMoment, Statistics
+from osft.subspace.targets import Target
+from osft.subspace.weight import local
+
+PROBE_TOKENS = 16
+"""Tokens that show which layers have the same input."""
+SHARE_OF_FREE_MEMORY = 0.25
+"""What the sums of a pass may take."""
+OUTPUT_RANK = 64
+"""Directions of S that are kept one by one."""
+
+Observe = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Is told of a target's name, its input (..., n) and its output (..., m), and returns the output."""
+
+
+@dataclass(slots=True, eq=False)
+class _Sums:
+    """What is added up for one input."""
+
+    targets: tuple[str, ...]
+    transposed: bool
+    inputs: torch.Tensor | None = None
+    """(n, n), float32."""
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Target -> (m, m), float32."""
+
+
+def measure(
+    model: nn.Module,
+    targets: Sequence[Target],
+    samples: Sequence[Sample],
+    *,
+    device: torch.device | str,
+    max_tokens: int = 2048,
+    batching: Batching = Batching.PACKED,
+    name: str = "base",
+    source: str = "",
+    model_sha256: str = "",
+    gradients: bool = True,
+    seed: int = 0,
+    memory: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Statistics:
+    """The statistics of `targets` of a model on `device` over samples, the same for any batches and processes.
+
+    The weights may be plain or in training (`OSFTLinear`). `name` and `source` say what the samples are. Without
+    `gradients` only forward passes are made, and every s is 1. `seed` is that of the tokens that the model samples;
+    those of a sample depend on its position in `samples` only. `memory`: bytes that the sums of a pass may take.
+
+    Raises ValueError without samples, for a sample of more than `max_tokens` tokens, and for a target that no token
+    reached.
+    """
+    parts = measure_inputs(
+        model,
+        targets,
+        samples,
+        device=device,
+        max_tokens=max_tokens,
+        batching=batching,
+        gradients=gradients,
+        seed=seed,
+        memory=memory,
+        rank=rank,
+        world_size=world_size,
+    )
+    inputs = [
+        InputStatistics(
+            targets=sums.targets,
+            transposed=sums.transposed,
+            moment=SecondMoment.of(sums.inputs).to("cpu"),
+            gradient_energies={
+                target: sums.gradients[target].diagonal().mean().cpu() if gradients else torch.ones(())
+                for target in sums.targets
+            },
+            output_moments={
+                target: SecondMoment.of(total, OUTPUT_RANK).to("cpu") for target, total in sums.gradients.items()
+            },
+        )
+        for sums in parts
+    ]
+    part = Part(
+        name=name,
+        source=source,
+        num_tokens=sum(len(sample.input_ids) for sample in samples),
+        text_sha256=text_sha256(samples),
+        model_sha256=model_sha256,
+        weight_rms=_weight_rms(model, targets),
+        mean_curvature=_mean_curvature(targets, inputs),
+    )
+    return Statistics([part], inputs)
+
+
+def measure_inputs(
+    model: nn.Module,
+    targets: Sequence[Target],
+    samples: Sequence[Sample],
+    *,
+    device: torch.device | str,
+    max_tokens: int,
+    batching: Batching,
+    gradients: bool,
+    seed: int = 0,
+    memory: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[_Sums]:
+    """C, and with `gradients` each S, of one input after the other, on `device`. Arguments as of `measure`."""
+    if not samples:
+        raise ValueError("there is no sample to measure the layers' inputs on")
+    plan = _plan(samples, max_tokens, batching, world_size)[rank]
+    num_tokens = sum(len(sample.input_ids) for sample in samples)
+    with _measuring(model):
+        layout = _layout(model, targets, samples, device, batching)
+        passes = _passes(layout, targets, gradients, _common_memory(memory, torch.device(device), world_size))
+        with tqdm(
+            total=len(passes) * sum(len(samples[i].input_ids) for chosen in plan for i in chosen),
+            desc="measure",
+            unit="token",
+            mininterval=2.0,
+            disable=rank > 0,
+        ) as progress:
+            for sums in passes:
+                for chosen in plan:
+                    _add(model, sums, [samples[i] for i in chosen], chosen, device, batching, gradients, seed)
+                    progress.update(sum(len(samples[i].input_ids) for i in chosen))
+                while sums:
+                    one = sums.pop(0)
+                    for total in [one.inputs, *one.gradients.values()]:
+                        if world_size > 1:
+                            torch.distributed.all_reduce(total)
+                        total /= num_tokens
+                    yield one
+
+
+def _plan(samples: Sequence[Sample], max_tokens: int, batching: Batching, world_size: int) -> list[list[list[int]]]:
+    """As `plan_micro_batches`, but only samples of one length share rows: no row is filled up, and all tokens count."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    if batching is Batching.PACKED:
+        return plan_micro_batches(lengths, max_tokens, world_size)
+    bins = []
+    for _, alike in groupby(sorted(range(len(samples)), key=lengths.__getitem__), key=lengths.__getitem__):
+        positions = list(alike)
+        (plan,) = plan_micro_batches([lengths[i] for i in positions], max_tokens, batching=batching)
+        bins += [[positions[i] for i in chosen] for chosen in plan]
+    bins += [[] for _ in range(-len(bins) % world_size)]
+    return [bins[rank::world_size] for rank in range(world_size)]
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, without a gradient for any weight."""
+    training = model.training
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+@contextmanager
+def _watched(model: nn.Module, targets: Sequence[str], observe: Observe) -> Iterator[None]:
+    """While this lasts, `observe` is told of each use of the targets, and gives back the output."""
+
+    def hook(name: str) -> Any:
+        return lambda _, inputs, output: observe(name, inputs[0], output)
+
+    with ExitStack() as hooks:
+        for name in targets:
+            handle = model.get_submodule(name).register_forward_hook(hook(name))
+            hooks.callback(handle.remove)
+        yield
+
+
+def _layout(
+    model: nn.Module,
+    targets: Sequence[Target],
+    samples: Sequence[Sample],
+    device: torch.device | str,
+    batching: Batching,
+) -> list[_Sums]:
+    """Which targets have the same input, in the model's order, seen in a forward pass over a few tokens."""
+    seen: dict[str, list[tuple[Any, ...]]] = {target.name: [] for target in targets}
+    held = []  # so that no other tensor gets the memory of one that is compared
+
+    def observe(name: str, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        held.append(inputs)
+        key = (inputs.data_ptr(), inputs._version, inputs.shape, inputs.stride())
+        seen[name].append((key, _is_transposed(model.get_submodule(name))))
+        return output
+
+    first = samples[0].input_ids[:PROBE_TOKENS]
+    with torch.no_grad(), _watched(model, list(seen), observe):
+        target_logits(model, _batch([Sample(first, first)], batching, device))
+    layout: dict[tuple[Any, ...], list[str]] = {}
+    for name, uses in seen.items():
+        if not uses:
+            raise ValueError(
+                f"no input reached {name}, so that nothing is known of it. Leave it out with target_patterns, or "
+                "split by the weights with protect='weights'"
+            )
+        layout.setdefault(tuple(uses), []).append(name)
+    return [_Sums(tuple(names), uses[0][1]) for uses, names in layout.items()]
+
+
+def _passes(layout: Sequence[_Sums], targets: Sequence[Target], gradients: bool, memory: int) -> list[list[_Sums]]:
+    """The inputs that are measured in each pass; at least one."""
+    shapes = {target.name: target.shape for target in targets}
+    passes: list[list[_Sums]] = []
+    free = 0
+    for sums in layout:
+        n = shapes[sums.targets[0]][-2 if sums.transposed else -1]
+        outputs = [shapes[target][-1 if sums.transposed else -2] for target in sums.targets] if gradients else []
+        needed = 4 * (n**2 + sum(m**2 for m in outputs))
+        if not passes or needed > free:
+            passes.append([])
+            free = memory
+        passes[-1].append(sums)
+        free -= needed
+    return passes
+
+
+def _add(
+    model: nn.Module,
+    sums: Sequence[_Sums],
+    samples: Sequence[Sample],
+    positions: Sequence[int],
+    device: torch.device | str,
+    batching: Batching,
+    gradients: bool,
+    seed: int,
+) -> None:
+    """Add what some samples contribute; none of them for a process that has nothing to do but go along."""
+    owner = {target: one for one in sums for target in one.targets}
+    leaves: list[torch.Tensor] = []
+
+    def squares(into: torch.Tensor | None, vectors: torch.Tensor) -> torch.Tensor:
+        flat = vectors.detach().flatten(0, -2)[: None if samples else 0].float()
+        if into is None:
+            into = flat.new_zeros(flat.shape[1], flat.shape[1])
+        return into.addmm_(flat.T, flat)
+
+    def observe(name: str, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        one = owner[name]
+        if name == one.targets[0]:
+            one.inputs = squares(one.inputs, inputs)
+        if not gradients:
+            return output
+        if not output.requires_grad:  # what comes before needs no gradient
+            leaves.append(output.detach().requires_grad_())
+            output = leaves[-1].clone()  # a leaf could not be changed in place
+
+        one.gradients[name] = squares(one.gradients.get(name), output[..., :0, :])
+
+        def add(gradient: torch.Tensor) -> None:
+            squares(one.gradients[name], gradient)
+
+        output.register_hook(add)
+        return output
+
+    batch = _batch(samples, batching, device)
+    with torch.set_grad_enabled(gradients), _watched(model, list(owner), observe):
+        logits = target_logits(model, batch)
+        if gradients:
+            drawn = sample_tokens(logits.detach(), _uniforms(samples, positions, seed).to(device))
+            torch.autograd.backward(cross_entropy(logits, drawn).sum(), inputs=leaves)
+
+
+def _batch(samples: Sequence[Sample], batching: Batching, device: torch.device | str) -> MicroBatch:
+    """A micro-batch in which the output at every token counts, that at the last one of a sample, too."""
+    batch = collate(samples, batching)
+    (everywhere,) = batch.is_token.flatten().nonzero(as_tuple=True)
+    return replace(batch, loss_positions=everywhere).to(device)
+
+
+def _uniforms(samples: Sequence[Sample], positions: Sequence[int], seed: int) -> torch.Tensor:
+    """A random number in [0, 1) for each token, float64; those of a sample are its own."""
+    drawn = [
+        np.random.default_rng([seed, position]).random(len(sample.input_ids))
+        for sample, position in zip(samples, positions, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate([np.empty(0), *drawn]))
+
+
+def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """A token of each row's softmax, (L,) int64, at the given quantile of its distribution.
+
+    logits: (L, vocabulary), any float dtype; uniforms: (L,), float64, in [0, 1).
+    """
+    drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    rows = max(1, ELEMENTS_AT_ONCE // max(1, logits.shape[1]))
+    for start in range(0, len(logits), rows):
+        part = slice(start, start + rows)
+        cumulative = logits[part].float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        quantile = uniforms[part, None] * cumulative[:, -1:]
+        drawn[part] = torch.searchsorted(cumulative, quantile, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
+    return drawn
+
+
+def text_sha256(samples: Sequence[Sample]) -> str:
+    """Hash of the samples' tokens."""
+    return hashlib.sha256(json.dumps([sample.input_ids for sample in samples]).encode()).hexdigest()
+
+
+def _is_transposed(layer: nn.Module) -> bool:
+    return layer.transposed if isinstance(layer, OSFTLinear) else not isinstance(layer, nn.Linear)
+
+
+def _common_memory(memory: int | None, device: torch.device, world_size: int) -> int:
+    """Bytes that every process can spare."""
+    if memory is None:
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        else:
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+        memory = int(SHARE_OF_FREE_MEMORY * free)
+    if world_size == 1:
+        return memory
+    least = torch.tensor(memory, device=device)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    return int(least)
+
+
+@torch.no_grad()
+def _weight_rms(model: nn.Module, targets: Sequence[Target]) -> float:
+    """Root mean square of all target weights, over all processes' parts of them."""
+    weights = [model.get_parameter(target.tensor) for target in targets]
+    total = torch.zeros((), dtype=torch.float64, device=weights[0].device)
+    for weight in weights:
+        total += local(weight).double().square().sum()
+    if isinstance(weights[0], DTensor):
+        torch.distributed.all_reduce(total)
+    return float(total / sum(weight.numel() for weight in weights)) ** 0.5
+
+
+def _mean_curvature(targets: Sequence[Target], inputs: Sequence[InputStatistics]) -> float:
+    shapes = {target.name: target.shape for target in targets}
+    total, entries = 0.0, 0
+    for each in inputs:
+        for target in each.targets:
+            shape = shapes[target]
+            outputs = shape[-1 if each.transposed else -2]
+            total += float((each.gradient_energies[target] * each.moment.trace()).sum()) * outputs
+            entries += int(np.prod(shape))
+    return total / entries

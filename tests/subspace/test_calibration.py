@@ -1,0 +1,162 @@
+"""Statistics measured on samples, compared with what a direct computation gives."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from osft.config import SubspaceConfig
+from osft.data.chat import Sample
+from osft.data.packing import Batching
+from osft.subspace import inject, select_targets
+from osft.subspace.calibration import measure, sample_tokens
+
+VOCABULARY = 48
+LENGTHS = (9, 14, 6, 11, 9)
+
+
+def tiny_llama() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def tiny_gpt2() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=24, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=1
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def texts(lengths=LENGTHS, seed=1) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [Sample(row, row) for row in rows]
+
+
+def measured(model, samples=None, **settings):
+    return measure(model, select_targets(model), samples or texts(), device="cpu", **settings)
+
+
+def moments(statistics):
+    """Target -> C, s, S."""
+    return {
+        target: (each.moment.dense(), each.gradient_energies[target], each.output_moments[target].dense())
+        for each in statistics.inputs()
+        for target in each.targets
+    }
+
+
+def kl_per_token(before, after, samples) -> float:
+    """Mean over all tokens of KL(before || after) of the predicted distributions, in nats."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for sample in samples:
+            ids = torch.tensor([sample.input_ids])
+            old, new = (model(ids).logits.double().log_softmax(-1) for model in (before, after))
+            total += (old.exp() * (old - new)).sum().item()
+            tokens += ids.numel()
+    return total / tokens
+
+
+def test_input_moments_are_the_mean_over_all_tokens():
+    model, samples = tiny_llama(), texts()
+    inputs = []
+    layer = model.model.layers[1].mlp.down_proj
+    handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1).detach()))
+    for sample in samples:
+        model(torch.tensor([sample.input_ids]))
+    handle.remove()
+    rows = torch.cat(inputs).double()
+    found = moments(measured(model))["model.layers.1.mlp.down_proj"][0]
+    torch.testing.assert_close(found.double(), rows.T @ rows / sum(LENGTHS), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_layers_with_the_same_input_share_its_moment(build):
+    groups = [each.targets for each in measured(build()).inputs()]
+    short = [tuple(name.rsplit(".", 1)[-1] for name in group) for group in groups]
+    if build is tiny_llama:
+        block = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    else:
+        block = [("c_attn",), ("c_proj",), ("c_fc",), ("c_proj",)]
+    assert short == block * 2
+
+
+@pytest.mark.parametrize("max_tokens", [14, 30, 2048])
+@pytest.mark.parametrize("batching", Batching)
+def test_statistics_do_not_depend_on_the_batches(max_tokens, batching):
+    model = tiny_llama()
+    alone = moments(measured(model, max_tokens=14, batching=Batching.PADDED))
+    for target, found in moments(measured(model, max_tokens=max_tokens, batching=batching)).items():
+        for value, expected in zip(found, alone[target], strict=True):
+            assert (value - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_statistics_do_not_depend_on_the_memory():
+    model = tiny_llama()
+    one_pass, many = moments(measured(model)), moments(measured(model, memory=1))
+    for target, found in many.items():
+        for value, expected in zip(found, one_pass[target], strict=True):
+            assert (value - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_layers_in_training_have_the_statistics_of_plain_ones():
+    model = tiny_llama()
+    plain = moments(measured(model))
+    targets = select_targets(model)
+    inject(model, SubspaceConfig(unfreeze_rank_ratio=0.5)).train()
+    in_training = moments(measure(model, targets, texts(), device="cpu"))
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    for target, found in in_training.items():
+        for value, expected in zip(found, plain[target], strict=True):
+            assert (value - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_without_gradients_every_layer_counts_alike():
+    for each in measured(tiny_llama(), gradients=False).inputs():
+        assert [energy.item() for energy in each.gradient_energies.values()] == [1.0] * len(each.targets)
+        assert not each.output_moments
+
+
+def test_tokens_are_drawn_with_the_models_probabilities():
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0]).repeat(4000, 1)
+    uniforms = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    shares = sample_tokens(logits, uniforms).bincount(minlength=4) / 4000
+    torch.testing.assert_close(shares, logits[0].softmax(-1), atol=1e-3, rtol=0)
+
+
+def test_no_sample_is_refused():
+    with pytest.raises(ValueError, match="no sample"):
+        measure(tiny_llama(), select_targets(tiny_llama()), [], device="cpu")
+
+
+def test_predicted_drift_of_each_layer_is_the_measured_one():
+    """Within 10 %, but for the layer before the attention, whose effects on one output add up over positions."""
+    model = tiny_gpt2()
+    samples = texts((30,) * 150)
+    statistics = measured(model, samples)
+    generator = torch.Generator().manual_seed(2)
+    for each in statistics.inputs():
+        for target in each.targets:
+            changed = copy.deepcopy(model)
+            weight = changed.get_parameter(f"{target}.weight")
+            update = torch.randn(weight.shape, generator=generator) * 0.05 * weight.std()
+            weight.data += update
+            outputs = each.output_moments[target].dense()
+            predicted = 0.5 * ((outputs @ update.T @ each.moment.dense()) * update.T).sum().item()
+            error = 0.35 if target.endswith("c_attn") else 0.1
+            assert predicted == pytest.approx(kl_per_token(model, changed, samples), rel=error), target
