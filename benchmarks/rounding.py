@@ -207,7 +207,7 @@ def train(model: LastBlocks, learning_rate: float, seed: int, settings: Settings
             (model.nll(text, sample) / settings.samples_per_step).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        refresh(model.model)
+        refresh(model.model, learning_rate=optimizer.param_groups[0]["lr"])
     merge(model.model)
     return {name: layer.weight.detach().clone() for name, layer in model.linear_layers().items()}
 

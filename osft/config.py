@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Rounding = Literal["nearest", "stochastic", "compensated"]
 FreeSubspace = Literal["complement", "core"]
 RankAllocation = Literal["uniform", "adaptive"]
+Protect = Literal["weights", "activations"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,20 +31,43 @@ class SubspaceConfig:
     """Which weights learn, and in which directions."""
 
     unfreeze_rank_ratio: Annotated[float, Bounds(low=0.0, high=1.0)]
-    """Share of each target weight's singular directions that may be trained, in (0, 1]; the smallest singular
-    values come first. 0.25 is a good start, 1.0 constrains nothing, 0 is refused: nothing to train."""
+    """Share of each target weight's directions that may be trained, in (0, 1]; those with the least singular value, or
+    the least energy (see protect), come first. 0.25 is a good start, 1.0 constrains nothing, 0 is refused: nothing to
+    train."""
 
     target_patterns: list[str] | None = None
     """Regular expressions searched in the full names of the modules, such as "q_proj". None: every linear layer and
     every expert weight of the transformer blocks."""
 
+    protect: Protect = "weights"
+    """What the frozen directions are taken from. "weights": the singular vectors of each weight, the published method
+    (arXiv:2504.07097). "activations": the directions of a layer's inputs that carry most energy, C = E[x x^T], over
+    text that stands for what the model knows (calibration_tokens, calibration_data); what training adds is zero on
+    them. Measured, the model drifts far less from what it knew (benchmarks/results/frontier_cpu.md)."""
+
+    calibration_tokens: Annotated[int | None, Bounds(low=0)] = None
+    """With protect="activations": tokens of text that the model writes itself, half of it plain, half chats, on which
+    its layers' inputs are measured. None: by the width of the model, 3,072 up to 2,048. 0: calibration_data only."""
+
+    calibration_data: str | None = None
+    """With protect="activations": records that stand for what the model should keep, beside or instead of its own text;
+    a path or URI as data_path."""
+
+    calibration_temperature: Annotated[float, Bounds(low=0.0)] = 1.0
+    """Temperature at which the model writes that text."""
+
+    calibration_seed: Annotated[int, Bounds(low=0)] = 0
+    """Seed of that text."""
+
     free_subspace: FreeSubspace = "complement"
-    """"complement": every update orthogonal to the frozen directions on both sides, the reachable set of the
-    published method. "core": only updates between the unfrozen singular vectors themselves (least memory)."""
+    """With protect="weights". "complement": every update orthogonal to the frozen directions on both sides, the
+    reachable set of the published method. "core": only updates between the unfrozen singular vectors themselves (least
+    memory)."""
 
     rank_allocation: RankAllocation = "uniform"
-    """"uniform": the same ratio for every weight. "adaptive": blocks that change their input little, measured on a
-    calibration sample, keep more directions frozen; the mean stays at unfreeze_rank_ratio (arXiv:2504.07097)."""
+    """With protect="weights". "uniform": the same ratio for every weight. "adaptive": blocks that change their input
+    little, measured on a calibration sample, keep more directions frozen; the mean stays at unfreeze_rank_ratio
+    (arXiv:2504.07097)."""
 
     min_retention_ratio: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.1
     """With rank_allocation="adaptive": the smallest share of directions that stays frozen in any layer."""
@@ -59,6 +83,20 @@ class SubspaceConfig:
                 "unfreeze_rank_ratio is 0: every direction would be frozen and there is nothing to train. "
                 "Choose a value in (0, 1], for example 0.25"
             )
+        if self.protect == "activations":
+            for name, only in (("free_subspace", "complement"), ("rank_allocation", "uniform")):
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} splits singular values: it goes with protect='weights', not "
+                        "with protect='activations'. Leave it out"
+                    )
+            if self.calibration_tokens == 0 and not self.calibration_data:
+                raise ValueError(
+                    "calibration_tokens=0 without calibration_data leaves nothing to measure the layers' inputs on. "
+                    "Give one of them"
+                )
+        elif self.calibration_data:
+            raise ValueError("calibration_data is of use with protect='activations' only. Give that, or leave it out")
         for pattern in self.target_patterns or []:
             try:
                 re.compile(pattern)
@@ -149,6 +187,12 @@ class TrainConfig(SubspaceConfig):
 
     eps: Annotated[float, Bounds(low=0.0)] = 1e-8
     """AdamW's term for numerical stability."""
+
+    stiffness: Annotated[float, Bounds(low=0.0)] = 0.0
+    """With protect="activations": how much the free directions are held back, each by the energy that it carries. After
+    each optimizer step a coefficient of direction j is divided by 1 + learning_rate * stiffness * c_j, with c_j its
+    curvature as a multiple of the model's mean and in units of the weights' size, so that one value serves all models:
+    a direction of mean curvature can move a weight by about 1 / stiffness of its size. 0: not at all."""
 
     max_grad_norm: Annotated[float, Bounds(low=0.0)] = 1.0
     """Clip the gradient's global 2-norm to this; 0 turns clipping off."""
@@ -289,6 +333,8 @@ class TrainConfig(SubspaceConfig):
                 setattr(self, name, getattr(self, name) and expanded(getattr(self, name)))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
+        if self.stiffness and self.protect != "activations":
+            raise ValueError("stiffness holds back what protect='activations' leaves free. Give that, or stiffness=0")
         self._check_data_mode()
         self._check_schedule()
         self._check_processes()
@@ -401,8 +447,8 @@ class TrainConfig(SubspaceConfig):
 
 
 _LOCATIONS = (
-    *("model_path", "data_path", "validation_data_path", "factors", "data_output_dir", "ckpt_output_dir", "resume"),
-    "tensorboard_log_dir",
+    *("model_path", "data_path", "validation_data_path", "calibration_data", "factors", "data_output_dir"),
+    *("ckpt_output_dir", "resume", "tensorboard_log_dir"),
 )
 """Paths, in which `~` is expanded, or URIs, which must not hold credentials: all of this is logged and written down."""
 

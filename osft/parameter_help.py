@@ -13,8 +13,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "document_column_name",
     ),
     "Subspace": (
-        *("target_patterns", "free_subspace", "rank_allocation", "min_retention_ratio", "calibration_samples"),
-        "factors",
+        *("target_patterns", "protect", "stiffness", "calibration_tokens", "calibration_data"),
+        *("calibration_temperature", "calibration_seed", "free_subspace", "rank_allocation", "min_retention_ratio"),
+        *("calibration_samples", "factors"),
     ),
     "Optimization": (
         *("num_epochs", "max_steps", "lr_scheduler", "warmup_steps", "lr_scheduler_kwargs", "weight_decay", "beta1"),

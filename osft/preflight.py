@@ -148,7 +148,8 @@ def _preflight(folder: Path, attn_implementation: str | None, trust_remote_code:
     vocabulary = _vocabulary(model)
     model.config._experts_implementation = "eager"  # the others copy all experts
     targets = [target for target in select_targets(model) if math.prod(target.shape) < _LARGEST_GRADIENT]
-    inject_empty(model, targets, dict.fromkeys((target.name for target in targets), 1), free_subspace="complement")
+    names = [target.name for target in targets]
+    inject_empty(model, targets, dict.fromkeys(names, 1), split_kinds=dict.fromkeys(names, "complement"))
     fill_at_random(model)
     compute_one_block_of_each_kind(model)
     found = examine(model, name=str(folder))

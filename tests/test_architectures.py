@@ -86,7 +86,7 @@ def gradients(model: PreTrainedModel, batches: list[MicroBatch]) -> dict[str, to
     with torch.no_grad():
         for layer in layers.values():
             layer.coefficients.zero_()
-            layer.refresh_()
+            layer.refresh_(0.0)
     return found
 
 
@@ -117,7 +117,7 @@ def test_batches_compute_and_train_what_single_samples_do_and_the_result_is_save
     with torch.no_grad():
         for _, layer in osft_layers(model):
             layer.coefficients.normal_(std=0.05)
-            layer.refresh_()
+            layer.refresh_(0.0)
         save_merged(model, stored, tmp_path / "tuned")
         tuned = load_model(tmp_path / "tuned", dtype=torch.float32)
         batch = collate(samples()[:1], Batching.PADDED)

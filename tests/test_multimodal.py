@@ -117,7 +117,7 @@ def test_language_model_is_tuned_and_the_rest_is_byte_for_byte_as_it_came(kind, 
         assert layer.coefficients.grad is not None, name
         with torch.no_grad():
             layer.coefficients.normal_(std=0.05)
-            layer.refresh_()
+            layer.refresh_(0.0)
     save_merged(model, stored, tmp_path / "tuned")
 
     before, after = CheckpointReader(base), CheckpointReader(tmp_path / "tuned")

@@ -1,17 +1,28 @@
 """Splitting a weight into frozen and free directions.
 
-For a weight W (m x n) with singular value decomposition W = U S V^T, the r smallest singular values are
-unfrozen and the k = min(m, n) - r largest are frozen (arXiv:2504.07097, section 3). The update D of a
-training run must satisfy U_high^T D = 0 and D V_high = 0. Of experts stacked in one tensor (num_experts, m, n), each
-is a weight of its own.
+protect="weights": for a weight W (m x n) with singular value decomposition W = U S V^T, the r smallest singular values
+are unfrozen and the k = min(m, n) - r largest are frozen (arXiv:2504.07097, section 3). The update D of a training run
+must satisfy U_high^T D = 0 and D V_high = 0. Of experts stacked in one tensor (num_experts, m, n), each is a weight of
+its own.
+
+protect="activations": for the inputs x (n,) of a layer y = W x with second moment C = E[x x^T] = Q diag(c) Q^T, the r
+directions R with the least energy c_j are free, D = X R^T. What the frozen directions carry passes as before: D x = 0
+for each x in their span (gradient projection memory, Saha et al. 2021, arXiv:2103.09762; the null space of inputs,
+Tang et al. 2025, arXiv:2503.02659).
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from osft.config import FreeSubspace
+if TYPE_CHECKING:
+    from osft.subspace.statistics import SecondMoment
+
+SplitKind = Literal["complement", "core", "right", "left"]
+"""How a weight is split. "complement" and "core": by its singular vectors, as `FreeSubspace` says. "right" and "left":
+by the inputs of its layer, which a weight stored (out, in) is multiplied with from the right, and one stored (in, out),
+such as that of a `Conv1D`, from the left."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,42 +40,54 @@ class Factors:
     | square, or "core"             | U_low: m x r | V_low: n x r | -                     | r x r   |
     | "complement", tall (m > n)    | -           | V_low: n x r | V_high / S_high: n x k | m x r   |
     | "complement", wide (m < n)    | U_low: m x r | -           | U_high / S_high: m x k | r x n   |
+    | "right"                       | -           | R: n x r    | -                     | m x r   |
+    | "left"                        | R: m x r    | -           | -                     | r x n   |
 
     A frozen direction whose singular value is below 1e-6 of the largest one has a column of zeros in `frozen`: the
     weight is zero there to float32, so its long side is no direction of the weight, and nothing is kept free of it.
     """
 
-    singular_values: torch.Tensor
-    """(min(m, n),), descending."""
+    singular_values: torch.Tensor | None = None
+    """(min(m, n),), descending; of a split by singular vectors."""
+    energies: torch.Tensor | None = None
+    """(in_features,), descending, the eigenvalues of C; of a split by inputs, the last r are those of R."""
+    curvature: torch.Tensor | None = None
+    """Of a split by inputs, s c_j of each free direction, (1, r) or (r, 1) as it is multiplied with X."""
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
     frozen: torch.Tensor | None = None
 
 
-def unfrozen_rank(shape: tuple[int, ...], unfreeze_rank_ratio: float) -> int:
-    """Number of unfrozen singular directions, `round(ratio * min(m, n))`, of a weight (m, n) or of each in a stack.
+def unfrozen_rank(shape: tuple[int, ...], unfreeze_rank_ratio: float, split: SplitKind = "complement") -> int:
+    """Number of unfrozen directions of a weight (m, n), or of each in a stack: `round(ratio * n)`.
+
+    n is min(m, n) of a split by singular vectors, and the number of the layer's inputs of one by inputs.
 
     Raises ValueError where that is 0: the weight is too small for so small a ratio.
     """
-    smaller = min(shape[-2:])
-    rank = round(unfreeze_rank_ratio * smaller)
+    size = {"right": shape[-1], "left": shape[-2]}.get(split, min(shape[-2:]))
+    rank = round(unfreeze_rank_ratio * size)
     if rank == 0:
         raise ValueError(
             f"unfreeze_rank_ratio {unfreeze_rank_ratio} leaves nothing to train in a weight of shape "
-            f"{tuple(shape)}; it needs more than {0.5 / smaller:.4g}"
+            f"{tuple(shape)}; it needs more than {0.5 / size:.4g}"
         )
     return rank
 
 
-def factor_shapes(shape: tuple[int, ...], rank: int, free_subspace: FreeSubspace) -> dict[str, tuple[int, ...]]:
-    """Shapes of the bases and of the coefficients X for a weight of `shape`, as in the table of `Factors`.
+def factor_shapes(shape: tuple[int, ...], rank: int, split: SplitKind) -> dict[str, tuple[int, ...]]:
+    """Shapes of the bases, of the coefficients X and of their curvature for a weight of `shape`, as `Factors` has them.
 
     `shape` is (m, n), or (num_experts, m, n), and then each result starts with num_experts.
     """
     *stack, m, n = shape
     frozen_rank = min(m, n) - rank
     shapes: dict[str, tuple[int, ...]]
-    if m == n or free_subspace == "core":
+    if split == "right":
+        shapes = {"right": (n, rank), "coefficients": (m, rank), "curvature": (1, rank)}
+    elif split == "left":
+        shapes = {"left": (m, rank), "coefficients": (rank, n), "curvature": (rank, 1)}
+    elif m == n or split == "core":
         shapes = {"left": (m, rank), "right": (n, rank), "coefficients": (rank, rank)}
     elif m > n:
         shapes = {"right": (n, rank), "frozen": (n, frozen_rank), "coefficients": (m, rank)}
@@ -73,7 +96,48 @@ def factor_shapes(shape: tuple[int, ...], rank: int, free_subspace: FreeSubspace
     return {name: (*stack, *shape) for name, shape in shapes.items()}
 
 
-def decompose(weight: torch.Tensor, rank: int, free_subspace: FreeSubspace = "complement") -> Factors:
+def split_by_inputs(
+    moment: "SecondMoment", rank: int, split: SplitKind, *, gradient_energy: torch.Tensor, unit: float
+) -> Factors:
+    """The `rank` directions of least energy of a layer's inputs, on the side that `split` ("right" or "left") says.
+
+    moment: C. gradient_energy: s, the mean over the layer's outputs of the energy of their gradient, () or
+    (num_experts,). unit: what s c_j is divided by, so that `stiffness` has none (`Statistics.unit`).
+
+    Where only leading directions were kept, the others have equal energy and any orthonormal basis of them will do.
+    Everything is on the moment's device; of experts stacked.
+    """
+    basis, energies = _all_directions(moment)
+    bases: dict[str, torch.Tensor] = {split: basis[..., basis.shape[-1] - rank :].contiguous()}
+    return Factors(
+        energies=energies,
+        curvature=curvature(energies, rank, split, gradient_energy=gradient_energy, unit=unit),
+        **bases,
+    )
+
+
+def _all_directions(moment: "SecondMoment") -> tuple[torch.Tensor, torch.Tensor]:
+    """A whole orthonormal basis (n, n) in which the moment is diagonal, and the energies (n,), descending."""
+    known = moment.rank
+    if known == moment.size:
+        return moment.basis, moment.energies
+    others = torch.linalg.qr(moment.basis, mode="complete")[0][..., known:]
+    energies = torch.cat([moment.energies, moment.rest[..., None].expand_as(others[..., 0, :])], dim=-1)
+    # What is left over may carry more than the last directions that are known, as after an addition.
+    energies, order = energies.sort(dim=-1, descending=True, stable=True)
+    basis = torch.cat([moment.basis, others], dim=-1)
+    return basis.gather(-1, order[..., None, :].expand_as(basis)), energies
+
+
+def curvature(
+    energies: torch.Tensor, rank: int, split: SplitKind, *, gradient_energy: torch.Tensor, unit: float
+) -> torch.Tensor:
+    """s c_j / unit of the `rank` directions of least energy, shaped to be multiplied with X."""
+    free = energies[..., energies.shape[-1] - rank :] * gradient_energy[..., None] / unit
+    return free[..., None, :] if split == "right" else free[..., None]
+
+
+def decompose(weight: torch.Tensor, rank: int, split: SplitKind = "complement") -> Factors:
     """Split `weight` with `rank` unfrozen directions: (m, n) or (num_experts, m, n), any float dtype, any device.
 
     The singular vectors of the short side are the eigenvectors of the smaller Gram matrix in float64, those of
@@ -82,7 +146,7 @@ def decompose(weight: torch.Tensor, rank: int, free_subspace: FreeSubspace = "co
     at the split, and a rank-deficient weight still gets complete orthonormal bases.
     """
     if weight.ndim == 3:  # one by one: the double precision that it takes is that of one expert
-        splits = [asdict(decompose(expert, rank, free_subspace)) for expert in weight]
+        splits = [asdict(decompose(expert, rank, split)) for expert in weight]
         stacked: dict[str, Any] = {
             name: None if basis is None else torch.stack([split[name] for split in splits])
             for name, basis in splits[0].items()
@@ -90,7 +154,7 @@ def decompose(weight: torch.Tensor, rank: int, free_subspace: FreeSubspace = "co
         return Factors(**stacked)
     m, n = weight.shape
     if m < n:
-        mirrored = decompose(weight.T, rank, free_subspace)
+        mirrored = decompose(weight.T, rank, split)
         return Factors(
             singular_values=mirrored.singular_values,
             left=mirrored.right,
@@ -101,7 +165,7 @@ def decompose(weight: torch.Tensor, rank: int, free_subspace: FreeSubspace = "co
     eigenvalues, eigenvectors = torch.linalg.eigh(exact.T @ exact)
     right_vectors = eigenvectors.flip(-1)  # eigh sorts ascending, an SVD descending
     singular_values = eigenvalues.flip(-1).clamp_min(0).sqrt()
-    needed = factor_shapes((m, n), rank, free_subspace)
+    needed = factor_shapes((m, n), rank, split)
     frozen_rank = n - rank
     bases = {"right": right_vectors[:, frozen_rank:]}
     if "left" in needed:

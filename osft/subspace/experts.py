@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from osft.config import FreeSubspace
+from osft.subspace.decomposition import SplitKind
 from osft.subspace.weight import DifferentiableWeight, OSFTWeight
 
 
@@ -33,11 +33,12 @@ class OSFTExperts(OSFTWeight):
         parameter_name: str,
         *,
         rank: int,
-        free_subspace: FreeSubspace = "complement",
+        split_kind: SplitKind = "complement",
         base_dtype: torch.dtype | None = None,
+        stiffness: float = 0.0,
     ) -> None:
         weight = experts.get_parameter(parameter_name).requires_grad_(False)
-        super().__init__(weight, rank=rank, free_subspace=free_subspace, base_dtype=base_dtype)
+        super().__init__(weight, rank=rank, split_kind=split_kind, base_dtype=base_dtype, stiffness=stiffness)
         self.parameter_name = parameter_name
         object.__setattr__(self, "_experts", experts)  # not as a child: it is the parent
         self._experts: nn.Module

@@ -1,12 +1,13 @@
-"""Content-addressed storage of decompositions.
+"""Content-addressed storage of splits.
 
-    <store>/weights/<key>.safetensors   the factors of one weight
+    <store>/weights/<key>.safetensors   the factors of one weight, or of all that read one input
     <store>/sets/<key>.json             a manifest: the factors of one model, written last
+    <store>/statistics/, moments/       what protect="activations" is computed from (`osft.subspace.statistics`)
 
-A weight's key is the hash of its bytes and of what determines its factors, its rank among them, so a weight that did
-not change is never decomposed twice, whichever model it came with and however its rank was chosen. The same key can
-stand for other bases: signs and rotations depend on the hardware. So a file and the manifest hold the hash of the
-bases, too, and a set's key depends on it.
+A key is the hash of what determines the factors: the weight's bytes, or with protect="activations" the moments of the
+inputs, and the rank. So a weight that did not change is never decomposed twice, whichever model it came with and
+however its rank was chosen. The same key can stand for other bases: signs and rotations depend on the hardware. So a
+file and the manifest hold the hash of the bases, too, and a set's key depends on it.
 
     what happens                            what the next run does
     a run is killed                         computes the weight at hand and what follows (`osft.atomic`)
@@ -18,7 +19,7 @@ bases, too, and a set's key depends on it.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,19 +33,30 @@ from tqdm import tqdm
 from osft import storage
 from osft.atomic import atomic_path
 from osft.checkpoint import CheckpointReader, tensor_sha256
-from osft.config import SubspaceConfig
+from osft.config import Protect, SubspaceConfig
 from osft.content import named_sha256
 from osft.conversion import ModelWeights
 from osft.models import empty_model
 from osft.sealed import DamagedFile, read_sealed, write_sealed
-from osft.subspace.decomposition import decompose, factor_shapes
+from osft.subspace.decomposition import (
+    Factors,
+    SplitKind,
+    curvature,
+    decompose,
+    factor_shapes,
+    split_by_inputs,
+    unfrozen_rank,
+)
 from osft.subspace.rank_allocation import allocate_ranks, allocation_settings
+from osft.subspace.statistics import InputStatistics, Statistics
 from osft.subspace.targets import Target, select_targets
 
 FORMAT = 2
 """Part of every key: raise it when what is stored, or how it is computed, changes."""
 
 
+_SPECTRA = ("singular_values", "energies")
+"""What a file of factors holds beside the bases."""
 _PARALLEL = 4
 """Files of factors that are checked at once."""
 
@@ -62,7 +74,13 @@ class FactorSet:
     unfreeze_rank_ratio: float
     free_subspace: str
     weights: dict[str, dict[str, Any]]
-    """Target -> `sha256` of its weight, `shape`, `rank`, `file` (relative to the store), `bases_sha256`."""
+    """Target -> `sha256` of its weight, `shape`, `rank`, `file` (relative to the store), `bases_sha256`; with
+    protect="activations" also `split_kind`, and `gradient_energy`, the s of its layer (of experts a list)."""
+    protect: Protect = "weights"
+    statistics: str | None = None
+    """With protect="activations": the file of the statistics that it was computed from, relative to the store."""
+    unit: float | None = None
+    """With protect="activations": what curvatures are divided by (`Statistics.unit`)."""
     rank_allocation: str = "uniform"
     min_retention_ratio: float | None = None
     """Of the adaptive allocation."""
@@ -90,6 +108,11 @@ class FactorSet:
         """Target -> the number of its unfrozen directions."""
         return {target: weight["rank"] for target, weight in self.weights.items()}
 
+    @property
+    def split_kinds(self) -> dict[str, SplitKind]:
+        """Target -> how it is split."""
+        return {target: weight.get("split_kind", self.free_subspace) for target, weight in self.weights.items()}
+
     def rows(self, target: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows, or experts, [start, stop) of the basis `name` (left, right or frozen) of `target`, float32."""
         with safe_open(self.factors_file(target), framework="pt") as opened:
@@ -98,12 +121,31 @@ class FactorSet:
     def first_rows(self, target: str) -> list[torch.Tensor]:
         """The first row of each basis of `target`: enough to tell whether two sets were computed alike."""
         with safe_open(self.factors_file(target), framework="pt") as opened:
-            return [opened.get_slice(name)[:1] for name in sorted(opened.keys()) if name != "singular_values"]
+            return [opened.get_slice(name)[:1] for name in sorted(opened.keys()) if name not in _SPECTRA]
 
-    def singular_values(self, target: str) -> torch.Tensor:
-        """(min(m, n),), descending, float32; of a stack of experts the root of the sum of their squares."""
+    def curvature(self, target: str) -> torch.Tensor | None:
+        """s c_j of the free directions of a split by inputs, as `Factors` has it; None of one by singular vectors."""
+        if self.protect == "weights":
+            return None
+        assert self.unit is not None, "written with every such set"
+        weight = self.weights[target]
         with safe_open(self.factors_file(target), framework="pt") as opened:
-            values = opened.get_tensor("singular_values")
+            energies = opened.get_tensor("energies")
+        gradient_energy = torch.tensor(weight["gradient_energy"])
+        return curvature(
+            energies, weight["rank"], weight["split_kind"], gradient_energy=gradient_energy, unit=self.unit
+        )
+
+    def spectrum(self, target: str) -> torch.Tensor:
+        """Singular values, or with protect="activations" the roots of the inputs' energies: descending, float32.
+
+        Of a stack of experts the root of the sum of their squares.
+        """
+        with safe_open(self.factors_file(target), framework="pt") as opened:
+            if self.protect == "weights":
+                values = opened.get_tensor("singular_values")
+            else:
+                values = opened.get_tensor("energies").clamp_min(0).sqrt()
         return values if values.ndim == 1 else values.square().sum(0).sqrt()
 
 
@@ -124,46 +166,21 @@ def precompute(
     or incomplete model, ValueError for settings that select nothing and for a checkpoint whose target weights cannot
     be read or written back.
     """
-    mirror = storage.local(store)
-    reader = CheckpointReader(model_path)
-    model = empty_model(model_path, trust_remote_code=trust_remote_code)
-    stored = ModelWeights(reader, model)
-    targets = select_targets(model, config.target_patterns)
+    stored, targets, weights = _read_targets(model_path, config, trust_remote_code=trust_remote_code)
     ranks = allocate_ranks(targets, config, importance)
-    stored.check_finite(but_for={target.tensor for target in targets})  # these when they are hashed
     for target in targets:
-        stored.require(target.tensor)
-        stored.check_invertible(target.tensor)
-
-    weights: dict[str, dict[str, Any]] = {}
-    for target in tqdm(targets, desc="hash", unit="weight", mininterval=2.0, delay=5.0):
-        digest, rank = stored.sha256(target.tensor), ranks[target.name]
-        key = _hash(FORMAT, digest, rank, sorted(factor_shapes(target.shape, rank, config.free_subspace)))
-        file = f"weights/{key}.safetensors"
-        weights[target.name] = {"sha256": digest, "shape": list(target.shape), "rank": rank, "file": file}
-
-    files = {name: mirror / weight["file"] for name, weight in weights.items()}
-    storage.fetch_files(store, [weight["file"] for weight in weights.values()])
-    bases = _intact(files, report)
-    missing = [target for target in targets if target.name not in bases]
-    for target in missing:
-        files[target.name].unlink(missing_ok=True)
+        rank, weight = ranks[target.name], weights[target.name]
+        key = _hash(FORMAT, weight["sha256"], rank, sorted(factor_shapes(target.shape, rank, config.free_subspace)))
+        weight |= {"rank": rank, "file": f"weights/{key}.safetensors"}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for target in tqdm(missing, desc="decompose", unit="weight", mininterval=2.0, disable=not missing):
-        file, weight = files[target.name], weights[target.name]
-        factors = decompose(stored.tensor(target.tensor).to(device), weight["rank"], config.free_subspace)
-        tensors = {field: t.cpu().contiguous() for field, t in asdict(factors).items() if t is not None}
-        digest = named_sha256({name: tensor_sha256(tensors[name]) for name in sorted(tensors)})
-        described = {"weight": target.name, "sha256": weight["sha256"], "bases_sha256": digest}
-        with atomic_path(file, keep_existing=True) as temporary:
-            save_file(tensors, temporary, metadata=described)
-        storage.publish(storage.join(store, weight["file"]))
-    bases |= _intact({target.name: files[target.name] for target in missing}, report)
-    for name, weight in weights.items():
-        if name not in bases:
-            raise DamagedFile(f"{files[name]} was written and reads as something else. Check the disk of {store}")
-        weight["bases_sha256"] = bases[name]
 
+    def compute(missing: set[str]) -> Iterator[tuple[str, Factors]]:
+        for target in targets:
+            if target.name in missing:
+                tensor = stored.tensor(target.tensor).to(device)
+                yield target.name, decompose(tensor, ranks[target.name], config.free_subspace)
+
+    computed = _complete(store, weights, compute, report)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "unfreeze_rank_ratio": config.unfreeze_rank_ratio,
@@ -177,12 +194,136 @@ def precompute(
             "min_retention_ratio": min_retention_ratio,
             "importance": dict(importance or {}),
         }
+    return _write_set(store, manifest, computed, report)
+
+
+def precompute_by_inputs(
+    model_path: str | Path,
+    store: str | Path,
+    config: SubspaceConfig,
+    statistics: Statistics,
+    *,
+    statistics_file: str,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    report: Callable[[str], None] = print,
+) -> FactorSet:
+    """As `precompute`, for protect="activations": split every target weight by the statistics of its layer's inputs.
+
+    `statistics_file` is where `statistics` lie, relative to the store. Layers that read the same input share a file.
+    Raises ValueError for statistics of other weights, too.
+    """
+    _, targets, weights = _read_targets(model_path, config, trust_remote_code=trust_remote_code)
+    shapes = {target.name: target.shape for target in targets}
+    unit = statistics.unit
+    for inputs in statistics.inputs():
+        split_kind: SplitKind = "left" if inputs.transposed else "right"
+        digest = _moment_sha256(inputs)
+        for name in set(inputs.targets) & set(shapes):
+            rank = unfrozen_rank(shapes[name], config.unfreeze_rank_ratio, split_kind)
+            weights[name] |= {
+                "rank": rank,
+                "file": f"weights/{_hash(FORMAT, 'inputs', digest, rank, split_kind)}.safetensors",
+                "split_kind": split_kind,
+                "gradient_energy": inputs.gradient_energies[name].tolist(),
+            }
+    if without := [name for name, weight in weights.items() if "file" not in weight]:
+        raise ValueError(f"the statistics {statistics_file} are those of other weights: they have none of {without[0]}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def compute(missing: set[str]) -> Iterator[tuple[str, Factors]]:
+        for inputs in statistics.inputs():
+            name = next((name for name in inputs.targets if name in missing), None)
+            if name is not None:
+                weight = weights[name]
+                moment, energy = inputs.moment.to(device), inputs.gradient_energies[name].to(device)
+                yield (
+                    name,
+                    split_by_inputs(moment, weight["rank"], weight["split_kind"], gradient_energy=energy, unit=unit),
+                )
+
+    computed = _complete(store, weights, compute, report)
+    manifest = {
+        "format": FORMAT,
+        "protect": "activations",
+        "unfreeze_rank_ratio": config.unfreeze_rank_ratio,
+        "free_subspace": config.free_subspace,
+        "weights": weights,
+        "statistics": statistics_file,
+        "unit": unit,
+    }
+    return _write_set(store, manifest, computed, report)
+
+
+def _moment_sha256(inputs: InputStatistics) -> str:
+    moment = inputs.moment
+    parts = {"basis": moment.basis, "energies": moment.energies, "rest": moment.rest}
+    return named_sha256({name: tensor_sha256(tensor) for name, tensor in parts.items()})
+
+
+def _read_targets(
+    model_path: str | Path, config: SubspaceConfig, *, trust_remote_code: bool
+) -> tuple[ModelWeights, list[Target], dict[str, dict[str, Any]]]:
+    """The target weights of a model, checked, and the `sha256` and `shape` of each by its name."""
+    model = empty_model(model_path, trust_remote_code=trust_remote_code)
+    stored = ModelWeights(CheckpointReader(model_path), model)
+    targets = select_targets(model, config.target_patterns)
+    stored.check_finite(but_for={target.tensor for target in targets})  # these when they are hashed
+    for target in targets:
+        stored.require(target.tensor)
+        stored.check_invertible(target.tensor)
+    weights: dict[str, dict[str, Any]] = {
+        target.name: {"sha256": stored.sha256(target.tensor), "shape": list(target.shape)}
+        for target in tqdm(targets, desc="hash", unit="weight", mininterval=2.0, delay=5.0)
+    }
+    return stored, targets, weights
+
+
+def _complete(
+    store: str | Path,
+    weights: dict[str, dict[str, Any]],
+    compute: Callable[[set[str]], Iterator[tuple[str, Factors]]],
+    report: Callable[[str], None],
+) -> int:
+    """Write the files of factors that the store lacks, and put `bases_sha256` into `weights`. Returns for how many.
+
+    compute: gives the factors of those of these targets that have files of their own.
+    """
+    files = {name: storage.local(store) / weight["file"] for name, weight in weights.items()}
+    storage.fetch_files(store, sorted({weight["file"] for weight in weights.values()}))
+    bases = _intact(files, report)
+    missing = {name for name in weights if name not in bases}
+    for name in missing:
+        files[name].unlink(missing_ok=True)
+    waiting = {files[name] for name in missing}
+    with tqdm(total=len(waiting), desc="decompose", unit="file", mininterval=2.0, disable=not missing) as progress:
+        for name, factors in compute(missing):
+            tensors = {
+                field: tensor.cpu().contiguous()
+                for field, tensor in asdict(factors).items()
+                if tensor is not None and field != "curvature"
+            }
+            digest = named_sha256({field: tensor_sha256(tensors[field]) for field in sorted(tensors)})
+            described = {"weight": name, "sha256": weights[name]["sha256"], "bases_sha256": digest}
+            with atomic_path(files[name], keep_existing=True) as temporary:
+                save_file(tensors, temporary, metadata=described)
+            storage.publish(storage.join(store, weights[name]["file"]))
+            progress.update()
+    bases |= _intact({name: files[name] for name in missing}, report)
+    for name, weight in weights.items():
+        if name not in bases:
+            raise DamagedFile(f"{files[name]} was written and reads as something else. Check the disk of {store}")
+        weight["bases_sha256"] = bases[name]
+    return len(missing)
+
+
+def _write_set(store: str | Path, manifest: dict[str, Any], computed: int, report: Callable[[str], None]) -> FactorSet:
     address = storage.join(store, "sets", f"{_hash(manifest)}.json")
     if not _is_there(address, manifest):
         write_sealed(storage.local(address), manifest)
         storage.publish(address)
-    computed = len(missing)
-    report(f"factors: computed {computed}, reused {len(targets) - computed} of {len(targets)} weights ({address})")
+    total = len(manifest["weights"])
+    report(f"factors: computed {computed}, reused {total - computed} of {total} weights ({address})")
     return _read_factor_set(storage.local(address), computed)
 
 
@@ -237,6 +378,9 @@ def _read_factor_set(path: Path, computed: int) -> FactorSet:
             rank_allocation=manifest.get("rank_allocation", "uniform"),
             min_retention_ratio=manifest.get("min_retention_ratio"),
             importance=manifest.get("importance"),
+            protect=manifest.get("protect", "weights"),
+            statistics=manifest.get("statistics"),
+            unit=manifest.get("unit"),
             computed=computed,
         )
     except KeyError as error:
@@ -271,15 +415,18 @@ def _intact(files: Mapping[str, Path], report: Callable[[str], None]) -> dict[st
             return None
         return found
 
+    of_file = {file: name for name, file in files.items()}  # each once
     with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="osft-factors") as pool:
-        found = dict(zip(files, tqdm(pool.map(check, files), "check factors", len(files), delay=5.0), strict=True))
-    return {name: digest for name, digest in found.items() if digest is not None}
+        checked = tqdm(pool.map(check, of_file.values()), "check factors", len(of_file), delay=5.0)
+        found = dict(zip(of_file, checked, strict=True))
+    return {name: digest for name, file in files.items() if (digest := found[file]) is not None}
 
 
 def check_settings(factors: FactorSet, config: SubspaceConfig, targets: Sequence[Target]) -> None:
     """Raise FactorsMismatchError unless the set was made for these settings and target weights."""
     rank_allocation, min_retention_ratio = allocation_settings(config)
     wanted = {
+        "protect": config.protect,
         "unfreeze_rank_ratio": config.unfreeze_rank_ratio,
         "free_subspace": config.free_subspace,
         "rank_allocation": rank_allocation,

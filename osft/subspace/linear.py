@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from osft.config import FreeSubspace
+from osft.subspace.decomposition import SplitKind
 from osft.subspace.weight import DifferentiableWeight, OSFTWeight
 
 
@@ -71,10 +71,11 @@ class OSFTLinear(OSFTWeight):
         linear: nn.Linear | Conv1D,
         *,
         rank: int,
-        free_subspace: FreeSubspace = "complement",
+        split_kind: SplitKind = "complement",
         base_dtype: torch.dtype | None = None,
+        stiffness: float = 0.0,
     ) -> None:
-        super().__init__(linear.weight, rank=rank, free_subspace=free_subspace, base_dtype=base_dtype)
+        super().__init__(linear.weight, rank=rank, split_kind=split_kind, base_dtype=base_dtype, stiffness=stiffness)
         self.transposed = isinstance(linear, Conv1D)
         self._hooks: tuple[RemovableHandle, ...] = ()
         self._is_shown = False

@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from osft.config import FreeSubspace, SubspaceConfig
-from osft.subspace.decomposition import decompose
+from osft.config import SubspaceConfig
+from osft.subspace.decomposition import SplitKind, decompose, split_by_inputs, unfrozen_rank
 from osft.subspace.experts import OSFTExperts
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.rank_allocation import allocate_ranks
+from osft.subspace.statistics import Statistics
 from osft.subspace.targets import Target, select_targets, transformer_blocks
 from osft.subspace.weight import OSFTWeight
 
@@ -29,49 +30,86 @@ def inject_empty(
     targets: Sequence[Target],
     ranks: Mapping[str, int],
     *,
-    free_subspace: FreeSubspace,
+    split_kinds: Mapping[str, SplitKind],
     base_dtypes: Mapping[str, torch.dtype] | None = None,
+    stiffness: float = 0.0,
 ) -> None:
     """Make `targets` trainable in place, on their device, with `ranks[target.name]` unfrozen directions each.
 
-    The bases are left empty and everything else is frozen. `base_dtypes` (by target) is the dtype in which a base
-    weight is kept, by default that of the weight.
+    The bases are left empty and everything else is frozen. `split_kinds`, by target. `base_dtypes` (by target) is the
+    dtype in which a base weight is kept, by default that of the weight.
     """
     model.requires_grad_(False)
     stack, blocks = transformer_blocks(model)
     for target in targets:
         owner, _, leaf = target.name.rpartition(".")
-        rank, base_dtype = ranks[target.name], (base_dtypes or {}).get(target.name)
+        rank, split_kind = ranks[target.name], split_kinds[target.name]
+        base_dtype = (base_dtypes or {}).get(target.name)
         if target.name == target.tensor:
-            OSFTExperts(model.get_submodule(owner), leaf, rank=rank, free_subspace=free_subspace, base_dtype=base_dtype)
+            experts = model.get_submodule(owner)
+            OSFTExperts(experts, leaf, rank=rank, split_kind=split_kind, base_dtype=base_dtype, stiffness=stiffness)
         else:
             linear = model.get_submodule(target.name)
             assert isinstance(linear, nn.Linear | Conv1D)
-            layer = OSFTLinear(linear, rank=rank, free_subspace=free_subspace, base_dtype=base_dtype)
+            layer = OSFTLinear(linear, rank=rank, split_kind=split_kind, base_dtype=base_dtype, stiffness=stiffness)
             number = target.name.removeprefix(f"{stack}.").partition(".")[0]
             layer.read_by(blocks.get_submodule(number))
             model.set_submodule(target.name, layer)
 
 
-def inject(model: nn.Module, config: SubspaceConfig, *, importance: Mapping[str, float] | None = None) -> nn.Module:
+def inject(
+    model: nn.Module,
+    config: SubspaceConfig,
+    *,
+    importance: Mapping[str, float] | None = None,
+    statistics: Statistics | None = None,
+    stiffness: float = 0.0,
+) -> nn.Module:
     """Split the target weights of a loaded model and make them trainable in their free subspace, in place.
 
     For models that fit into one process; the training worker builds the same from a factor store without ever
     holding the whole model. Returns `model`. `importance` is that of `measure_importance`, for the adaptive rank
-    allocation. Raises ValueError as `select_targets` and `allocate_ranks` do.
+    allocation; `statistics` (of these targets) and `stiffness` are for protect="activations". Raises ValueError as
+    `select_targets` and `allocate_ranks` do, and for statistics of other targets.
     """
     targets = select_targets(model, config.target_patterns)
-    ranks = allocate_ranks(targets, config, importance)
-    inject_empty(model, targets, ranks, free_subspace=config.free_subspace)
-    for _, layer in osft_layers(model):
-        layer.fill_(decompose(layer.dense_weight().detach(), layer.rank, layer.free_subspace))
+    if config.protect == "weights":
+        ranks = allocate_ranks(targets, config, importance)
+        inject_empty(model, targets, ranks, split_kinds=dict.fromkeys(ranks, config.free_subspace))
+        for _, layer in osft_layers(model):
+            layer.fill_(decompose(layer.dense_weight().detach(), layer.rank, layer.split_kind))
+        return model
+    if statistics is None:
+        raise ValueError("protect='activations' needs the statistics of the layers' inputs (`calibration.measure`)")
+    measured = {name: inputs for inputs in statistics.inputs() for name in inputs.targets}
+    if missing := [target.name for target in targets if target.name not in measured]:
+        raise ValueError(f"the statistics are those of other weights: they have none of {missing[0]}")
+    split_kinds: dict[str, SplitKind] = {
+        target.name: "left" if measured[target.name].transposed else "right" for target in targets
+    }
+    ranks = {
+        target.name: unfrozen_rank(target.shape, config.unfreeze_rank_ratio, split_kinds[target.name])
+        for target in targets
+    }
+    inject_empty(model, targets, ranks, split_kinds=split_kinds, stiffness=stiffness)
+    for name, layer in osft_layers(model):
+        inputs = measured[name]
+        layer.fill_(
+            split_by_inputs(
+                inputs.moment,
+                layer.rank,
+                layer.split_kind,
+                gradient_energy=inputs.gradient_energies[name],
+                unit=statistics.unit,
+            )
+        )
     return model
 
 
-def refresh(model: nn.Module) -> None:
-    """Recompute the dense weight of every OSFT layer. Call it after each optimizer step."""
+def refresh(model: nn.Module, *, learning_rate: float) -> None:
+    """Recompute the dense weight of every OSFT layer. Call it after each optimizer step, with the rate it was made."""
     for _, layer in osft_layers(model):
-        layer.refresh_()
+        layer.refresh_(learning_rate)
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -6,6 +6,12 @@ optimizer does to X, the update stays orthogonal to the frozen directions. Two t
 - the forward pass uses one dense weight W, recomputed by `refresh_` once per optimizer step;
 - where one side of X is long, the constraint on that side is one projection per optimizer step.
 
+A split by inputs (protect="activations") needs no projection: D = X R^T is zero on the frozen directions whatever X is.
+Its free directions are held back by degree instead. The curvature of the drift KL = 1/2 tr(S D C D^T) along X_ij is
+s c_j (with S = s I), and one step of size lr on the penalty stiffness / 2 * s c_j X_ij^2 (online structured Laplace,
+Ritter et al. 2018, arXiv:1805.07810), taken implicitly, is its proximal operator X_ij / (1 + lr stiffness s c_j), which
+is stable for any size. It is applied after the optimizer's own step, as AdamW applies its decay.
+
 A stack of experts' weights (num_experts, m, n) is split expert by expert; every tensor then has the experts as its
 first dimension. Under FSDP2 every tensor is sharded by its first dimension. Of a single weight these are the rows:
 `refresh_` computes each rank's rows of W and gathers only the small factor. Of a stack they are whole experts, and
@@ -19,8 +25,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from osft.config import FreeSubspace
-from osft.subspace.decomposition import Factors, factor_shapes
+from osft.subspace.decomposition import Factors, SplitKind, factor_shapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +57,16 @@ class Split:
         """
         if self.left is not None and self.right is not None:
             return self.left @ (self.left.mT @ change @ self.right) @ self.right.mT
-        assert self.frozen is not None, "a long side has frozen directions"
         base = self.base.float()
         if self.left is None:
             assert self.right is not None
             columns = change @ self.right
-            columns -= base @ (self.frozen @ (self.frozen.mT @ (base.mT @ columns)))
+            if self.frozen is not None:
+                columns -= base @ (self.frozen @ (self.frozen.mT @ (base.mT @ columns)))
             return columns @ self.right.mT
         rows = self.left.mT @ change
-        rows -= ((rows @ base.mT) @ self.frozen) @ self.frozen.mT @ base
+        if self.frozen is not None:
+            rows -= ((rows @ base.mT) @ self.frozen) @ self.frozen.mT @ base
         return self.left @ rows
 
     def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,20 +83,28 @@ class OSFTWeight(nn.Module):
     Subclasses hold the dense weight, under the name that it has in the model, and use it.
 
     Parameters: `coefficients`, the X of `Factors`, float32, trained, zero at the start; `left_basis` and
-    `right_basis`, float32, frozen. Buffers: `base_weight` W0, `frozen_basis`. All but the coefficients are empty
-    until `fill_`, or whoever reads them from a factor store, fills them.
+    `right_basis`, float32, frozen. Buffers: `base_weight` W0, `frozen_basis`, and of a split by inputs `curvature`,
+    s c_j for each free direction as a multiple of the model's unit, (1, r) or (r, 1) as it is multiplied with X, with
+    the experts in front. All but the coefficients are empty until `fill_`, or whoever reads them from a factor store,
+    fills them.
     """
 
     tensor_suffix = ""
     """What follows the layer's name in the name of its dense weight in the model's state dict."""
 
     def __init__(
-        self, weight: torch.Tensor, *, rank: int, free_subspace: FreeSubspace, base_dtype: torch.dtype | None
+        self,
+        weight: torch.Tensor,
+        *,
+        rank: int,
+        split_kind: SplitKind,
+        base_dtype: torch.dtype | None,
+        stiffness: float = 0.0,
     ) -> None:
         super().__init__()
-        self.rank, self.free_subspace = rank, free_subspace
+        self.rank, self.split_kind, self.stiffness = rank, split_kind, stiffness
         device = weight.device
-        shapes = factor_shapes(tuple(weight.shape), rank, free_subspace)
+        shapes = factor_shapes(tuple(weight.shape), rank, split_kind)
 
         def basis(name: str) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shapes[name], device=device), False) if name in shapes else None
@@ -103,8 +117,11 @@ class OSFTWeight(nn.Module):
         frozen_basis = torch.empty(shapes["frozen"], device=device) if "frozen" in shapes else None
         self.register_buffer("base_weight", base_weight, persistent=False)
         self.register_buffer("frozen_basis", frozen_basis, persistent=False)
+        curvature = torch.empty(shapes["curvature"], device=device) if "curvature" in shapes else None
+        self.register_buffer("curvature", curvature, persistent=False)
         self.base_weight: torch.Tensor
         self.frozen_basis: torch.Tensor | None
+        self.curvature: torch.Tensor | None
 
     def dense_weight(self) -> torch.Tensor:
         """The dense weight W that the forward pass uses."""
@@ -118,15 +135,18 @@ class OSFTWeight(nn.Module):
             (self.left_basis, factors.left),
             (self.right_basis, factors.right),
             (self.frozen_basis, factors.frozen),
+            (self.curvature, factors.curvature),
         ):
             if own is not None:
                 assert given is not None, "factors of another shape or free subspace"
                 own.copy_(given)
 
     @torch.no_grad()
-    def refresh_(self) -> None:
-        """Put X back into the free subspace and recompute the dense weight. Call it after each optimizer step."""
+    def refresh_(self, learning_rate: float) -> None:
+        """Make X what it may be and recompute the dense weight. Call it after each optimizer step, with its rate."""
         self._project_()
+        if self.stiffness and self.curvature is not None:
+            local(self.coefficients).div_(1 + learning_rate * self.stiffness * local(self.curvature))
         self.recompute_()
 
     @torch.no_grad()
@@ -198,7 +218,7 @@ class OSFTWeight(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         shape = tuple(self.base_weight.shape)
-        return f"weight={shape}, rank={self.rank}, free_subspace={self.free_subspace}"
+        return f"weight={shape}, rank={self.rank}, split_kind={self.split_kind}"
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

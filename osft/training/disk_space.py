@@ -51,9 +51,10 @@ def output_sizes(config: TrainConfig, model: Path, factors: FactorSet) -> Output
         by_dtype[dtype] = by_dtype.get(dtype, 0) + entries
         served += entries * dtype.itemsize
     trained = max(by_dtype, key=lambda dtype: by_dtype[dtype])  # the dtype of the large weights
-    for weight in factors.weights.values():
+    split_kinds = factors.split_kinds
+    for name, weight in factors.weights.items():
         shape = tuple(weight["shape"])
-        coefficients += math.prod(factor_shapes(shape, weight["rank"], config.free_subspace)["coefficients"])
+        coefficients += math.prod(factor_shapes(shape, weight["rank"], split_kinds[name])["coefficients"])
         exact += 2 * math.prod(shape) if trained.itemsize < 4 else 0
     final = config.num_epochs if config.checkpoint_at_epoch else int(bool(config.save_final_checkpoint))
     models = final + int(bool(config.save_best_val_loss))

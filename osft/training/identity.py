@@ -31,6 +31,7 @@ MADE_OF = "made_of"
 _PATHS = {
     "model_path": "weights",
     "factors": "factors",
+    "calibration_data": "factors",
     "data_path": "dataset",
     "validation_data_path": "dataset",
 }

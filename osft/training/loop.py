@@ -151,7 +151,7 @@ def train_step(
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    refresh(model)
+    refresh(model, learning_rate=optimizer.param_groups[0]["lr"])
     return loss_sum, grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
 
 

@@ -4,21 +4,24 @@ No weights are read, no process is started and nothing is written.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from osft.config import TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import Batching, collate
 from osft.models import empty_model, model_folder
 from osft.preflight import Preflight
+from osft.subspace.decomposition import SplitKind, unfrozen_rank
 from osft.subspace.model import inject_empty, osft_layers
 from osft.subspace.rank_allocation import allocate_ranks
-from osft.subspace.targets import select_targets
+from osft.subspace.targets import Target, select_targets
 from osft.training.data_counts import DataCounts, count_data
 from osft.training.inputs import check_model
 from osft.training.loop import num_steps
@@ -216,16 +219,37 @@ def _described_model(config: TrainConfig, folder: Path) -> tuple[PreTrainedModel
         )
         total_parameters = sum(parameter.numel() for parameter in model.parameters())
         targets = select_targets(model, config.target_patterns)
+        ranks, split_kinds = _planned_split(model, targets, config)
         inject_empty(
             model,
             targets,
-            allocate_ranks(targets, replace(config.subspace, rank_allocation="uniform")),
-            free_subspace=config.free_subspace,
+            ranks,
+            split_kinds=split_kinds,
             base_dtypes={target.name: stored_dtype for target in targets},
         )
     if config.rank_allocation == "adaptive":
         notes.append("Ranks are those of the uniform ratio; rank_allocation='adaptive' moves them between layers.")
     return model, total_parameters, notes
+
+
+def _planned_split(
+    model: PreTrainedModel, targets: Sequence[Target], config: TrainConfig
+) -> tuple[dict[str, int], dict[str, SplitKind]]:
+    """Ranks and kinds of split by target, as far as they are known without weights and statistics.
+
+    Which side experts' inputs are on is seen when they are measured; here they count as stored (out, in).
+    """
+    if config.protect == "weights":
+        ranks = allocate_ranks(targets, replace(config.subspace, rank_allocation="uniform"))
+        return ranks, dict.fromkeys(ranks, config.free_subspace)
+    split_kinds: dict[str, SplitKind] = {}
+    for target in targets:
+        is_transposed = target.name != target.tensor and isinstance(model.get_submodule(target.name), Conv1D)
+        split_kinds[target.name] = "left" if is_transposed else "right"
+    return {
+        target.name: unfrozen_rank(target.shape, config.unfreeze_rank_ratio, split_kinds[target.name])
+        for target in targets
+    }, split_kinds
 
 
 def _activations_line(activations: Activations, config: TrainConfig, kind: str, model: PreTrainedModel) -> MemoryLine:

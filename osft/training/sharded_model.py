@@ -61,8 +61,9 @@ def load_sharded(
         model,
         targets,
         factors.ranks,
-        free_subspace=config.subspace.free_subspace,
+        split_kinds=factors.split_kinds,
         base_dtypes={target.name: stored.dtype(target.tensor) for target in targets},
+        stiffness=config.stiffness,
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -125,6 +126,12 @@ def _load_bases(
         if frozen is not None:
             rows = factors.rows(name, "frozen", *local_rows(frozen.shape[0], rank, world_size))
             layer.frozen_basis = sharded(frozen, rows)
+        if layer.curvature is not None:
+            curvature = factors.curvature(name)
+            assert curvature is not None, "a split by inputs has one"
+            is_sharded = curvature.shape[0] == layer.coefficients.shape[0]  # else one row for all of X
+            rows = curvature[slice(*local_rows(curvature.shape[0], rank, world_size))] if is_sharded else curvature
+            layer.curvature = sharded(layer.curvature, rows) if is_sharded else rows.to(device)
 
 
 @torch.no_grad()

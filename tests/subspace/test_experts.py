@@ -27,7 +27,7 @@ class Experts(nn.Module):
 def make_experts(shape: tuple[int, int], free_subspace: str) -> tuple[Experts, OSFTExperts]:
     torch.manual_seed(0)
     experts = Experts(shape)
-    layer = OSFTExperts(experts, "projection", rank=RANK, free_subspace=free_subspace)
+    layer = OSFTExperts(experts, "projection", rank=RANK, split_kind=free_subspace)
     layer.fill_(decompose(experts.projection.detach(), RANK, free_subspace))
     return experts, layer
 
@@ -42,7 +42,7 @@ def test_update_of_every_expert_stays_orthogonal_to_its_own_frozen_directions(sh
         experts(torch.randn(9, shape[0])).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        layer.refresh_()
+        layer.refresh_(0.0)
     for before, after, update in zip(base, experts.projection, layer.update().double(), strict=True):
         left, right = frozen_directions(before, RANK)
         assert update.norm() > 0.05 * before.norm(), "the expert did not learn, so the test shows nothing"
@@ -57,7 +57,7 @@ def test_gradients_equal_those_of_a_dense_reference(shape, free_subspace):
     experts, layer = make_experts(shape, free_subspace)
     with torch.no_grad():
         layer.coefficients.normal_(std=0.1)
-    layer.refresh_()
+    layer.refresh_(0.0)
     x = torch.randn(9, shape[0], requires_grad=True)
     output = experts(x)
     output.square().sum().backward()

@@ -57,7 +57,7 @@ def test_factors_split_the_stored_weight(model_folder, tmp_path):
     torch.testing.assert_close(frozen.T @ frozen, torch.eye(frozen.shape[1]), rtol=0, atol=1e-4)
     assert (frozen.T @ weight @ free).norm() < 1e-5 * weight.norm()
     values = torch.linalg.svdvals(weight.double())
-    torch.testing.assert_close(factors.singular_values(target).double(), values, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(factors.spectrum(target).double(), values, rtol=1e-5, atol=1e-6)
 
 
 def test_singular_values_of_stacked_experts_carry_their_whole_energy(tmp_path):
@@ -65,7 +65,7 @@ def test_singular_values_of_stacked_experts_carry_their_whole_energy(tmp_path):
     factors = precompute(tmp_path / "model", tmp_path / "store", QUARTER)
     target = "model.layers.0.mlp.experts.gate_up_proj"
     weight = stored_weights(tmp_path / "model").tensor(target)
-    values = factors.singular_values(target)
+    values = factors.spectrum(target)
     assert values.shape == (32,)
     assert values.norm().item() == pytest.approx(weight.norm().item(), rel=1e-5)
 

@@ -26,7 +26,7 @@ def make_layer(shape: tuple[int, int], free_subspace: str, *, kind: str, ratio: 
         linear = nn.Linear(shape[1], shape[0], bias=kind == "bias")
     rank = unfrozen_rank(shape, ratio)
     factors = decompose(linear.weight.detach(), rank, free_subspace)
-    layer = OSFTLinear(linear, rank=rank, free_subspace=free_subspace)
+    layer = OSFTLinear(linear, rank=rank, split_kind=free_subspace)
     layer.fill_(factors)
     return layer
 
@@ -50,7 +50,7 @@ def test_update_stays_orthogonal_to_frozen_directions(shape, free_subspace, kind
         layer(torch.randn(8, shape[0] if kind == "transposed" else shape[1])).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        layer.refresh_()
+        layer.refresh_(0.0)
     update = layer.update().double()
     left, right = frozen_directions(base, layer.rank)
     assert update.norm() > 0.05 * base.norm(), "the layer did not learn, so the test shows nothing"
@@ -67,7 +67,7 @@ def test_forward_and_gradient_equal_dense_reference(shape, free_subspace, kind):
     layer = make_layer(shape, free_subspace, kind=kind)
     with torch.no_grad():
         layer.coefficients.normal_(std=0.1)
-    layer.refresh_()
+    layer.refresh_(0.0)
     outputs, inputs = shape[::-1] if kind == "transposed" else shape
     x = torch.randn(2, 5, inputs, requires_grad=True)
     target = torch.randn(2, 5, outputs)
@@ -109,7 +109,7 @@ def test_untrained_layer_computes_what_the_linear_computes_and_merges_to_it(line
     expected = linear(x)
     layer = OSFTLinear(linear, rank=6)
     layer.fill_(decompose(linear.weight.detach(), 6))
-    layer.refresh_()
+    layer.refresh_(0.0)
     assert torch.equal(layer(x), expected)
     merged = layer.merged()
     assert type(merged) is type(linear)
@@ -124,7 +124,7 @@ def test_bfloat16_weight_is_the_rounded_sum():
     layer.fill_(decompose(base, 6))
     with torch.no_grad():
         layer.coefficients.normal_(std=0.1)
-    layer.refresh_()
+    layer.refresh_(0.0)
     assert layer.coefficients.dtype == torch.float32
     assert torch.equal(layer.weight, (base.float() + layer.update()).bfloat16())
     layer(torch.randn(3, 24, dtype=torch.bfloat16)).sum().backward()
@@ -139,7 +139,7 @@ def trained_model(ratio: float = 0.25) -> nn.Module:
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        refresh(model)
+        refresh(model, learning_rate=0.0)
     return model
 
 

@@ -157,7 +157,7 @@ def tune(base: nn.Module, method: str, learning_rate: float, texts: Texts, seed:
 
     def refreshed_step(optimizer: torch.optim.Optimizer) -> None:
         plain_step(optimizer)
-        refresh(model)
+        refresh(model, learning_rate=0.0)
 
     finish_step: Callable[[torch.optim.Optimizer], None] = refreshed_step
     if method == "published":

@@ -103,7 +103,7 @@ def real_model(folder: Path, attn_implementation: str) -> torch.nn.Module:
     model = empty_model(folder, dtype=torch.bfloat16, attn_implementation=attn_implementation)
     targets = select_targets(model)
     ranks = allocate_ranks(targets, config(folder, folder).subspace)
-    inject_empty(model, targets, ranks, free_subspace="complement")
+    inject_empty(model, targets, ranks, split_kinds=dict.fromkeys(ranks, "complement"))
     model._apply(lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
     model.tie_weights()
     return model

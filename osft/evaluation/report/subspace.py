@@ -22,7 +22,7 @@ def subspace_section(factors: "FactorSet", training: dict[str, Any] | None) -> d
     """What the section about the subspace shows."""
     import numpy as np
 
-    spectra = {target: factors.singular_values(target).double().numpy() for target in factors.weights}
+    spectra = {target: factors.spectrum(target).double().numpy() for target in factors.weights}
     frozen = {target: len(values) - factors.weights[target]["rank"] for target, values in spectra.items()}
     energy = {target: float(np.sum(values**2)) for target, values in spectra.items()}
     frozen_energy = sum(float(np.sum(values[: frozen[target]] ** 2)) for target, values in spectra.items())
