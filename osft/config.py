@@ -57,7 +57,7 @@ class SubspaceConfig:
     """Temperature at which the model writes that text."""
 
     calibration_seed: Annotated[int, Bounds(low=0)] = 0
-    """Seed of that text."""
+    """Seed of the sampling of that text."""
 
     free_subspace: FreeSubspace = "complement"
     """With protect="weights". "complement": every update orthogonal to the frozen directions on both sides, the
