@@ -136,7 +136,7 @@ def evaluate(
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in training.")] = False,
 ) -> None:
-    """Compare a tuned model with the one that it came from: loss in nats per token, and accuracy of tasks."""
+    """Compare a tuned model with the one that it came from: loss in nats per token, accuracy of tasks, drift (KL)."""
     with failures():
         from osft.evaluation.evaluate import evaluate as compare
         from osft.evaluation.evaluate import load_set
@@ -154,12 +154,13 @@ def evaluate(
             trust_remote_code=trust_remote_code,
         )
         decision = decide(found, rules) if rules else None
-    table = Table("data", "role", "loss before", "after", "change", "accuracy before", "after")
+    table = Table("data", "role", "loss before", "after", "change", "accuracy before", "after", "KL")
     for name, described in found["sets"].items():
         before, after = (found["results"][model][name] for model in ("base", "candidate"))
         losses = [f"{before['loss']:.4f}", f"{after['loss']:.4f}", f"{after['loss'] / before['loss'] - 1:+.2%}"]
         accuracies = ["-" if s["accuracy"] is None else f"{s['accuracy']:.1%}" for s in (before, after)]
-        table.add_row(name, described["role"], *losses, *accuracies)
+        moved = found["drift"]["base"][name]
+        table.add_row(name, described["role"], *losses, *accuracies, "-" if moved is None else f"{moved['kl']:.4f}")
     output.print(table)
     if found["exact"]:
         loss = found["exact"]["loss"]

@@ -117,9 +117,14 @@ def _scores(evaluation: dict[str, Any]) -> Table:
     table = Table(title=f"{evaluation['task']}: {reference} -> candidate, on held-out data")
     for column in ("evaluation set", "role"):
         table.add_column(column, no_wrap=True)
-    for column in ("loss", "change", "accuracy"):
+    for column in ("loss", "change", "accuracy", "KL from base"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, described in evaluation["sets"].items():
+        moved = evaluation["drift"]["base"][name]
+        drift = "-" if moved is None else f"{moved['kl']:.4f}"
+        if name not in evaluation["results"]["candidate"]:
+            table.add_row(name, described["role"], "-", "-", "-", drift)
+            continue
         scores = [evaluation["results"][model][name] for model in models]
         change = evaluation["changes"][reference][name]["loss"]["relative"]
         accuracy = "-"
@@ -127,7 +132,7 @@ def _scores(evaluation: dict[str, Any]) -> Table:
             accuracy = " -> ".join(f"{score['accuracy']:.0%}" for score in scores)
             accuracy += f" ± {scores[-1]['accuracy_stderr']:.0%}"
         losses = " -> ".join(f"{score['loss']:.3f}" for score in scores)
-        table.add_row(name, described["role"], losses, "-" if change is None else f"{change:+.1%}", accuracy)
+        table.add_row(name, described["role"], losses, "-" if change is None else f"{change:+.1%}", accuracy, drift)
     return table
 
 

@@ -16,7 +16,7 @@ from osft.models import model_folder
 
 MODELS = ("base", "champion", "candidate")
 """What a round compares, in this order; the first round has no champion."""
-ROLES = ("new task", "earlier task", "anchor")
+ROLES = ("new task", "earlier task", "anchor", "self-written")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class EvaluationSet:
 
     name: str
     role: str
-    """"new task", "earlier task" (held out when an ancestor learned it), or "anchor": something general that the model
-    should not forget."""
+    """"new task", "earlier task" (held out when an ancestor learned it), "anchor": something general that the model
+    should not forget, or "self-written": text that the base model wrote, on which drift is all that is measured."""
     source: str
     records: tuple[Record, ...]
 
@@ -62,7 +62,8 @@ def evaluate(
     """Measure the models on every set and benchmark, and compare the candidate with the others.
 
     models: "base", "champion" (may be absent) and "candidate" -> folder, URI or Hugging Face id. One model is in
-    memory at a time, and only if `score_store` (a path or URI) lacks one of its numbers.
+    memory at a time, and for the drift the candidate with one of the others, on one device; and only if `score_store`
+    (a path or URI) lacks one of their numbers.
     benchmarks: names of lm-evaluation-harness tasks, groups or tags (`osft.evaluation.benchmarks`), those in the YAML
     files of `benchmark_folder` among them, with the first `max_benchmark_samples` questions of each (0: all).
     num_examples: of the new task and of each earlier one, how many records are shown with the models' answers.
@@ -72,10 +73,13 @@ def evaluate(
     - `task`, `created`, `models[model]["path"]`, `sets[name]`: `role`, `source`, `num_samples`, `notes` on its
       accuracy
     - `reference`: what the candidate is compared with, "champion" where there is one, else "base"
-    - `results[model][set]`: the fields of `SetScore`
+    - `results[model][set]`: the fields of `SetScore`; not of self-written text
     - `exact`: those of the candidate's exact weights on the new task, before they were rounded to be served; None where
       the candidate keeps none
-    - `changes[model][set]`: the candidate against this model, see `scoring.changes`
+    - `changes[model][set]`: the candidate against this model, see `scoring.changes`; not of self-written text
+    - `drift[model][set]`: how far the candidate's predictions moved from this model's, the fields of `SetDrift`: `kl`,
+      KL(model || candidate) in nats per token over the whole vocabulary, `stderr` and `num_tokens`; None where the two
+      read the records as different tokens
     - `benchmarks`: None, or `tasks[name]` and `results[model][name]`, see `benchmarks.Benchmarks`
     - `examples`: `set`, `prompt`, `reference` and `answers[model]`
 
@@ -92,27 +96,39 @@ def evaluate(
     present = [name for name in MODELS if name in models]
     folders = {name: model_folder(str(models[name])) for name in present}
     store = ScoreStore(score_store)
-    shown = {s.name: _chats(s.records)[:num_examples] for s in sets if s.role != "anchor"}
+    scored = [s for s in sets if s.role != "self-written"]
+    shown = {s.name: _chats(s.records)[:num_examples] for s in sets if s.role in ("new task", "earlier task")}
+
+    def measured(name: str, *, exact: bool = False) -> MeasuredModel:
+        return MeasuredModel(
+            folders[name], store, max_tokens=max_tokens, trust_remote_code=trust_remote_code, exact=exact
+        )
 
     scores: dict[str, dict[str, RecordScores]] = {}
     answers: dict[str, dict[str, list[str]]] = {}
     benchmark_results: dict[str, dict[str, Any]] = {}
+    candidate = measured("candidate")
     for name in present:
-        model = MeasuredModel(folders[name], store, max_tokens=max_tokens, trust_remote_code=trust_remote_code)
-        scores[name] = {s.name: model.scores(s.records, f"{name} on {s.name}") for s in sets}
+        model = candidate if name == "candidate" else measured(name)
+        scores[name] = {s.name: model.scores(s.records, f"{name} on {s.name}") for s in scored}
         answers[name] = {key: model.answers(records) for key, records in shown.items() if records}
         if public is not None:
             benchmark_results[name] = model.benchmarks(public, f"{name} on benchmarks")
         del model  # the next one needs its memory
-    notes = {s.name: describe_accuracy(s.records, scores["candidate"][s.name]) for s in sets}
+    drift: dict[str, dict[str, Any]] = {}
+    for name in present[:-1]:
+        reference = measured(name)
+        found = {s.name: candidate.drift(reference, s.records, f"{name} to candidate on {s.name}") for s in sets}
+        drift[name] = {key: of_set and of_set.summary().to_dict() for key, of_set in found.items()}
+        del reference
+    del candidate
+    notes = {s.name: describe_accuracy(s.records, scores["candidate"][s.name]) for s in scored}
     for set_name, of_set in notes.items():
         for note in of_set:
             print(f"evaluation set {set_name}: {note}", flush=True)
     exact = None
     if CheckpointReader(folders["candidate"]).is_exact:
-        unrounded = MeasuredModel(
-            folders["candidate"], store, max_tokens=max_tokens, trust_remote_code=trust_remote_code, exact=True
-        )
+        unrounded = measured("candidate", exact=True)
         exact = unrounded.scores(task.records, f"candidate's exact weights on {task.name}").summary().to_dict()
 
     return {
@@ -121,7 +137,7 @@ def evaluate(
         "models": {name: {"path": str(models[name]), "version": None} for name in present},
         "reference": "champion" if "champion" in models else "base",
         "sets": {
-            s.name: {"role": s.role, "source": s.source, "num_samples": len(s.records), "notes": notes[s.name]}
+            s.name: {"role": s.role, "source": s.source, "num_samples": len(s.records), "notes": notes.get(s.name, [])}
             for s in sets
         },
         "results": {
@@ -129,10 +145,10 @@ def evaluate(
         },
         "exact": exact,
         "changes": {
-            name: {s.name: changes(scores[name][s.name], scores["candidate"][s.name]) for s in sets}
-            for name in present
-            if name != "candidate"
+            name: {s.name: changes(scores[name][s.name], scores["candidate"][s.name]) for s in scored}
+            for name in present[:-1]
         },
+        "drift": drift,
         "benchmarks": None if public is None else {"tasks": public.described, "results": benchmark_results},
         "examples": [
             {

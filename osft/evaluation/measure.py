@@ -1,4 +1,4 @@
-"""One model's scores, answers and benchmarks, measured only where the store does not have them."""
+"""A model's scores, answers, benchmarks and drift, measured only where the store does not have them."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from osft.conversion import fill_exact_
 from osft.data.packing import Batching
 from osft.data.records import Record
+from osft.evaluation.drift import RecordDrift, measure_drift
 from osft.evaluation.score_store import ScoreStore, measurement_key, model_hash
 from osft.evaluation.scoring import (
     MAX_NEW_TOKENS,
@@ -66,6 +67,40 @@ class MeasuredModel:
             determined_by["batching"] = self._batching
         key = self._key("scores", records=hashes, **determined_by)
         return RecordScores(**self._store.measured(key, measure))
+
+    def drift(self, reference: "MeasuredModel", records: Sequence[Record], description: str) -> RecordDrift | None:
+        """How far this model is from another one on each record: see `measure_drift`, also for None.
+
+        Both models are in memory, in the dtype that they are scored in. In bfloat16 the rounding of the activations
+        adds to what is found; one that is the same file for file is not loaded twice, and has moved by exactly 0.
+        """
+        if reference._content == self._content:
+            reference = self
+        batching = Batching.PACKED if self._batching is reference._batching is Batching.PACKED else Batching.PADDED
+
+        def measure() -> dict[str, Any]:
+            (before, before_tokenizer), (after, after_tokenizer) = reference._loaded, self._loaded
+            found = measure_drift(
+                before,
+                after,
+                (before_tokenizer, after_tokenizer),
+                records,
+                max_tokens=self._max_tokens,
+                batching=batching,
+                description=description,
+            )
+            return asdict(found) if found else {}
+
+        key = self._key(
+            "drift",
+            reference=reference._content,
+            records=[record.content_hash for record in records],
+            max_tokens=self._max_tokens,
+            max_text_tokens=MAX_TEXT_TOKENS,
+            batching=batching,
+        )
+        found = self._store.measured(key, measure)
+        return RecordDrift(**found) if found else None
 
     def answers(self, records: Sequence[Record]) -> list[str]:
         """What the model itself answers to each record's prompt."""

@@ -13,7 +13,7 @@ two independent samples (Miller 2024, arXiv:2411.00640).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osft.data.chat import Sample, tokenize
-from osft.data.packing import Batching, collate, plan_micro_batches
+from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.data.records import Record
 from osft.data.template_keys import with_known_roles
 from osft.likelihood import cross_entropy, target_logits
@@ -81,21 +81,13 @@ class RecordScores:
         """Nats per token."""
         return sum(self.nll) / sum(self.num_loss_tokens)
 
-    def loss_residuals(self) -> list[float]:
-        """(n,) what each record adds to the loss beyond its tokens' share; their sum is 0.
-
-        The loss is linear in them to first order, so its error, and that of a difference of losses, is theirs.
-        """
-        loss, tokens = self.loss, sum(self.num_loss_tokens)
-        return [(nll - loss * count) / tokens for nll, count in zip(self.nll, self.num_loss_tokens, strict=True)]
-
     def summary(self) -> SetScore:
         """The set's scores."""
         samples = len(self.nll)
         accuracy = None if self.correct is None else sum(self.correct) / samples
         return SetScore(
             loss=self.loss,
-            loss_stderr=_stderr_of_sum(self.loss_residuals()),
+            loss_stderr=stderr_of_sum(residuals(self.nll, self.num_loss_tokens)),
             perplexity=math.exp(min(self.loss, 700.0)),
             num_loss_tokens=sum(self.num_loss_tokens),
             num_samples=samples,
@@ -115,9 +107,10 @@ def changes(before: RecordScores, after: RecordScores) -> dict[str, dict[str, fl
     """
     if len(before.nll) != len(after.nll):
         raise ValueError(f"scores of {len(before.nll)} and of {len(after.nll)} records cannot be compared")
-    pairs = zip(before.loss_residuals(), after.loss_residuals(), strict=True)
+    old_residuals, new_residuals = (residuals(scores.nll, scores.num_loss_tokens) for scores in (before, after))
+    paired = [new - old for old, new in zip(old_residuals, new_residuals, strict=True)]
     found: dict[str, dict[str, float | None] | None] = {
-        "loss": _change(before.loss, after.loss, _stderr_of_sum([new - old for old, new in pairs])),
+        "loss": _change(before.loss, after.loss, stderr_of_sum(paired)),
         "accuracy": None,
     }
     if before.correct is not None and after.correct is not None and before.accuracy_kind == after.accuracy_kind:
@@ -125,7 +118,7 @@ def changes(before: RecordScores, after: RecordScores) -> dict[str, dict[str, fl
         differences = [(new - old) / samples for old, new in zip(before.correct, after.correct, strict=True)]
         was, now = (sum(correct) / samples for correct in (before.correct, after.correct))
         mean = sum(differences) / samples
-        found["accuracy"] = _change(was, now, _stderr_of_sum([value - mean for value in differences]))
+        found["accuracy"] = _change(was, now, stderr_of_sum([value - mean for value in differences]))
     return found
 
 
@@ -133,10 +126,21 @@ def _change(before: float, after: float, stderr: float | None) -> dict[str, floa
     return {"change": after - before, "relative": (after - before) / before if before else None, "stderr": stderr}
 
 
-def _stderr_of_sum(residuals: Sequence[float]) -> float | None:
+def residuals(sums: Sequence[float], num_tokens: Sequence[int]) -> list[float]:
+    """(n,) what each record adds to a mean per token beyond its tokens' share; they add up to 0.
+
+    sums: (n,) of each record, over its tokens; num_tokens: (n,). The mean is linear in the residuals to first order,
+    so its error, and that of a difference of means, is theirs.
+    """
+    tokens = sum(num_tokens)
+    mean = sum(sums) / tokens
+    return [(value - mean * count) / tokens for value, count in zip(sums, num_tokens, strict=True)]
+
+
+def stderr_of_sum(parts: Sequence[float]) -> float | None:
     """Standard error of a sum over records from what each adds to it, its mean taken away; None of one record."""
-    n = len(residuals)
-    return math.sqrt(n / (n - 1) * sum(residual**2 for residual in residuals)) if n > 1 else None
+    n = len(parts)
+    return math.sqrt(n / (n - 1) * sum(part**2 for part in parts)) if n > 1 else None
 
 
 def score_records(
@@ -228,22 +232,32 @@ def _score_samples(
     A target that ties with another token is not: which of them greedy decoding takes is chance.
     """
     device = next(model.parameters()).device
-    lengths = [len(sample.input_ids) for sample in samples]
-    (plan,) = plan_micro_batches(lengths, max(max_tokens, *lengths), batching=batching)
     nll = torch.zeros(len(samples), dtype=torch.float64)
     wrong = torch.zeros(len(samples), dtype=torch.int64)
+    for batch, sample_of_target in micro_batches(samples, device, max_tokens, batching, description):
+        logits = target_logits(model, batch)
+        losses = cross_entropy(logits, batch.targets).double().cpu()
+        as_probable = (logits >= logits.gather(1, batch.targets[:, None])).sum(-1)  # the target itself, too
+        misses = (as_probable != 1).long().cpu()
+        nll.index_add_(0, sample_of_target, losses)
+        wrong.index_add_(0, sample_of_target, misses)
+    return nll.tolist(), (wrong == 0).tolist()
+
+
+def micro_batches(
+    samples: Sequence[Sample], device: torch.device, max_tokens: int, batching: Batching, description: str
+) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
+    """All samples in micro-batches on a device, each with its targets' samples: (L,), int64, on the CPU.
+
+    A longer sample than `max_tokens` has one of its own. A progress bar shows `description`.
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    (plan,) = plan_micro_batches(lengths, max(max_tokens, *lengths), batching=batching)
     with tqdm(total=sum(lengths), desc=description, unit="token", mininterval=5.0) as progress:
         for packed in plan:
-            batch = collate([samples[position] for position in packed], batching).to(device)
-            logits = target_logits(model, batch)
-            losses = cross_entropy(logits, batch.targets).double().cpu()
-            as_probable = (logits >= logits.gather(1, batch.targets[:, None])).sum(-1)  # the target itself, too
-            misses = (as_probable != 1).long().cpu()
-            sample_of_target = torch.tensor(packed)[batch.sample_of_target.cpu()]
-            nll.index_add_(0, sample_of_target, losses)
-            wrong.index_add_(0, sample_of_target, misses)
+            batch = collate([samples[position] for position in packed], batching)
+            yield batch.to(device), torch.tensor(packed)[batch.sample_of_target]
             progress.update(int(batch.is_token.sum()))
-    return nll.tolist(), (wrong == 0).tolist()
 
 
 @torch.no_grad()

@@ -61,9 +61,10 @@ def _matrix(matrix: Mapping[str, Any] | None) -> list[str]:
 
 def _set_rows(evaluation: Mapping[str, Any]) -> list[str]:
     """A row for each set and metric, the new task first."""
-    sets = sorted(evaluation["sets"].items(), key=lambda item: _ROLES.index(item[1]["role"]))
     before = evaluation["results"][evaluation["reference"]]
     after = evaluation["results"]["candidate"]
+    scored = [(name, described) for name, described in evaluation["sets"].items() if name in after]
+    sets = sorted(scored, key=lambda item: _ROLES.index(item[1]["role"]))
     changes = evaluation["changes"][evaluation["reference"]]
     return [
         f"| {_text(name)} ({described['role']}) | {metric} | {_number(before[name][metric])} | "

@@ -55,7 +55,13 @@ def evaluation(models: dict[str, str], store: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def in_memory() -> list[int]:
+    """How many models are in memory when the next one is loaded."""
+    return []
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch, in_memory: list[int]) -> list[str]:
     """The folders that models are loaded from, in order."""
     from transformers import AutoModelForCausalLM
 
@@ -64,7 +70,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     alive: list[weakref.ref] = []
 
     def load(folder: Path, **settings: Any) -> Any:
-        assert all(reference() is None for reference in alive), "two models are in memory"
+        in_memory.append(sum(reference() is not None for reference in alive))
         model = original(folder, **settings)
         folders.append(str(folder))
         alive.append(weakref.ref(model))
@@ -129,9 +135,10 @@ def test_first_round_compares_with_the_base_model(models):
     assert found["examples"] == []
 
 
-def test_models_are_loaded_one_after_the_other(models, loaded):
+def test_models_are_loaded_one_after_the_other_and_beside_the_candidate_for_the_drift(models, loaded, in_memory):
     evaluate(models, SETS, num_examples=1)
-    assert loaded == list(models.values())
+    assert loaded == [*models.values(), models["base"], models["champion"]]
+    assert in_memory == [0, 0, 0, 1, 1]
 
 
 def test_what_is_in_the_store_loads_no_model(evaluation, models, store, loaded):
@@ -145,22 +152,22 @@ def test_only_the_model_that_is_new_is_loaded(evaluation, models, store, loaded,
     byte_tokenizer().save_pretrained(tmp_path)
     next_round = {"base": models["base"], "champion": models["candidate"], "candidate": str(tmp_path)}
     found = evaluate(next_round, SETS, num_examples=2, score_store=store)
-    assert loaded == [str(tmp_path)]
+    assert loaded == [str(tmp_path), models["base"], models["candidate"]]
     assert found["results"]["champion"] == evaluation["results"]["candidate"]
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("changed", "compared"),
     [
-        {"sets": [SETS[0], SETS[1], EvaluationSet("old", "earlier task", "", chats(4, seed=9))]},
-        {"max_tokens": 100},
-        {"num_examples": 3},
+        ({"sets": [SETS[0], SETS[1], EvaluationSet("old", "earlier task", "", chats(4, seed=9))]}, True),
+        ({"max_tokens": 100}, True),
+        ({"num_examples": 3}, False),
     ],
     ids=["records", "settings", "examples"],
 )
-def test_other_records_or_settings_are_measured(evaluation, models, store, loaded, changed, tmp_path):
+def test_other_records_or_settings_are_measured(evaluation, models, store, loaded, changed, compared, tmp_path):
     evaluate(models, **({"sets": SETS, "num_examples": 2, "score_store": store} | changed))
-    assert loaded == list(models.values())
+    assert loaded == [*models.values(), *([models["base"], models["champion"]] if compared else [])]
 
 
 def test_other_tokenizer_is_another_model(evaluation, models, store, loaded, tmp_path):
@@ -169,12 +176,12 @@ def test_other_tokenizer_is_another_model(evaluation, models, store, loaded, tmp
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "model")
     tokenizer.save_pretrained(tmp_path)
     evaluate(models | {"base": str(tmp_path)}, SETS, num_examples=2, score_store=store)
-    assert loaded == [str(tmp_path)]
+    assert loaded == [str(tmp_path), str(tmp_path), models["candidate"]]
 
 
 def test_same_model_in_two_roles_is_measured_once(models, loaded):
     evaluate(models | {"champion": models["base"]}, SETS, num_examples=1)
-    assert loaded == [models["base"], models["candidate"]]
+    assert loaded == [models["base"], models["candidate"], models["base"]]
 
 
 def test_killed_evaluation_keeps_the_sets_that_were_measured(models, loaded, tmp_path, monkeypatch):
@@ -222,11 +229,11 @@ def test_benchmarks_are_measured_once_and_compared(models, loaded, tmp_path):
         "num_examples": 0,
     }
     found = evaluate(models, SETS, **settings)
-    assert loaded == list(models.values())
+    assert len(loaded) == 5
     assert found["benchmarks"]["tasks"] == {"larger": {"metric": "acc", "higher_is_better": True, "num_samples": 8}}
     assert list(found["benchmarks"]["results"]) == list(models)
     assert evaluate(models, SETS, **settings)["benchmarks"] == found["benchmarks"]
-    assert len(loaded) == 3
+    assert len(loaded) == 5
     (rule,) = [rule for rule in decide(found, GateRules())["rules"] if rule["subject"] == "larger"]
     assert rule["after"] == found["benchmarks"]["results"]["candidate"]["larger"]["value"]
 

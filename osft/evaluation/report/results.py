@@ -44,12 +44,13 @@ def models(evaluation: dict[str, Any]) -> dict[str, str]:
 
 
 def result_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per evaluation set, the new task first, anchors last: `name`, `role`, `notes`, `scores` by model, and `changes`.
+    """Per set that has scores, the new task first, anchors last: `name`, `role`, `notes`, `scores` by model, `changes`.
 
     `changes[metric]` is what the candidate changed against the round's reference, None where it was not measured.
     """
     rows = []
-    for name, described in evaluation["sets"].items():
+    for name in evaluation["results"]["candidate"]:
+        described = evaluation["sets"][name]
         scores = {model: evaluation["results"][model][name] for model in models(evaluation)}
         changes = evaluation["changes"][evaluation["reference"]][name]
         rows.append(

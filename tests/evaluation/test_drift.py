@@ -1,0 +1,158 @@
+"""How far a candidate's predictions are from another model's."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from osft.data.chat import IGNORE, tokenize
+from osft.data.packing import Batching
+from osft.data.records import Record
+from osft.evaluation.drift import RecordDrift, measure_drift
+from osft.evaluation.evaluate import EvaluationSet, evaluate
+from tests.conftest import arithmetic, byte_tokenizer, tiny_llama
+
+TOKENIZERS = (byte_tokenizer(), byte_tokenizer())
+
+
+def chats(count: int, seed: int = 0) -> list[Record]:
+    return [Record(source=f"f:{i}", messages=tuple(r["messages"])) for i, r in enumerate(arithmetic(count, seed))]
+
+
+def moved(model: Any, size: float, seed: int = 1) -> Any:
+    """The model with noise in its output's weights."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        model.model.norm.weight.add_(size * torch.randn_like(model.model.norm.weight))
+    return model
+
+
+def base() -> Any:
+    return tiny_llama().eval()
+
+
+def expected_kl(reference: Any, model: Any, record: Record) -> float:
+    """By PyTorch, in float64, of one sample alone."""
+    sample = tokenize(record, TOKENIZERS[0])
+    input_ids = torch.tensor([sample.input_ids])
+    with torch.no_grad():
+        log_p, log_q = (each.double()(input_ids).logits[0, :-1].log_softmax(-1) for each in (reference, model))
+    counts = torch.tensor(sample.labels[1:]) != IGNORE
+    return float(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)[counts].sum())
+
+
+def test_drift_of_a_record_is_pytorchs_divergence_over_what_counts_in_the_loss():
+    records = [*chats(5), Record(source="t", text="Some plain text, of which all counts.")]
+    found = measure_drift(base(), moved(base(), 0.1), TOKENIZERS, records)
+    expected = [expected_kl(base(), moved(base(), 0.1), record) for record in records]
+    assert found.kl == pytest.approx(expected, rel=1e-3)
+    assert min(found.kl) > 1e-3
+    assert found.num_tokens == [tokenize(record, TOKENIZERS[0]).num_loss_tokens for record in records]
+
+
+def test_model_has_not_drifted_from_itself_at_all():
+    model = base()
+    assert measure_drift(model, model, TOKENIZERS, chats(4)).kl == [0.0] * 4
+
+
+def test_small_drift_grows_with_the_square_of_the_update():
+    found = [measure_drift(base(), moved(base(), size), TOKENIZERS, chats(4)).summary().kl for size in (1e-4, 2e-4)]
+    assert 0 < found[0] < 1e-7
+    assert found[1] / found[0] == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize(("max_tokens", "batching"), [(1, "packed"), (150, "packed"), (150, "padded")])
+def test_drift_does_not_depend_on_what_is_batched_together(max_tokens, batching):
+    records = chats(7)
+    models = base(), moved(base(), 0.1)
+    expected = measure_drift(*models, TOKENIZERS, records)
+    found = measure_drift(*models, TOKENIZERS, records, max_tokens=max_tokens, batching=Batching(batching))
+    assert found.num_tokens == expected.num_tokens
+    assert found.kl == pytest.approx(expected.kl, rel=1e-3)
+
+
+def test_summary_is_the_mean_over_tokens_with_the_error_of_a_ratio():
+    found = RecordDrift([0.2, 0.0, 1.0], [2, 1, 3]).summary()
+    assert (found.kl, found.num_tokens) == (pytest.approx(0.2), 6)
+    residuals = [0.2 - 2 * 0.2, 0.0 - 0.2, 1.0 - 3 * 0.2]
+    assert found.stderr == pytest.approx(math.sqrt(3 / 2 * sum(value**2 for value in residuals)) / 6)
+    assert RecordDrift([0.2], [2]).summary().stderr is None
+
+
+def test_models_that_read_other_tokens_or_predict_others_cannot_be_compared():
+    other = byte_tokenizer()
+    other.chat_template = other.chat_template.replace("<|im_end|>\n", "<|im_end|>")
+    assert measure_drift(base(), base(), (TOKENIZERS[0], other), chats(2)) is None
+    wider = tiny_llama(vocab_size=300).eval()
+    assert measure_drift(base(), wider, TOKENIZERS, chats(2)) is None
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folders = {}
+    for name, model in {"base": base(), "champion": moved(base(), 0.05), "candidate": moved(base(), 0.1)}.items():
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+SETS = [
+    EvaluationSet("new", "new task", "new.jsonl", tuple(chats(4))),
+    EvaluationSet("old", "earlier task", "old.jsonl", tuple(chats(3, seed=1))),
+    EvaluationSet("web", "anchor", "web.jsonl", (Record(source="w", text="Web text."), Record(source="v", text="So."))),
+    EvaluationSet("written", "self-written", "w.jsonl", tuple(Record(source="s", text=t) for t in ("I.", "I am."))),
+]
+
+
+def test_evaluation_has_the_drift_from_each_other_model_on_every_set(models):
+    found = evaluate(models, SETS, num_examples=0)
+    assert list(found["drift"]) == ["base", "champion"]
+    others = {"base": base(), "champion": moved(base(), 0.05)}
+    for name, other in others.items():
+        assert list(found["drift"][name]) == [s.name for s in SETS]
+        for s in SETS:
+            expected = measure_drift(other, moved(base(), 0.1), TOKENIZERS, s.records).summary()
+            assert found["drift"][name][s.name] == expected.to_dict()
+
+
+def test_on_self_written_text_drift_is_all_that_is_measured(models):
+    found = evaluate(models, SETS, num_examples=1)
+    assert found["sets"]["written"]["role"] == "self-written"
+    scored = {"new", "old", "web"}
+    assert all(set(found["results"][name]) == scored for name in models)
+    assert all(set(changes) == scored for changes in found["changes"].values())
+
+
+def test_candidate_that_is_the_base_model_has_not_drifted(models):
+    found = evaluate({"base": models["base"], "candidate": models["base"]}, SETS, num_examples=0)
+    assert {drift["kl"] for drift in found["drift"]["base"].values()} == {0.0}
+
+
+def test_drift_of_models_that_cannot_be_compared_is_none(models, tmp_path):
+    tiny_llama(vocab_size=300).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    store = str(tmp_path / "store")
+    for _ in range(2):  # measured, and read from the store
+        found = evaluate(models | {"candidate": str(tmp_path)}, SETS[:1], num_examples=0, score_store=store)
+        assert found["drift"]["base"] == {"new": None}
+
+
+def test_drift_is_measured_again_for_other_records_and_the_other_direction(models, tmp_path):
+    def kl(candidate: str, reference: str, of_set: EvaluationSet) -> float:
+        pair = {"base": models[reference], "candidate": models[candidate]}
+        found = evaluate(pair, [of_set], num_examples=0, score_store=str(tmp_path))
+        return found["drift"]["base"][of_set.name]["kl"]
+
+    other = replace(SETS[0], records=SETS[0].records[:2])
+    values = [
+        kl("candidate", "base", SETS[0]),
+        kl("base", "candidate", SETS[0]),
+        kl("champion", "base", SETS[0]),
+        kl("candidate", "base", other),
+    ]
+    assert len(set(values)) == 4
