@@ -24,7 +24,8 @@ from osft.data.chat import Sample
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.likelihood import ELEMENTS_AT_ONCE, cross_entropy, target_logits
 from osft.subspace.linear import OSFTLinear
-from osft.subspace.statistics import InputStatistics, Part, SecondMoment, Statistics
+from osft.subspace.second_moment import SecondMoment
+from osft.subspace.statistics import InputStatistics, Part, Statistics
 from osft.subspace.targets import Target
 from osft.subspace.weight import local
 
@@ -32,8 +33,10 @@ PROBE_TOKENS = 16
 """Tokens that show which layers have the same input."""
 SHARE_OF_FREE_MEMORY = 0.25
 """What the sums of a pass may take."""
-OUTPUT_RANK = 64
-"""Directions of S that are kept one by one."""
+WHOLE_UP_TO = 2048
+"""Inputs of at most this width are kept whole."""
+LEADING_DIRECTIONS, EXPERT_DIRECTIONS, OUTPUT_DIRECTIONS = 1024, 128, 64
+"""Directions that are kept one by one of wider inputs, of the inputs of each expert, and of outputs."""
 
 Observe = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 """Is told of a target's name, its input (..., n) and its output (..., m), and returns the output."""
@@ -77,7 +80,7 @@ def measure(
     Raises ValueError without samples, for a sample of more than `max_tokens` tokens, and for a target that no token
     reached.
     """
-    parts = measure_inputs(
+    measured = measure_inputs(
         model,
         targets,
         samples,
@@ -94,16 +97,16 @@ def measure(
         InputStatistics(
             targets=sums.targets,
             transposed=sums.transposed,
-            moment=SecondMoment.of(sums.inputs).to("cpu"),
+            moment=SecondMoment.of(sums.inputs, kept_rank(tuple(sums.inputs.shape))).to("cpu"),
             gradient_energies={
                 target: sums.gradients[target].diagonal().mean().cpu() if gradients else torch.ones(())
                 for target in sums.targets
             },
             output_moments={
-                target: SecondMoment.of(total, OUTPUT_RANK).to("cpu") for target, total in sums.gradients.items()
+                target: SecondMoment.of(total, OUTPUT_DIRECTIONS).to("cpu") for target, total in sums.gradients.items()
             },
         )
-        for sums in parts
+        for sums in measured
     ]
     part = Part(
         name=name,
@@ -115,6 +118,14 @@ def measure(
         mean_curvature=_mean_curvature(targets, inputs),
     )
     return Statistics([part], inputs)
+
+
+def kept_rank(shape: tuple[int, ...]) -> int:
+    """How many directions are kept of inputs with a moment of `shape`, (n, n) or (num_experts, n, n)."""
+    n = shape[-1]
+    if len(shape) == 3:
+        return min(n, EXPERT_DIRECTIONS)
+    return n if n <= WHOLE_UP_TO else LEADING_DIRECTIONS
 
 
 def measure_inputs(

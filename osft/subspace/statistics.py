@@ -6,92 +6,23 @@ of the negative log-likelihood of tokens that the model itself samples, with `S 
     KL(before || after) = 1/2 sum over layers of tr(S D C D^T)      nats per token
 
 to second order: the Fisher information in its Kronecker-factored form (Martens and Grosse 2015, arXiv:1503.05671).
-Means are over all tokens of the text, of each expert too, so that what few tokens reach weighs little.
+C is a mean over all tokens of the text. Of an expert it is so too, the inputs of the tokens that are sent elsewhere
+being zero, so that what few tokens reach weighs little; S is a mean over the tokens that reach it.
 
 Statistics of several texts add up, `C = C_1 + C_2` (Ritter et al. 2018, arXiv:1805.07810): what is learned must be kept
 on each of them. S does not add up but is averaged, by the energy tr(C) of the inputs that it belongs to, so that
 tr(S) tr(C) adds up.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from osft.checkpoint import tensor_sha256
 from osft.content import named_sha256
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class SecondMoment:
-    """M = E[v v^T] of vectors v (n,): `basis diag(energies) basis^T + rest (I - basis basis^T)`; of each expert."""
-
-    basis: torch.Tensor
-    """(n, k) or (num_experts, n, k), float32: orthonormal columns, the direction of the most energy first."""
-    energies: torch.Tensor
-    """(k,) or (num_experts, k), float32: the mean square of v along each, descending, >= 0."""
-    rest: torch.Tensor
-    """() or (num_experts,), float32: the mean energy of the n - k other directions; 0 where there are none."""
-
-    @classmethod
-    def of(cls, matrix: torch.Tensor, max_rank: int | None = None) -> "SecondMoment":
-        """The moment with the matrix M (n, n) or (num_experts, n, n), symmetric, whole or of its leading directions.
-
-        The trace is kept. Raises ValueError for NaN and infinity.
-        """
-        if matrix.ndim == 3:  # one by one: the double precision that it takes is that of one expert
-            return cls.stack([cls.of(expert, max_rank) for expert in matrix])
-        if not torch.isfinite(matrix).all():
-            raise ValueError("a second moment holds NaN or infinity")
-        n = matrix.shape[-1]
-        exact = matrix.to(torch.float64)
-        energies, basis = torch.linalg.eigh((exact + exact.T) / 2)
-        rank = n if max_rank is None else min(max_rank, n)
-        energies, basis = energies.flip(-1).clamp_min(0)[:rank], basis.flip(-1)[:, :rank]
-        rest = (exact.trace() - energies.sum()).clamp_min(0) / (n - rank) if rank < n else torch.zeros(())
-        return cls(basis=basis.float().contiguous(), energies=energies.float(), rest=rest.float())
-
-    @classmethod
-    def stack(cls, experts: Sequence["SecondMoment"]) -> "SecondMoment":
-        """The moments of the experts of a block in one."""
-        return cls(
-            basis=torch.stack([expert.basis for expert in experts]),
-            energies=torch.stack([expert.energies for expert in experts]),
-            rest=torch.stack([expert.rest for expert in experts]),
-        )
-
-    @property
-    def size(self) -> int:
-        """n, the length of the vectors."""
-        return self.basis.shape[-2]
-
-    @property
-    def rank(self) -> int:
-        """k, the number of directions that are known one by one."""
-        return self.basis.shape[-1]
-
-    def dense(self) -> torch.Tensor:
-        """M, (n, n) or (num_experts, n, n), float32."""
-        above = self.energies - self.rest[..., None]
-        identity = torch.eye(self.size, device=self.basis.device)
-        return (self.basis * above[..., None, :]) @ self.basis.mT + self.rest[..., None, None] * identity
-
-    def trace(self) -> torch.Tensor:
-        """The mean square of the vectors' length, () or (num_experts,)."""
-        return self.energies.sum(-1) + self.rest * (self.size - self.rank)
-
-    def scaled(self, factor: torch.Tensor | float) -> "SecondMoment":
-        """The moment times a factor >= 0, a number or one for each expert (num_experts,)."""
-        factor = torch.as_tensor(factor, dtype=torch.float32, device=self.rest.device)
-        return replace(self, energies=self.energies * factor[..., None], rest=self.rest * factor)
-
-    def to(self, device: torch.device | str) -> "SecondMoment":
-        """The same on `device`."""
-        return SecondMoment(basis=self.basis.to(device), energies=self.energies.to(device), rest=self.rest.to(device))
-
-    def __add__(self, other: "SecondMoment") -> "SecondMoment":
-        """The sum, with the larger rank of the two; exact where both are whole."""
-        return SecondMoment.of(self.dense() + other.dense(), max(self.rank, other.rank))
+from osft.subspace.second_moment import SecondMoment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -134,15 +65,55 @@ class InputStatistics:
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of it by name."""
-        found = _named("input", self.moment)
+        """What is stored of it, by name: all tensors, on the CPU, the bases in float16.
+
+        An entry of an orthonormal basis loses at most 2^-11 of itself, so a direction turns by at most 5e-4, and of a
+        direction's energy at most 2.4e-7 is counted elsewhere.
+        """
+        found = _stored("input", self.moment)
         for target, moment in self.output_moments.items():
-            found |= _named(f"output {target}", moment)
-        return found | {f"gradient energy {target}": self.gradient_energies[target] for target in self.targets}
+            found |= _stored(f"output {target}", moment)
+        return found | {f"energy {target}": energy.cpu() for target, energy in self.gradient_energies.items()}
+
+    @classmethod
+    def from_tensors(
+        cls, targets: Sequence[str], tensors: Mapping[str, torch.Tensor], *, transposed: bool
+    ) -> "InputStatistics":
+        """What `tensors` gave. Raises KeyError for one that is missing."""
+        return cls(
+            targets=tuple(targets),
+            transposed=transposed,
+            moment=_restored("input", tensors),
+            gradient_energies={target: tensors[f"energy {target}"] for target in targets},
+            output_moments={
+                target: _restored(f"output {target}", tensors)
+                for target in targets
+                if f"output {target} basis" in tensors
+            },
+        )
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what is stored of it."""
+        return tensors_sha256(self.targets, self.tensors(), transposed=self.transposed)
 
 
-def _named(name: str, moment: SecondMoment) -> dict[str, torch.Tensor]:
-    return {f"{name} {field}": getattr(moment, field) for field in ("basis", "energies", "rest")}
+def tensors_sha256(targets: Sequence[str], tensors: Mapping[str, torch.Tensor], *, transposed: bool) -> str:
+    """`InputStatistics.sha256` of what is stored."""
+    digests = {name: tensor_sha256(tensors[name]) for name in sorted(tensors)}
+    return named_sha256({",".join(targets): str(transposed)} | digests)
+
+
+def _stored(name: str, moment: SecondMoment) -> dict[str, torch.Tensor]:
+    found = {f"{name} {part}": getattr(moment, part).cpu().contiguous() for part in moment.tensor_names()}
+    return found | {f"{name} basis": found[f"{name} basis"].half()}
+
+
+def _restored(name: str, tensors: Mapping[str, torch.Tensor]) -> SecondMoment:
+    moment = {part: tensors[f"{name} {part}"] for part in SecondMoment.tensor_names()}
+    basis = moment["basis"].float()
+    # One step of Newton and Schulz towards the nearest orthonormal basis: what float16 took is squared.
+    return SecondMoment(**moment | {"basis": 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,24 +138,30 @@ class Part:
 class Statistics:
     """The statistics of all target weights of a model over one text, or several."""
 
-    def __init__(self, parts: Sequence[Part], inputs: Sequence[InputStatistics]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        inputs: Sequence[InputStatistics],
+        layout: Sequence[tuple[str, ...]] | None = None,
+        sha256: str | None = None,
+    ) -> None:
         self.parts = tuple(parts)
         """What was added up."""
-        self._inputs = tuple(inputs)
+        self._inputs = inputs
+        self.layout = tuple(layout if layout is not None else (each.targets for each in inputs))
+        """The targets of each input."""
+        self._sha256 = sha256
 
     def inputs(self) -> Iterator[InputStatistics]:
-        """One at a time, in the model's order."""
+        """One at a time, in the model's order. Of stored statistics, and of their sums, one at a time is in memory."""
         return iter(self._inputs)
 
     @property
     def sha256(self) -> str:
-        """Hash of the content."""
-        tensors = {
-            f"{','.join(each.targets)} {name}": tensor_sha256(tensor.cpu())
-            for each in self.inputs()
-            for name, tensor in each.tensors().items()
-        }
-        return named_sha256({repr(part): "" for part in self.parts} | tensors)
+        """Hash of the content, as it is stored."""
+        if self._sha256 is None:
+            self._sha256 = content_sha256(self.parts, [each.sha256 for each in self.inputs()])
+        return self._sha256
 
     @property
     def unit(self) -> float:
@@ -194,14 +171,39 @@ class Statistics:
         return curvature * sum(part.weight_rms for part in self.parts) / count
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """Both texts'. Raises ValueError, with the target's name, for statistics of other targets or shapes."""
-        mine, others = list(self.inputs()), list(other.inputs())
-        names = [{target for each in side for target in each.targets} for side in (mine, others)]
+        """Both texts'. Raises ValueError, with the target's name, for statistics of other targets or shapes.
+
+        What is in memory is added up now, what is stored each time that it is read: store a sum to read it again.
+        """
+        names = [{target for targets in side.layout for target in targets} for side in (self, other)]
         if names[0] != names[1]:
             name = sorted(names[0] ^ names[1])[0]
             raise ValueError(f"statistics of different targets do not add up: only one of them has {name}")
-        by_targets = {each.targets: each for each in others}
-        for each in mine:
-            if each.targets not in by_targets:
-                raise ValueError(f"statistics do not add up: {each.targets} share an input in one of them only")
-        return Statistics(self.parts + other.parts, [each + by_targets[each.targets] for each in mine])
+        for targets in self.layout:
+            if targets not in other.layout:
+                raise ValueError(f"statistics do not add up: {', '.join(targets)} share an input in one of them only")
+        order = [other.layout.index(targets) for targets in self.layout]
+        total: Sequence[InputStatistics] = _Sum(self._inputs, other._inputs, order)
+        if isinstance(self._inputs, list | tuple) and isinstance(other._inputs, list | tuple):
+            total = list(total)
+        return Statistics(self.parts + other.parts, total, self.layout)
+
+
+def content_sha256(parts: Sequence[Part], inputs: Sequence[str]) -> str:
+    """Hash of statistics of `parts` whose inputs have these hashes."""
+    return named_sha256({repr(part): "" for part in parts} | {str(i): digest for i, digest in enumerate(inputs)})
+
+
+class _Sum(Sequence[InputStatistics]):
+    """The inputs of two statistics, added up when they are asked for."""
+
+    def __init__(
+        self, first: Sequence[InputStatistics], second: Sequence[InputStatistics], order: Sequence[int]
+    ) -> None:
+        self._first, self._second, self._order = first, second, order
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._first[index] + self._second[self._order[index]]

@@ -1,15 +1,17 @@
-"""Second moments: kept whole or in part, added up."""
+"""Statistics of several texts: added up, stored, found again."""
+
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from osft.subspace.statistics import InputStatistics, Part, SecondMoment, Statistics
-
-
-def matrix(n=12, seed=0, vectors=40) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(vectors, n, generator=generator) * torch.logspace(0, -2, n)
-    return rows.T @ rows / vectors
+from osft.sealed import DamagedFile
+from osft.subspace.second_moment import SecondMoment
+from osft.subspace.statistics import InputStatistics, Part, Statistics
+from osft.subspace.statistics_store import find_statistics, load_statistics, save_statistics, statistics_key
+from tests.subspace.test_second_moment import matrix
 
 
 def part(name: str, mean_curvature=2.0, weight_rms=0.5) -> Part:
@@ -33,42 +35,6 @@ def statistics(name="base", seed=0, n=12, energy=1.0, targets=("q", "k")) -> Sta
         output_moments={target: SecondMoment.of(matrix(5, seed + 7), 3) for target in targets},
     )
     return Statistics([part(name)], [each])
-
-
-def test_whole_moment_is_the_matrix():
-    torch.testing.assert_close(SecondMoment.of(matrix()).dense(), matrix(), atol=1e-6, rtol=0)
-
-
-def test_directions_are_orthonormal_and_descend():
-    moment = SecondMoment.of(matrix())
-    torch.testing.assert_close(moment.basis.T @ moment.basis, torch.eye(12), atol=1e-6, rtol=0)
-    assert torch.equal(moment.energies, moment.energies.sort(descending=True).values)
-
-
-def test_leading_directions_keep_the_trace_and_err_by_no_more_than_the_next_energy():
-    whole, leading = SecondMoment.of(matrix()), SecondMoment.of(matrix(), 5)
-    torch.testing.assert_close(leading.trace(), matrix().trace())
-    error = torch.linalg.matrix_norm(matrix() - leading.dense(), 2)
-    assert error <= whole.energies[5] * (1 + 1e-5)
-
-
-def test_experts_are_moments_each_of_its_own():
-    both = torch.stack([matrix(seed=0), matrix(seed=1)])
-    moment = SecondMoment.of(both, 4)
-    for index in range(2):
-        alone = SecondMoment.of(both[index], 4)
-        torch.testing.assert_close(moment.dense()[index], alone.dense())
-        torch.testing.assert_close(moment.trace()[index], alone.trace())
-
-
-def test_nan_is_refused():
-    with pytest.raises(ValueError, match="NaN"):
-        SecondMoment.of(matrix() * torch.nan)
-
-
-def test_sum_of_whole_moments_is_exact():
-    total = SecondMoment.of(matrix(seed=0)) + SecondMoment.of(matrix(seed=1))
-    torch.testing.assert_close(total.dense(), matrix(seed=0) + matrix(seed=1), atol=1e-6, rtol=0)
 
 
 def test_sums_do_not_depend_on_their_order():
@@ -111,3 +77,91 @@ def test_hash_is_of_the_content():
     assert statistics().sha256 == statistics().sha256
     assert statistics().sha256 != statistics(energy=2.0).sha256
     assert statistics().sha256 != statistics("other").sha256
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 8)
+
+
+def changed(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def test_stored_statistics_are_those_that_were_measured(tmp_path):
+    before = statistics("base") + statistics("task", 3)
+    after = load_statistics(save_statistics(before, tmp_path))
+    assert after.parts == before.parts
+    assert after.sha256 == before.sha256
+    for stored, measured in zip(after.inputs(), before.inputs(), strict=True):
+        assert (stored.targets, stored.transposed) == (measured.targets, measured.transposed)
+        torch.testing.assert_close(stored.moment.dense(), measured.moment.dense(), atol=2e-3, rtol=0)
+        assert torch.equal(stored.moment.energies, measured.moment.energies)
+        assert stored.gradient_energies == measured.gradient_energies
+        assert stored.output_moments.keys() == measured.output_moments.keys()
+        assert torch.equal(stored.output_moments["k"].energies, measured.output_moments["k"].energies)
+
+
+def test_stored_directions_turn_by_what_float16_takes_and_stay_orthonormal(tmp_path):
+    (measured,) = statistics(n=200).inputs()
+    (stored,) = load_statistics(save_statistics(statistics(n=200), tmp_path)).inputs()
+    directions = stored.moment.basis
+    torch.testing.assert_close(directions.T @ directions, torch.eye(200), atol=2e-6, rtol=0)
+    assert (directions - measured.moment.basis).norm(dim=0).max() <= 5e-4
+
+
+def test_sum_of_stored_statistics_is_that_of_measured_ones(tmp_path):
+    first, second = (statistics(str(seed), seed) for seed in (0, 1))
+    stored = [load_statistics(save_statistics(each, tmp_path)) for each in (first, second)]
+    total = load_statistics(save_statistics(stored[0] + stored[1], tmp_path))
+    (found,), (expected,) = total.inputs(), (first + second).inputs()
+    torch.testing.assert_close(found.moment.dense(), expected.moment.dense(), atol=4e-3, rtol=0)
+    assert total.parts == (first + second).parts
+
+
+def test_equal_statistics_are_stored_once(tmp_path):
+    assert save_statistics(statistics(), tmp_path) == save_statistics(statistics(), tmp_path)
+    save_statistics(statistics(), tmp_path, "a-name")
+    assert len(list((tmp_path / "moments").iterdir())) == 1
+
+
+def test_statistics_are_found_by_what_they_are_made_of(tmp_path):
+    key = statistics_key(model="a", text="b", gradients=True)
+    assert key != statistics_key(model="a", text="b", gradients=False)
+    assert find_statistics(tmp_path, key) is None
+    path = save_statistics(statistics(), tmp_path, key)
+    assert find_statistics(tmp_path, key) == path
+
+
+@pytest.mark.parametrize("damage", [cut, changed])
+def test_damaged_moments_are_named_when_they_are_read(tmp_path, damage):
+    path = save_statistics(statistics(), tmp_path)
+    (file,) = (tmp_path / "moments").iterdir()
+    damage(file)
+    with pytest.raises(DamagedFile, match=f"{file.name} of q is damaged"):
+        list(load_statistics(path).inputs())
+
+
+def test_missing_moments_are_named(tmp_path):
+    path = save_statistics(statistics(), tmp_path, "key")
+    (file,) = (tmp_path / "moments").iterdir()
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file.name} of q is missing"):
+        load_statistics(path)
+    assert find_statistics(tmp_path, "key") is None
+
+
+@pytest.mark.parametrize("damage", [cut, changed])
+def test_damaged_manifest_is_named(tmp_path, damage):
+    path = save_statistics(statistics(), tmp_path, "key")
+    damage(Path(path))
+    with pytest.raises(DamagedFile, match="key.json is damaged"):
+        load_statistics(path)
+
+
+def test_statistics_in_an_object_store_are_read_from_an_empty_scratch_folder(bucket, tmp_path):
+    path = save_statistics(statistics(), f"{bucket}/store")
+    shutil.rmtree(tmp_path / "scratch")
+    (found,), (expected,) = load_statistics(path).inputs(), statistics().inputs()
+    assert torch.equal(found.moment.energies, expected.moment.energies)

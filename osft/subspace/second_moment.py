@@ -1,0 +1,152 @@
+"""Second moments `M = E[v v^T]` of vectors, whole or as their leading directions and the mean of the rest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+_RANDOMIZED_BELOW = 4
+"""Where at most one direction in so many is kept, only the leading ones are computed."""
+_OVERSAMPLING, _ITERATIONS = 16, 4
+"""Of the randomized subspace iteration: on spectra of activations, energies to 1e-3 (tests/subspace)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SecondMoment:
+    """M = E[v v^T] of vectors v (n,): `basis diag(energies) basis^T + rest (I - basis basis^T)`; of each expert."""
+
+    basis: torch.Tensor
+    """(n, k) or (num_experts, n, k), float32: orthonormal columns, the direction of the most energy first."""
+    energies: torch.Tensor
+    """(k,) or (num_experts, k), float32: the mean square of v along each, descending, >= 0."""
+    rest: torch.Tensor
+    """() or (num_experts,), float32: the mean energy of the n - k other directions; 0 where there are none."""
+    error_bound: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    """() or (num_experts,), float32: the spectral norm of what leaving directions out has changed, at most."""
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor, max_rank: int | None = None) -> "SecondMoment":
+        """The moment with the matrix M (n, n) or (num_experts, n, n), symmetric, whole or of its leading directions.
+
+        The trace is kept. Where few directions are kept they are found by subspace iteration (Halko et al. 2011,
+        arXiv:0909.4061), else from the eigendecomposition in float64. Raises ValueError for NaN and infinity.
+        """
+        if matrix.ndim == 3:  # one by one: the double precision that it takes is that of one expert
+            return cls.stack([cls.of(expert, max_rank) for expert in matrix])
+        if not torch.isfinite(matrix).all():
+            raise ValueError("a second moment holds NaN or infinity")
+        n = matrix.shape[-1]
+        rank = n if max_rank is None else min(max_rank, n)
+        trace = matrix.diagonal().double().sum()
+        if rank * _RANDOMIZED_BELOW <= n:
+            energies, basis = _leading(matrix.float(), rank)
+            rest = (trace - energies.sum()).clamp_min(0) / (n - rank)
+            # The Frobenius norm of what is left.
+            squares = matrix.double().square().sum() - energies.square().sum() - (n - rank) * rest.square()
+            error = squares.clamp_min(0).sqrt()
+        else:
+            values, vectors = torch.linalg.eigh(matrix.double())
+            values, basis = values.flip(-1).clamp_min(0), vectors.flip(-1)[:, :rank]
+            energies, left_out = values[:rank], values[rank:]
+            rest = (trace - energies.sum()).clamp_min(0) / max(1, n - rank) if rank < n else trace.new_zeros(())
+            error = (left_out - rest).abs().max() if rank < n else trace.new_zeros(())
+        return cls(
+            basis=basis.float().contiguous(),
+            energies=energies.float(),
+            rest=rest.float(),
+            error_bound=error.float(),
+        )
+
+    @classmethod
+    def stack(cls, experts: Sequence["SecondMoment"]) -> "SecondMoment":
+        """The moments of the experts of a block in one."""
+        return cls(**{name: torch.stack([getattr(expert, name) for expert in experts]) for name in cls.tensor_names()})
+
+    @classmethod
+    def tensor_names(cls) -> list[str]:
+        """The names of the tensors that it is made of."""
+        return [each.name for each in fields(cls)]
+
+    @property
+    def size(self) -> int:
+        """n, the length of the vectors."""
+        return self.basis.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        """k, the number of directions that are known one by one."""
+        return self.basis.shape[-1]
+
+    def dense(self) -> torch.Tensor:
+        """M, (n, n) or (num_experts, n, n), float32."""
+        identity = torch.eye(self.size, device=self.basis.device)
+        return (self.basis * self._above()[..., None, :]) @ self.basis.mT + self.rest[..., None, None] * identity
+
+    def _above(self) -> torch.Tensor:
+        """By how much each direction's energy exceeds the rest's."""
+        return self.energies - self.rest[..., None]
+
+    def trace(self) -> torch.Tensor:
+        """The mean square of the vectors' length, () or (num_experts,)."""
+        return self.energies.sum(-1) + self.rest * (self.size - self.rank)
+
+    def scaled(self, factor: torch.Tensor | float) -> "SecondMoment":
+        """The moment times a factor >= 0, a number or one for each expert (num_experts,)."""
+        factor = torch.as_tensor(factor, dtype=torch.float32, device=self.rest.device)
+        return replace(
+            self,
+            energies=self.energies * factor[..., None],
+            rest=self.rest * factor,
+            error_bound=self.error_bound * factor,
+        )
+
+    def to(self, device: torch.device | str) -> "SecondMoment":
+        """The same on `device`."""
+        return SecondMoment(**{name: getattr(self, name).to(device) for name in self.tensor_names()})
+
+    def _expert(self, index: int) -> "SecondMoment":
+        return SecondMoment(**{name: getattr(self, name)[index] for name in self.tensor_names()})
+
+    def __add__(self, other: "SecondMoment") -> "SecondMoment":
+        """The sum, with the larger rank of the two; exact where both are whole.
+
+        The leading directions of a sum of compressed moments are those of the sum of what was kept. Added up in
+        another order they differ by what was left out, and `error_bound` says how much that is.
+        """
+        if self.basis.ndim == 3:
+            experts = range(len(self.basis))
+            return SecondMoment.stack([self._expert(index) + other._expert(index) for index in experts])
+        rank, known = max(self.rank, other.rank), self.rank + other.rank
+        if known >= self.size:
+            total = SecondMoment.of(self.dense() + other.dense(), rank)
+        else:  # in the span of both bases; outside of it the sum is that of the rests
+            rest = self.rest + other.rest
+            span = torch.linalg.qr(torch.cat([self.basis, other.basis], dim=1).double())[0]
+            within = torch.zeros(known, known, dtype=torch.float64, device=span.device)
+            for side in (self, other):
+                part = span.T @ side.basis.double()
+                within += (part * side._above().double()) @ part.T
+            values, vectors = torch.linalg.eigh(within)
+            above, vectors = values.flip(-1)[:rank], vectors.flip(-1)[:, :rank]
+            left_out = values.flip(-1)[rank:]
+            mean = (left_out.sum() / (self.size - rank)).float()
+            error = torch.maximum((left_out - mean).abs().max(), mean.abs()).float()
+            total = SecondMoment(
+                basis=(span @ vectors).float().contiguous(),
+                energies=(above.float() + rest).clamp_min(0),
+                rest=(rest + mean).clamp_min(0),
+                error_bound=error,
+            )
+        return replace(total, error_bound=total.error_bound + self.error_bound + other.error_bound)
+
+
+def _leading(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest eigenvalues, descending, and eigenvectors of a symmetric matrix with no negative one, float64."""
+    n = len(matrix)
+    start = torch.randn(n, min(n, rank + _OVERSAMPLING), generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(matrix @ start.to(matrix.device))[0]
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ basis)[0]
+    basis = basis.double()
+    values, vectors = torch.linalg.eigh(basis.T @ (matrix.double() @ basis))
+    return values.flip(-1).clamp_min(0)[:rank], (basis @ vectors.flip(-1))[:, :rank]

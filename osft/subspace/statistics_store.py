@@ -1,0 +1,146 @@
+"""Content-addressed storage of statistics (`osft.subspace.statistics`).
+
+    <store>/moments/<hash>.safetensors   the statistics of one input, by the hash of their content
+    <store>/statistics/<key>.json        a manifest: the statistics of one model over its texts, written last
+
+The key is what the caller names them by, such as the hash of all that they are measured with (`statistics_key`), or
+the hash of their content.
+
+    what happens                            what the next run does
+    a run is killed                         measures again; without a manifest, files are not read
+    two runs store the same                 both use the file that was written first
+    a file is missing, cut or damaged       load_statistics, or reading the input, raises and names it
+    a manifest is damaged                   load_statistics raises; find_statistics says that there is none
+
+Of an input n wide, k directions are kept (`kept_rank`), 2 n k bytes, beside which the rest is little:
+
+    model             inputs of a block (width: k)              statistics       weights in bfloat16
+    SmolLM2-135M      3 x 576: 576, 1536: 1536                   0.2 GB           0.3 GB
+    Llama-3-8B        3 x 4096: 1024, 14336: 1024                1.7 GB            16 GB
+    Llama-3-70B       3 x 8192: 1024, 28672: 1024                8.7 GB           141 GB
+    Qwen3-30B-A3B     128 x (2048: 128, 768: 128), 2 x 2048 …    4.5 GB            61 GB
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from osft import storage
+from osft.atomic import atomic_path
+from osft.sealed import DamagedFile, read_sealed, write_sealed
+from osft.subspace.statistics import InputStatistics, Part, Statistics, content_sha256, tensors_sha256
+
+FORMAT = 1
+"""Part of every key: raise it when what is stored, or how it is measured, changes."""
+_REMEDY = "Remove it and measure the statistics again (`precompute_svd`)"
+
+
+def statistics_key(**made_of: Any) -> str:
+    """The key of statistics that are made of this: the model's hash, the text, settings, targets; plain JSON values."""
+    return hashlib.sha256(json.dumps([FORMAT, made_of], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def save_statistics(statistics: Statistics, store: str | Path, key: str | None = None) -> str:
+    """Write statistics to a store, a path or URI, one input at a time; the path or URI of the manifest.
+
+    `key`: by default the hash of the content.
+    """
+    described = []
+    for each in tqdm(statistics.inputs(), "store statistics", len(statistics.layout), mininterval=2.0, delay=5.0):
+        digest = each.sha256
+        file = f"moments/{digest[:32]}.safetensors"
+        address = storage.join(store, file)
+        with atomic_path(storage.local(address), keep_existing=True) as temporary:
+            save_file(each.tensors(), temporary)
+        storage.publish(address)
+        described.append(
+            {
+                "targets": list(each.targets),
+                "transposed": each.transposed,
+                "shape": list(each.moment.basis.shape),
+                "error_bound": each.moment.error_bound.max().item(),
+                "file": file,
+                "sha256": digest,
+            }
+        )
+    digest = content_sha256(statistics.parts, [each["sha256"] for each in described])
+    manifest = {
+        "format": FORMAT,
+        "content_sha256": digest,
+        "parts": [asdict(part) for part in statistics.parts],
+        "inputs": described,
+    }
+    address = storage.join(store, "statistics", f"{key or digest[:32]}.json")
+    write_sealed(storage.local(address), manifest)
+    storage.publish(address)
+    return address
+
+
+def find_statistics(store: str | Path, key: str) -> str | None:
+    """The path or URI of the statistics with this key, if they are there and whole."""
+    address = storage.join(store, "statistics", f"{key}.json")
+    try:
+        load_statistics(address)
+    except (FileNotFoundError, DamagedFile):
+        return None
+    return address
+
+
+def load_statistics(path: str | Path) -> Statistics:
+    """The statistics of a manifest, a path or URI. The inputs are read, and checked, one at a time when asked for.
+
+    Raises FileNotFoundError if it or one of its files is missing, DamagedFile if it is not what was written; reading
+    an input raises DamagedFile.
+    """
+    found = storage.find(path)
+    if found is None:
+        raise FileNotFoundError(f"there are no statistics {path}. Measure them first (`precompute_svd`)")
+    manifest = read_sealed(found, _REMEDY)
+    if manifest.get("format") != FORMAT:
+        raise DamagedFile(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}. {_REMEDY}")
+    try:
+        parts = [Part(**part) for part in manifest["parts"]]
+        inputs, digest = manifest["inputs"], manifest["content_sha256"]
+        layout = [tuple(each["targets"]) for each in inputs]
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged: {error}. {_REMEDY}") from None
+    storage.fetch_files(str(path).rsplit("/", 2)[0], [each["file"] for each in inputs])
+    stored = _Stored(found.parent.parent, inputs)
+    for each in inputs:
+        if not stored.file(each).is_file():
+            raise FileNotFoundError(
+                f"{path} is damaged: {storage.name_of(stored.file(each))} of {each['targets'][0]} is missing. {_REMEDY}"
+            )
+    return Statistics(parts, stored, layout, sha256=digest)
+
+
+class _Stored(Sequence[InputStatistics]):
+    """Inputs that are read when they are asked for."""
+
+    def __init__(self, folder: Path, described: Sequence[dict[str, Any]]) -> None:
+        self._folder, self._described = folder, described
+
+    def file(self, described: dict[str, Any]) -> Path:
+        file: str = described["file"]
+        return self._folder / file
+
+    def __len__(self) -> int:
+        return len(self._described)
+
+    def __getitem__(self, index: Any) -> Any:
+        described = self._described[index]
+        file, targets = self.file(described), described["targets"]
+        try:
+            tensors = load_file(file)
+            if tensors_sha256(targets, tensors, transposed=described["transposed"]) != described["sha256"]:
+                raise ValueError("its hash is another")
+            return InputStatistics.from_tensors(targets, tensors, transposed=described["transposed"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise DamagedFile(f"{storage.name_of(file)} of {targets[0]} is damaged ({error}). {_REMEDY}") from None

@@ -1,0 +1,91 @@
+"""Second moments: kept whole or in part, added up."""
+
+import pytest
+import torch
+
+from osft.subspace.second_moment import SecondMoment
+
+
+def matrix(n=12, seed=0, vectors=40) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(vectors, n, generator=generator) * torch.logspace(0, -2, n)
+    return rows.T @ rows / vectors
+
+
+def test_whole_moment_is_the_matrix():
+    torch.testing.assert_close(SecondMoment.of(matrix()).dense(), matrix(), atol=1e-6, rtol=0)
+
+
+def test_directions_are_orthonormal_and_descend():
+    moment = SecondMoment.of(matrix())
+    torch.testing.assert_close(moment.basis.T @ moment.basis, torch.eye(12), atol=1e-6, rtol=0)
+    assert torch.equal(moment.energies, moment.energies.sort(descending=True).values)
+
+
+def test_leading_directions_keep_the_trace_and_err_by_no_more_than_the_next_energy():
+    whole, leading = SecondMoment.of(matrix()), SecondMoment.of(matrix(), 5)
+    torch.testing.assert_close(leading.trace(), matrix().trace())
+    error = torch.linalg.matrix_norm(matrix() - leading.dense(), 2)
+    assert error <= whole.energies[5] * (1 + 1e-5)
+
+
+def test_experts_are_moments_each_of_its_own():
+    both = torch.stack([matrix(seed=0), matrix(seed=1)])
+    moment = SecondMoment.of(both, 4)
+    for index in range(2):
+        alone = SecondMoment.of(both[index], 4)
+        torch.testing.assert_close(moment.dense()[index], alone.dense())
+        torch.testing.assert_close(moment.trace()[index], alone.trace())
+
+
+def test_nan_is_refused():
+    with pytest.raises(ValueError, match="NaN"):
+        SecondMoment.of(matrix() * torch.nan)
+
+
+def test_sum_of_whole_moments_is_exact():
+    total = SecondMoment.of(matrix(seed=0)) + SecondMoment.of(matrix(seed=1))
+    torch.testing.assert_close(total.dense(), matrix(seed=0) + matrix(seed=1), atol=1e-6, rtol=0)
+
+
+def test_experts_add_up_one_by_one():
+    first, second = (torch.stack([matrix(seed=seed), matrix(seed=seed + 1)]) for seed in (0, 5))
+    total = SecondMoment.of(first) + SecondMoment.of(second)
+    torch.testing.assert_close(total.dense(), first + second, atol=1e-6, rtol=0)
+
+
+def decaying(n=160, seed=0) -> torch.Tensor:
+    """Energies that fall as those of activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(n, n, generator=generator))[0]
+    return (basis * (1.0 + torch.arange(n)) ** -1.5) @ basis.T
+
+
+def test_few_directions_are_found_without_the_others():
+    whole, few = SecondMoment.of(decaying()), SecondMoment.of(decaying(), 20)
+    torch.testing.assert_close(few.energies, whole.energies[:20], rtol=1e-3, atol=0)
+    torch.testing.assert_close(few.basis.T @ few.basis, torch.eye(20), atol=1e-6, rtol=0)
+    torch.testing.assert_close(few.trace(), decaying().trace())
+
+
+@pytest.mark.parametrize("max_rank", [20, 60, 140])
+def test_error_bound_holds(max_rank):
+    moment = SecondMoment.of(decaying(), max_rank)
+    error = torch.linalg.matrix_norm(decaying() - moment.dense(), 2).item()
+    assert 0 < error <= moment.error_bound.item() * (1 + 1e-4) + 1e-6
+
+
+def test_whole_moment_has_no_error():
+    assert SecondMoment.of(decaying()).error_bound == 0
+    assert (SecondMoment.of(decaying()) + SecondMoment.of(decaying(seed=1))).error_bound == 0
+
+
+@pytest.mark.parametrize("max_rank", [20, 100])
+def test_sum_of_compressed_moments_stays_within_its_bound(max_rank):
+    matrices = [decaying(seed=seed) for seed in range(3)]
+    first, second, third = (SecondMoment.of(each, max_rank) for each in matrices)
+    for total in ((first + second) + third, first + (second + third), (third + first) + second):
+        assert total.rank == max_rank
+        error = torch.linalg.matrix_norm(sum(matrices) - total.dense(), 2).item()
+        assert error <= total.error_bound.item() * (1 + 1e-4)
+        assert total.trace().item() == pytest.approx(sum(each.trace().item() for each in matrices), rel=1e-4)
