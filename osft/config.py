@@ -159,6 +159,15 @@ class TrainConfig(SubspaceConfig):
     document_column_name: str = "document"
     """With is_pretraining: the key of a record's text."""
 
+    replay_ratio: Annotated[float, Bounds(low=0.0, high=0.99)] = 0.0
+    """Share of the training samples that is drawn from replay_data, earlier data, so that training on new data does not
+    move the model away from what it learned before. The datasets of replay_data take turns; no sample comes twice in an
+    epoch. With too few there, all are taken, which is reported."""
+
+    replay_data: list[str] | None = None
+    """With replay_ratio: the earlier data, each as data_path, or the folder of a dataset that this package prepared
+    (`data/<hash>` in data_output_dir). What is held out, there or here, is not replayed."""
+
     num_epochs: Annotated[int, Bounds(low=1)] = 1
     """Passes over the training set."""
 
@@ -322,8 +331,9 @@ class TrainConfig(SubspaceConfig):
     weights or starting a process."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_patterns, str):
-            raise ValueError(f"target_patterns must be a list of strings, got the string {self.target_patterns!r}")
+        for name in ("target_patterns", "replay_data"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a list of strings, got the string {getattr(self, name)!r}")
         SubspaceConfig.__post_init__(self)
         for name in ("model_path", "data_path", "ckpt_output_dir"):
             if not getattr(self, name):
@@ -335,9 +345,22 @@ class TrainConfig(SubspaceConfig):
                 raise ValueError(f"{name}: {error}") from None
         if self.stiffness and self.protect != "activations":
             raise ValueError("stiffness holds back what protect='activations' leaves free. Give that, or stiffness=0")
+        self._check_replay()
         self._check_data_mode()
         self._check_schedule()
         self._check_processes()
+
+    def _check_replay(self) -> None:
+        if self.replay_ratio and not self.replay_data:
+            raise ValueError(f"replay_ratio={self.replay_ratio} needs replay_data: the earlier data to draw from")
+        if self.replay_data and not self.replay_ratio:
+            raise ValueError(
+                "replay_data needs replay_ratio: the share of the training samples to draw from it, such as 0.05"
+            )
+        try:
+            self.replay_data = [expanded(path) for path in self.replay_data] if self.replay_data else None
+        except ValueError as error:
+            raise ValueError(f"replay_data: {error}") from None
 
     def _check_data_mode(self) -> None:
         if self.is_pretraining and self.block_size is None:

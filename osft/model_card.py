@@ -28,13 +28,14 @@ def model_card(
     *,
     base_folder: Path,
     dataset: Mapping[str, Any],
+    replay: Mapping[str, Any] | None = None,
     metrics: "StepMetrics",
     name: str,
 ) -> str:
     """The card of a model that a training run writes, as Markdown with the metadata that the Hugging Face hub reads.
 
-    base_folder: of the model that was trained; dataset: the content of dataset.json; metrics: of the step after which
-    the model is written; name: of the checkpoint.
+    base_folder: of the model that was trained; dataset: the content of dataset.json; replay: that of the
+    samples that were replayed; metrics: of the step after which the model is written; name: of the checkpoint.
     """
     base = origin.base_model
     metadata: dict[str, Any] = {
@@ -69,6 +70,7 @@ def model_card(
         f"{dataset.get('num_train_samples', '?')} samples ({dataset.get('num_tokens', '?')} tokens, "
         f"{dataset.get('num_loss_tokens', '?')} with loss) of `{dataset.get('data_uri', config.data_path)}`:",
         _table(files),
+        *_replay_text(replay),
         "## How",
         _table([("setting", "value"), *((f"`{key}`", f"`{getattr(config, key)!r}`") for key in settings)]),
         "## What was frozen",
@@ -110,6 +112,16 @@ def _licence_text(licence: Any, base: str) -> str:
     if licence:
         return f"The base model's licence, {licence}, holds for this model too."
     return f"The folder of the base model does not say under which licence it is: look it up where `{base}` came from."
+
+
+def _replay_text(replay: Mapping[str, Any] | None) -> list[str]:
+    if replay is None:
+        return []
+    sources = ", ".join(f"{part['num_samples']} of `{part['data_uri']}`" for part in replay["sources"])
+    return [
+        f"Beside them, so that earlier data is not forgotten, {replay['num_train_samples']} samples of it "
+        f"({replay['num_tokens']} tokens) were replayed: {sources}."
+    ]
 
 
 def _rounding_text(origin: "Origin", *, has_exact: bool = True) -> str:

@@ -10,7 +10,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Data": (
         *("data_output_dir", "use_processed_dataset", "unmask_messages", "is_pretraining", "block_size"),
-        "document_column_name",
+        *("document_column_name", "replay_ratio", "replay_data"),
     ),
     "Subspace": (
         *("target_patterns", "protect", "stiffness", "calibration_tokens", "calibration_data"),

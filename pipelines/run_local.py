@@ -98,6 +98,7 @@ def check(arguments: dict[str, Any]) -> None:
     settings = {name: value for name, value in arguments.items() if name in parameters(TrainConfig)}
     settings |= {name: arguments[name] or None for name in ("target_patterns", "nproc_per_node")}
     settings |= {"model_path": model, "data_path": arguments["data_uri"], "ckpt_output_dir": arguments["storage_root"]}
+    settings["replay_data"] = [arguments["storage_root"]] if arguments["replay_ratio"] else None  # found by the step
     training = TrainConfig.from_parameters(settings | arguments["more_training_settings"])
     check_names([arguments["data_uri"], *arguments["anchor_uris"]])
     for uri in (arguments["data_uri"], *arguments["anchor_uris"]):

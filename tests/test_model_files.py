@@ -108,7 +108,11 @@ def card(base_folder: Path) -> str:
         validation_loss=1.5,
     )
     dataset = {"data_uri": "s3://data/new.jsonl", "files": {"s3://data/new.jsonl": "ab" * 32}, "num_train_samples": 24}
-    return model_card(config, origin, base_folder=base_folder, dataset=dataset, metrics=metrics, name="samples_24.0")
+    sources = [{"data_uri": "s3://data/old.jsonl", "num_samples": 2, "num_tokens": 80}]
+    replay = {"num_train_samples": 2, "num_tokens": 80, "sources": sources}
+    return model_card(
+        config, origin, base_folder=base_folder, dataset=dataset, replay=replay, metrics=metrics, name="samples_24.0"
+    )
 
 
 def metadata(text: str) -> dict:
@@ -120,6 +124,7 @@ def test_card_names_base_data_settings_scores_and_what_was_frozen(tmp_path):
     assert metadata(text)["base_model"] == "org/base"
     for said in (
         "`s3://data/new.jsonl`",
+        "2 samples of it (80 tokens) were replayed: 2 of `s3://data/old.jsonl`",
         "ab" * 32,
         "2e-05",
         "1.2345",

@@ -15,6 +15,7 @@ from osft.data.records import DataError
 from osft.rounds.resolve import ResolvedRound
 from osft.sealed import DamagedFile, unsealed
 from osft.steps.data import check_chats
+from osft.steps.training import replay_settings
 from osft.tracking import lineage, runs
 from osft.tracking.lineage import DataManifest
 from tests.conftest import arithmetic, write_jsonl
@@ -110,6 +111,7 @@ def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) 
         max_tokens_per_gpu=300,
         max_seq_len=128,
         learning_rate=0.02,
+        replay_ratio=0.2,
         nproc_per_node=1,
     )
     return {
@@ -121,13 +123,14 @@ def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) 
         "task": resolved.task,
         "parent_version": resolved.parent_version,
         "anchor_paths": prepared.anchor_paths,
+        "replay": summary["replay"],
         "mlflow_run_id": parent,
     }
 
 
 def measure_and_promote(where: tuple[str, str, str], learned: dict) -> tuple[dict, int]:
     """The other steps. Returns the evaluation and the version."""
-    handed = dict(learned)
+    handed = {name: value for name, value in learned.items() if name != "replay"}
     pod = (*where, handed.pop("mlflow_run_id"))
     evaluation = steps.evaluate_model(
         new_pod(*pod),
@@ -200,6 +203,9 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     object_store.files.put(str(more), f"{bucket}/raw/more.jsonl")
     second = learn((root, "second", tracking), *inputs)
     assert second["model_path"] == first["checkpoint_path"]
+    assert first["replay"] is None, "there is nothing before it"
+    (source,) = second["replay"]["sources"]
+    assert f"{root}/data/{source['dataset']}" == first["data_path"]
     evaluation, version = measure_and_promote((root, "second", tracking), second)
     assert {name: described["role"] for name, described in evaluation["sets"].items()} == {
         "more": "new task",
@@ -208,6 +214,29 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     }
     history = lineage.history(mlflow, "tiny", version)
     assert [entry.checkpoint for entry in history.values()] == [first["checkpoint_path"], second["checkpoint_path"]]
+
+
+def test_replay_is_of_the_earlier_rounds_whose_data_is_still_there(tmp_path, capsys):
+    round = steps.Round(storage_root=str(tmp_path), pipeline_run_id="third")
+    there, gone = tmp_path / "data" / "there", tmp_path / "data" / "gone"
+    (there / "train").mkdir(parents=True)
+    (there / "dataset.json").write_text("{}")
+    asked = {"replay_ratio": "0.05"}
+
+    def resolved(**earlier: Path) -> None:
+        found = replace(RESOLVED, earlier_data={task: str(data) for task, data in earlier.items()})
+        round.write_record("round.json", json.loads(found.to_json()))
+
+    resolved(first=gone, second=there)
+    assert replay_settings(round, asked) == {"replay_data": [str(there)]}
+    assert capsys.readouterr().out == f"replay: nothing of first: its data, {gone}, is not there any more\n"
+    assert replay_settings(round, asked | {"replay_data": ["mine.jsonl"]}) == {}
+    assert replay_settings(round, {"replay_ratio": 0.0}) == {}
+    for earlier in ({"first": gone}, {}):
+        resolved(**earlier)
+        capsys.readouterr()
+        assert replay_settings(round, asked) == {"replay_ratio": 0.0}
+        assert "replay: nothing, for there is no data of an earlier round\n" in capsys.readouterr().out
 
 
 def test_model_and_data_that_are_fetched_by_name_are_kept_in_the_store(bucket, object_store, monkeypatch):

@@ -20,6 +20,7 @@ def train_osft(
     lr_scheduler: str,
     warmup_steps: int,
     weight_decay: float,
+    replay_ratio: float,
     nproc_per_node: int,
     seed: int,
     max_seq_len: int,
@@ -56,6 +57,8 @@ def train_osft(
         lr_scheduler: Name of a transformers scheduler.
         warmup_steps: Steps of linear warm-up.
         weight_decay: AdamW's weight decay, which pulls back to the base model.
+        replay_ratio: Share of the training samples that is drawn from the data of earlier rounds, where that is still
+            there; 0 replays nothing.
         nproc_per_node: Processes; 0 for one per GPU. Not with a PyTorchJob, which has num_procs_per_worker.
         seed: Seed of the sample order.
         max_seq_len: As in prepare_data.
@@ -97,6 +100,7 @@ def train_osft(
         "lr_scheduler": lr_scheduler,
         "warmup_steps": warmup_steps,
         "weight_decay": weight_decay,
+        "replay_ratio": replay_ratio,
         "nproc_per_node": nproc_per_node or None,
         "seed": seed,
     }

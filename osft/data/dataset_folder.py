@@ -76,6 +76,13 @@ def content_address(output_root: str | Path, *identity: Any) -> str:
     return storage.join(output_root, hashlib.sha256(json.dumps([FORMAT, *identity]).encode()).hexdigest()[:32])
 
 
+def is_dataset(location: str | Path) -> bool:
+    """Whether a path or URI is a complete dataset folder."""
+    if storage.is_remote(location):
+        return _STATISTICS in storage.files(location)
+    return Path(location, _STATISTICS).is_file() and Path(location, "train").is_dir()
+
+
 def open_dataset(folder: Path) -> PreparedData:
     """A complete dataset folder.
 

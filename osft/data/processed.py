@@ -20,6 +20,7 @@ from osft.data.dataset_folder import (
     content_address,
     find_dataset,
     hash_files,
+    is_dataset,
     load_split,
     publish_dataset,
 )
@@ -57,8 +58,8 @@ def import_processed(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     check_validation(validation_fraction, validation_data)
-    given = storage.fetch(data_path)
-    if (given / "dataset.json").is_file() and (given / "train").is_dir():
+    if is_dataset(data_path):
+        given = storage.fetch(data_path)
         if validation_fraction or validation_data:
             raise ValueError(
                 f"{data_path} is a prepared dataset with a held-out side of its own. Leave validation_fraction and "

@@ -37,6 +37,8 @@ class ResolvedRound:
     """Path or URI of the new records, JSON lines; empty if there is nothing to learn."""
     nothing_to_learn: str
     """Why the round ends here; empty if it goes on."""
+    earlier_data: Mapping[str, str] = field(default_factory=dict)
+    """Earlier task -> path or URI of the dataset that its round learned, whether or not it is still there."""
     conversions: Mapping[str, int] = field(default_factory=dict)
     """What was converted in the data and ignored, and in how many records."""
 
@@ -79,7 +81,7 @@ def resolve_round(
     for uri in (base_model, data_uri, storage_root):
         storage.is_remote(uri)  # refuses credentials, before anything is written down
     champion = settled_champion(mlflow, model_name, storage_root=storage_root)
-    known, tasks, model = NONE, list[str](), base_model
+    known, tasks, model, datasets = NONE, list[str](), base_model, dict[str, str]()
     if champion is not None:
         versions = lineage.history(mlflow, model_name, champion)
         parent = versions[champion]
@@ -91,6 +93,7 @@ def resolve_round(
         model = _checkpoint(parent, f"version {champion} of {model_name}")
         known = lineage.known_records(mlflow, model_name, versions)
         tasks = [row.task for row in parent.rows]
+        datasets = {one.task: storage.join(storage_root, "data", one.dataset) for one in versions.values()}
     source = open_source(examples.resolve(data_uri, storage.join(storage_root, "examples")))
     new = find_new_records(source, known, storage.join(storage_root, "records"), min_new_samples=min_new_samples)
     task = _distinct(source.name(new.files), tasks)
@@ -101,6 +104,7 @@ def resolve_round(
         model=model,
         task=task,
         earlier_tasks=tuple(tasks),
+        earlier_data=datasets,
         data=new.data,
         conversions=dict(new.conversions),
         records=new.location,

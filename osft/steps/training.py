@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from osft import storage
 from osft.config import SubspaceConfig, TrainConfig
+from osft.parameters import number
 from osft.steps.round import Round, read_json
 
 if TYPE_CHECKING:
@@ -53,12 +54,15 @@ def precompute_svd(
 def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Path, **settings: Any) -> dict[str, Any]:
     """Train; `settings` are the fields of `TrainConfig` but for `ckpt_output_dir`. Returns the summary.
 
-    What is started is written to `manifest_file` before.
+    With a `replay_ratio`, and no `replay_data` of one's own, samples of the datasets that the champion and its
+    ancestors learned are replayed, as far as these are still there. What is started is written to `manifest_file`
+    before.
     """
     from osft.training.job import run_job
 
     folder = round.address("train")
-    config = TrainConfig.from_parameters(settings | {"ckpt_output_dir": folder, "use_processed_dataset": True})
+    settings |= {"ckpt_output_dir": folder, "use_processed_dataset": True}
+    config = TrainConfig.from_parameters(settings | replay_settings(round, settings))
     with round.step("train_osft") as step:
         step.log_params(config.to_dict() | {"launcher": where.launcher})
         job, limits = _training_job(round, config, where)
@@ -69,8 +73,26 @@ def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Pa
         step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
         saved = summary.get("saved") or {}
         step.log_metrics({f"saved/{k}": v for k, v in saved.items() if isinstance(v, float)})
+        replayed = summary.get("replay") or {}
+        step.log_metrics({f"replay/{k}": v for k, v in replayed.items() if isinstance(v, int)})
         step.log_artifact(storage.local(storage.join(folder, "training.json")))
     return summary | {"checkpoint": storage.join(folder, summary["checkpoints"][-1])}
+
+
+def replay_settings(round: Round, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of replay, for a round with a `replay_ratio`: its earlier data that is still there, or none."""
+    from osft.data.dataset_folder import is_dataset
+
+    if settings.get("replay_data") or not number(settings.get("replay_ratio"), whole=False):
+        return {}
+    earlier = round.resolved().earlier_data
+    there = {task: data for task, data in earlier.items() if is_dataset(data)}
+    for task in earlier.keys() - there.keys():
+        print(f"replay: nothing of {task}: its data, {earlier[task]}, is not there any more", flush=True)
+    if not there:
+        print("replay: nothing, for there is no data of an earlier round", flush=True)
+        return {"replay_ratio": 0.0}
+    return {"replay_data": list(there.values())}
 
 
 def _training_job(round: Round, config: TrainConfig, where: LauncherSettings) -> "tuple[Launcher, Limits]":

@@ -130,6 +130,11 @@ class Lineage:
         check_task(self.task)
 
     @property
+    def dataset(self) -> str:
+        """The key of the prepared dataset that the round learned, its folder's name below the storage root's data/."""
+        return str(self.settings.get("dataset", ""))
+
+    @property
     def evaluation_set_name(self) -> str:
         """Where the evaluation set lies, below the lineage's folder."""
         # MLflow takes a name for a part of a URI, in which ?, # and % mean something.

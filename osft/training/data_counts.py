@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,45 @@ def count_data(config: TrainConfig, folder: Path) -> DataCounts:
     Raises FileNotFoundError and DataError as the preparation does, and ValueError for a sample that is longer than
     `max_tokens_per_gpu`.
     """
+    counts = _count_new(config, folder)
+    return _with_replay(counts, config, folder) if config.replay_data else counts
+
+
+def _with_replay(new: DataCounts, config: TrainConfig, folder: Path) -> DataCounts:
+    """The counts with those of the samples that are replayed, which are as long as the earlier data's are on average.
+
+    What the earlier data holds twice, or what is held out of the new data, is not known to be left out.
+    """
+    from osft.data.dataset_folder import is_dataset
+
+    wanted = round(new.samples * config.replay_ratio / (1 - config.replay_ratio))
+    earlier = []
+    for path in config.replay_data or []:
+        settings: dict[str, Any] = {"data_path": path, "replay_ratio": 0.0, "replay_data": None}
+        if is_dataset(path):
+            settings |= {"use_processed_dataset": True, "is_pretraining": False, "block_size": None}
+        earlier.append(_count_new(replace(config, **settings), folder))
+    available = sum(one.samples for one in earlier)
+    share = min(1.0, wanted / available)
+
+    def total(name: str) -> int | None:
+        parts = [getattr(one, name) for one in earlier]
+        before = getattr(new, name)
+        return None if before is None or None in parts else before + round(share * sum(parts))
+
+    return replace(
+        new,
+        samples=new.samples + min(wanted, available),
+        tokens=total("tokens"),
+        loss_tokens=total("loss_tokens"),
+        largest_loss_share=max(one.largest_loss_share for one in (new, *earlier)),
+        counted=sum(one.counted for one in (new, *earlier)),
+        exact=False,
+    )
+
+
+def _count_new(config: TrainConfig, folder: Path) -> DataCounts:
+    """Counts of what stands in data_path."""
     if config.use_processed_dataset:
         statistics = storage.fetch(config.data_path) / "dataset.json"
         if statistics.is_file():

@@ -5,6 +5,7 @@
     model_config            config.json and code beside it                        state/step-<n>/position.json of the
     tokenizer               its files and chat templates                          run, as `made_of`
     dataset                 the prepared data: its key
+    replay                  the samples that were drawn from earlier data: the key of their dataset
     factors                 the bases of all target weights
     settings                those that determine the result (`TrainConfig.identity`)
 
@@ -34,6 +35,7 @@ _PATHS = {
     "calibration_data": "factors",
     "data_path": "dataset",
     "validation_data_path": "dataset",
+    "replay_data": "replay",
 }
 """Settings that name what has a hash of its own."""
 

@@ -48,20 +48,89 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
 
     Raises ValueError that names the sample if one is longer, and where no held-out sample is left to validate on.
     """
+    prepared = _prepared(
+        config,
+        config.data_path,
+        model,
+        report,
+        validation_fraction=config.validation_split,
+        validation_data=config.validation_data_path,
+    )
+    check_lengths(prepared.statistics, config)
+    if wants_validation(config) and not prepared.statistics["num_validation_samples"]:
+        raise ValueError(
+            f"every held-out sample is longer than max_seq_len={config.max_seq_len} tokens, so there is no validation "
+            "loss. Raise it, or hold out more with validation_split"
+        )
+    return prepared
+
+
+def prepare_replay(
+    config: TrainConfig, model: Path, data: "PreparedData", report: Callable[[str], None] = print
+) -> "PreparedData | None":
+    """The samples of `config.replay_data` that train beside `data`; None where none is asked for, or there is none.
+
+    Data that is not a prepared dataset is prepared as data_path is, and what validation_split would hold out of it is
+    left out. Raises as `prepare_training_data`.
+    """
+    from osft.data.dataset_folder import is_dataset
+    from osft.data.replay import draw_replay
+
+    if not config.replay_data:
+        return None
+    earlier = []
+    for path in config.replay_data:
+        how: dict[str, Any] = {"validation_fraction": config.validation_split}
+        if is_dataset(path):
+            how = {"validation_fraction": 0.0, "is_processed": True}  # it has a held-out side of its own
+        earlier.append(_prepared(config, path, model, report, **how))
+    drawn = draw_replay(
+        data,
+        earlier,
+        storage.join(data_folder(config), "data"),
+        ratio=config.replay_ratio,
+        seed=config.seed,
+        max_seq_len=config.max_seq_len,
+        report=report,
+    )
+    if drawn:
+        check_lengths(drawn.statistics, config)
+    return drawn
+
+
+def _prepared(
+    config: TrainConfig,
+    data_path: str,
+    model: Path,
+    report: Callable[[str], None],
+    *,
+    validation_fraction: float,
+    validation_data: str | None = None,
+    is_processed: bool = False,
+) -> "PreparedData":
+    """Data as samples of the model's vocabulary, prepared as the settings say; `is_processed`: it is tokenized."""
     from osft.data.documents import prepare_documents
     from osft.data.prepare import prepare
     from osft.data.processed import import_processed
 
     output = storage.join(data_folder(config), "data")
     common: dict[str, Any] = {
-        "validation_fraction": config.validation_split,
-        "validation_data": config.validation_data_path,
+        "validation_fraction": validation_fraction,
+        "validation_data": validation_data,
         "report": report,
     }
+    if config.use_processed_dataset or is_processed:
+        return import_processed(  # which checks rows against the vocabulary
+            data_path,
+            output,
+            max_seq_len=config.max_seq_len,
+            vocabulary_size=vocabulary_size(model, trust_remote_code=config.trust_remote_code),
+            **common,
+        )
     if config.is_pretraining:
         assert config.block_size is not None, "checked by TrainConfig"
         prepared = prepare_documents(
-            config.data_path,
+            data_path,
             model,
             output,
             block_size=config.block_size,
@@ -69,17 +138,9 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
             trust_remote_code=config.trust_remote_code,
             **common,
         )
-    elif config.use_processed_dataset:
-        prepared = import_processed(
-            config.data_path,
-            output,
-            max_seq_len=config.max_seq_len,
-            vocabulary_size=vocabulary_size(model, trust_remote_code=config.trust_remote_code),
-            **common,
-        )
     else:
         prepared = prepare(
-            config.data_path,
+            data_path,
             model,
             output,
             max_seq_len=config.max_seq_len,
@@ -88,14 +149,7 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
             trust_remote_code=config.trust_remote_code,
             **common,
         )
-    if not config.use_processed_dataset:  # those are checked against the vocabulary row by row
-        check_data(prepared.folder, model, trust_remote_code=config.trust_remote_code)
-    check_lengths(prepared.statistics, config)
-    if wants_validation(config) and not prepared.statistics["num_validation_samples"]:
-        raise ValueError(
-            f"every held-out sample is longer than max_seq_len={config.max_seq_len} tokens, so there is no validation "
-            "loss. Raise it, or hold out more with validation_split"
-        )
+    check_data(prepared.folder, model, trust_remote_code=config.trust_remote_code)
     return prepared
 
 

@@ -33,7 +33,14 @@ from osft.termination import CAN_PASS_ON, children, passing_on
 from osft.training.callbacks import Follower, TrainingCallback
 from osft.training.disk_space import check_disk_space
 from osft.training.identity import MADE_OF, model_contents
-from osft.training.inputs import check_model, factor_set, local_model, named_factors, prepare_training_data
+from osft.training.inputs import (
+    check_model,
+    factor_set,
+    local_model,
+    named_factors,
+    prepare_replay,
+    prepare_training_data,
+)
 from osft.training.liger import liger_wanted
 from osft.training.mirror import SETTINGS, SUMMARY, fetch_models, fill, output_folder
 from osft.training.result import TrainResult
@@ -76,7 +83,10 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     model = local_model(config)
     found = check_model(config, model)
     data = prepare_training_data(config, model)
+    replay = prepare_replay(config, model, data)
     made_of = model_contents(model) | {"dataset": data.key} | named_factors(config)
+    if replay:
+        made_of["replay"] = replay.key
     patience = float(os.environ.get("OSFT_LOCK_SECONDS", "0"))
     owns_folder = config.node_rank == 0 or storage.is_remote(config.ckpt_output_dir)
     with exclusive(output, patience_seconds=patience) if owns_folder else nullcontext() as lock:
@@ -101,6 +111,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
             "output": str(output),
             "model": str(model),
             "dataset": str(data.folder),
+            "replay": str(replay.folder) if replay else None,
             "factors": str(factors.path),
             "made_of": made_of,
             "state": str(state) if state else None,

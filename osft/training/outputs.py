@@ -9,7 +9,6 @@ A process that receives SIGTERM (a preempted pod, a stopped or killed launcher) 
 the run saves its state and ends. All processes agree on that: each step's wishes are reduced over the ranks.
 """
 
-import json
 import signal
 import time
 from dataclasses import asdict, fields
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
-from osft.data.dataset_folder import load_split
+from osft.data.dataset_folder import load_split, open_dataset
 from osft.model_card import model_card
 from osft.origin import MODEL_CARD, ORIGIN, Origin, base_of
 from osft.training.calibration import BlockMoments
@@ -45,11 +44,12 @@ class Outputs:
         mirror: Mirror,
         *,
         dataset: Path,
+        replay: Path | None,
         made_of: dict[str, str],
         rank: int,
     ) -> None:
         self._made_of = made_of
-        self._config, self._dataset = config, dataset
+        self._config, self._dataset, self._replay = config, dataset, replay
         self._folder, self._mirror = mirror.folder, mirror
         self._model, self._stored, self._rank = model, stored, rank
         self._interval = config.save_state_minutes * 60
@@ -112,9 +112,14 @@ class Outputs:
                 trained_from=self._config.model_path,
                 **{field.name: getattr(saved, field.name) for field in fields(saved)},
             )
-            dataset = json.loads((self._dataset / "dataset.json").read_text(encoding="utf-8"))
             card = model_card(
-                self._config, origin, base_folder=self._stored.folder, dataset=dataset, metrics=metrics, name=name
+                self._config,
+                origin,
+                base_folder=self._stored.folder,
+                dataset=open_dataset(self._dataset).statistics,
+                replay=open_dataset(self._replay).statistics if self._replay else None,
+                metrics=metrics,
+                name=name,
             )
             return {MODEL_CARD: card, ORIGIN: origin.to_json()}
 

@@ -19,7 +19,8 @@ from osft.atomic import write_json
 from osft.checkpoint import tensor_sha256
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
-from osft.data.dataset_folder import load_split
+from osft.data.dataset_folder import load_split, open_dataset
+from osft.data.replay import JoinedSplits
 from osft.errors import noted
 from osft.origin import Origin, read_origin
 from osft.preflight import Preflight
@@ -30,7 +31,7 @@ from osft.subspace.model import osft_layers
 from osft.training.identity import MADE_OF
 from osft.training.inputs import wants_validation
 from osft.training.liger import apply_liger
-from osft.training.loop import Position, StepMetrics, num_steps, run
+from osft.training.loop import Position, Samples, StepMetrics, num_steps, run
 from osft.training.mirror import METRICS, SUMMARY, Mirror
 from osft.training.outputs import Outputs
 from osft.training.parent import end_with_parent
@@ -67,14 +68,17 @@ def train_process(work: dict[str, Any]) -> None:
     started = time.perf_counter()
 
     preflight = Preflight.from_dict(work["preflight"])
-    samples = load_split(dataset, "train")
+    samples: Samples = load_split(dataset, "train")
+    replay = Path(work["replay"]) if work["replay"] else None
+    if replay:
+        samples = JoinedSplits([load_split(dataset, "train"), load_split(replay, "train")])
     validation = load_split(dataset, "validation") if wants_validation(config) else None
     model, stored = load_sharded(config, work["model"], work["factors"], device=device, mesh=mesh)
     if work["liger"]:
         apply_liger(model)
     lock = Path(work["lock"]) if work["lock"] else None
     mirror = Mirror(config.ckpt_output_dir, output, rank=rank, lock=lock)
-    outputs = Outputs(config, model, stored, mirror, dataset=dataset, made_of=work["made_of"], rank=rank)
+    outputs = Outputs(config, model, stored, mirror, dataset=dataset, replay=replay, made_of=work["made_of"], rank=rank)
     state = Path(work["state"]) if work["state"] else None
     position = Position.of(read_position(state)) if state else Position()
     loaded = time.perf_counter()
@@ -85,13 +89,15 @@ def train_process(work: dict[str, Any]) -> None:
         print(
             f"train: {_start(stored, [name + layer.tensor_suffix for name, layer in osft_layers(model)])}", flush=True
         )
-        warning = config.warmup_warning(num_steps(len(samples), config))
+        warning = config.warmup_warning(num_steps(len(samples.lengths), config))
         if warning:
             print(f"train: {warning}", flush=True)
         print(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}", flush=True)
     with (
         mirror,
-        Progress(num_steps(len(samples), config), output / METRICS, done=position.step, enabled=rank == 0) as progress,
+        Progress(
+            num_steps(len(samples.lengths), config), output / METRICS, done=position.step, enabled=rank == 0
+        ) as progress,
     ):
 
         def on_step(metrics: StepMetrics) -> None:
@@ -152,6 +158,7 @@ def train_process(work: dict[str, Any]) -> None:
             for name, described in weights.items()
         },
         "saved": None if origin is None else _described(origin),
+        "replay": _replayed(replay),
     }
     mirror.check_owner()
     if rank == 0:
@@ -172,6 +179,15 @@ def _start(stored: ModelWeights, targets: list[str]) -> str:
         return f"starts from the float32 weights of {stored.folder}"
     dtype = str(stored.served_dtype(targets[0])).removeprefix("torch.")
     return f"starts from weights that are rounded to {dtype}: {stored.folder} keeps no exact ones"
+
+
+def _replayed(replay: Path | None) -> dict[str, Any] | None:
+    """What was replayed in each epoch: num_samples, num_tokens, num_loss_tokens, and the `sources` that it is from."""
+    if replay is None:
+        return None
+    statistics = open_dataset(replay).statistics
+    counts = {name: statistics[name] for name in ("num_tokens", "num_loss_tokens", "sources")}
+    return {"num_samples": statistics["num_train_samples"]} | counts
 
 
 def _described(origin: Origin) -> dict[str, Any]:
@@ -217,7 +233,8 @@ def _check_same_inputs(work: dict[str, Any]) -> None:
     digests = [tensor_sha256(basis) for name in factors.weights for basis in factors.first_rows(name)]
     made_of = work["made_of"]
     weights = [made_of[what] for what in ("weights", "model_config", "tokenizer")]
-    mine = [made_of["dataset"], weights, Path(work["factors"]).name, digests, Path(work["state"] or "").name]
+    data = [made_of["dataset"], made_of.get("replay")]
+    mine = [data, weights, Path(work["factors"]).name, digests, Path(work["state"] or "").name]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
     compared = ("data", "model files", "factor set", "singular vectors", "training state to go on from")

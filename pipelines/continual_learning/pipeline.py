@@ -102,6 +102,7 @@ def one_round(
     lr_scheduler: str = "cosine",
     warmup_steps: int = 2,
     weight_decay: float = 0.0,
+    replay_ratio: float = 0.0,
     launcher: str = "local",
     pytorchjob: dict = {},  # noqa: B006
     nproc_per_node: int = 0,
@@ -150,6 +151,8 @@ def one_round(
         lr_scheduler: Learning-rate schedule: cosine, linear, constant or another name that transformers knows.
         warmup_steps: Optimizer steps of linear warm-up.
         weight_decay: Pulls the update towards zero, that is, back to the base model.
+        replay_ratio: Share of the training samples that is drawn from the data of earlier rounds, where that is still
+            there, such as 0.05; 0 replays nothing.
         launcher: "local" trains in the pod of the step; "pytorchjob" in pods of a PyTorchJob (Kubeflow's training
             operator), with GPUs, on as many nodes as you like.
         pytorchjob: Settings of the PyTorchJob, such as {"num_workers": 2, "gpus": 8, "memory": "256Gi",
@@ -226,6 +229,7 @@ def one_round(
             lr_scheduler=lr_scheduler,
             warmup_steps=warmup_steps,
             weight_decay=weight_decay,
+            replay_ratio=replay_ratio,
             nproc_per_node=nproc_per_node,
             seed=seed,
             max_seq_len=max_seq_len,

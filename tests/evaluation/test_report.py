@@ -158,6 +158,19 @@ def test_provenance_without_training_and_data_holds_the_models_only(evaluation):
     assert "Training data" not in text
 
 
+def test_data_section_says_what_was_replayed(evaluation, training):
+    sources = [{"data_uri": f"/data/{name}.jsonl", "num_samples": number} for name, number in REPLAYED.items()]
+    training["replay"] = {"num_samples": 32, "num_tokens": 4321, "sources": sources}
+    text = Page(render_report(evaluation, training=training, dataset=new_dataset())).text["provenance"]
+    assert "Replayed32 samples (4,321 tokens)" in text
+    assert "20 of /data/questions.jsonl, 12 of /data/reviews.jsonl" in text
+    training["replay"] = None
+    assert "Replayed" not in render_report(evaluation, training=training, dataset=new_dataset())
+
+
+REPLAYED = {"questions": 20, "reviews": 12}
+
+
 def test_page_without_examples_has_no_such_section(evaluation):
     evaluation["examples"] = []
     assert "Examples" not in render_report(evaluation)

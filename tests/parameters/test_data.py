@@ -120,3 +120,63 @@ def test_pretraining_trains_on_blocks_of_a_columns_text(call, tmp_path):
         call(data_path=str(documents), is_pretraining=True)
     with pytest.raises(ValueError, match="is_pretraining=True and unmask_messages=True exclude"):
         call(data_path=str(documents), is_pretraining=True, block_size=64, unmask_messages=True)
+
+
+@pytest.mark.covers("replay_ratio", "replay_data")
+def test_replayed_samples_train_beside_the_new_ones(call, chats, tmp_path, capsys):
+    earlier = write_jsonl(tmp_path / "earlier.jsonl", arithmetic(200, seed=7))
+    alone = call(max_steps=None)
+    capsys.readouterr()
+    replayed = call(max_steps=None, replay_ratio=0.2, replay_data=[str(earlier)])
+    found = replayed.summary["replay"]
+    assert "replay: 30 samples" in capsys.readouterr().out
+    assert (found["num_samples"], found["sources"][0]["data_uri"]) == (30, str(earlier))
+    assert (replayed.num_samples, alone.num_samples) == (150, 120)
+    assert replayed.num_tokens == alone.num_tokens + found["num_tokens"]
+    assert replayed.num_loss_tokens == alone.num_loss_tokens + found["num_loss_tokens"]
+    planned = call(max_steps=None, replay_ratio=0.2, replay_data=[str(earlier)], dry_run=True)
+    assert (planned.data.samples, planned.steps) == (150, replayed.num_steps)
+    assert planned.data.tokens == pytest.approx(replayed.num_tokens, rel=0.05)
+
+
+@pytest.mark.covers("replay_ratio", "replay_data")
+def test_replay_from_a_dataset_that_was_prepared_is_replay_from_its_records(call, tmp_path):
+    earlier = write_jsonl(tmp_path / "earlier.jsonl", arithmetic(60, seed=7))
+    call(data_path=str(earlier), max_steps=1, data_output_dir=str(tmp_path / "before"))
+    (prepared,) = (tmp_path / "before" / "data").iterdir()
+    raw, tokenized = (
+        call(replay_ratio=0.1, replay_data=[str(path)], data_output_dir=str(tmp_path / "new"))
+        for path in (earlier, prepared)
+    )
+    assert losses(tokenized) == losses(raw)
+
+
+@pytest.mark.covers("replay_ratio", "replay_data")
+def test_no_cut_of_the_batch_changes_a_run_with_replay(call, tmp_path):
+    earlier = write_jsonl(tmp_path / "earlier.jsonl", arithmetic(60, seed=7))
+    settings = {"replay_ratio": 0.3, "replay_data": [str(earlier)]}
+    assert losses(call(max_tokens_per_gpu=100, **settings)) == pytest.approx(losses(call(**settings)), rel=1e-4)
+
+
+@pytest.mark.covers("replay_ratio", "replay_data")
+def test_run_with_replay_of_other_content_is_another_run(call, tmp_path):
+    earlier = write_jsonl(tmp_path / "earlier.jsonl", arithmetic(60, seed=7))
+    moved = write_jsonl(tmp_path / "moved.jsonl", arithmetic(60, seed=7))
+    here = {"ckpt_output_dir": str(tmp_path / "one"), "replay_ratio": 0.1, "save_final_checkpoint": True}
+    call(replay_data=[str(earlier)], **here)
+    assert call(replay_data=[str(moved)], **here).reused
+    write_jsonl(earlier, arithmetic(60, seed=8))
+    with pytest.raises(ValueError, match="replay: .* there, .* now"):
+        call(replay_data=[str(earlier)], **here)
+
+
+@pytest.mark.covers("replay_ratio", "replay_data")
+def test_replay_without_what_it_needs_is_refused(call, chats, tmp_path):
+    with pytest.raises(ValueError, match="replay_ratio=0.1 needs replay_data"):
+        call(replay_ratio=0.1)
+    with pytest.raises(ValueError, match="replay_data needs replay_ratio"):
+        call(replay_data=[str(chats)])
+    with pytest.raises(ValueError, match="replay_data must be a list of strings"):
+        call(replay_ratio=0.1, replay_data=str(chats))
+    with pytest.raises(FileNotFoundError, match=r"gone.jsonl does not exist"):
+        call(replay_ratio=0.1, replay_data=[str(tmp_path / "gone.jsonl")])

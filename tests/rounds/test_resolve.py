@@ -35,11 +35,20 @@ def resolve(mlflow, tmp_path, request):
 def champion(mlflow, tmp_path, request):
     """Registers and promotes a round of the test's own model that took `records`, after `parent` (version, lineage)."""
 
-    def make(records: list[dict], held_out: list[dict] = (), *, parent=(None, None), promote=True, task="first"):
+    def make(
+        records: list[dict], held_out: list[dict] = (), *, parent=(None, None), promote=True, task="first", dataset=""
+    ):
         version, before = parent
         folder = tmp_path / f"{task}-{version}-{promote}"
         checkpoint = str(folder / "checkpoint")
-        entry = a_lineage(before, version, task=task, model_name=request.node.name, checkpoint=checkpoint)
+        entry = a_lineage(
+            before,
+            version,
+            task=task,
+            model_name=request.node.name,
+            checkpoint=checkpoint,
+            settings={"dataset": dataset},
+        )
         number = register_round(mlflow, folder, entry, records, list(held_out))
         if promote:
             make_champion(mlflow, request.node.name, number, storage_root=str(tmp_path), expected_champion=version)
@@ -91,6 +100,15 @@ def test_what_any_ancestor_took_is_not_new_on_either_side_of_its_split(resolve, 
     assert by_text(content(found)) == by_text(RECORDS[22:])
     assert found.parent_version == second
     assert found.model == lineage.checkpoint != "org/base"
+
+
+def test_the_datasets_of_all_ancestors_are_named_by_their_tasks(resolve, champion, tmp_path):
+    first = champion(RECORDS[:10], dataset="one")
+    champion(RECORDS[10:20], parent=first, task="second", dataset="two")
+    found = resolve(write_jsonl(tmp_path / "all.jsonl", RECORDS))
+    data = tmp_path / "root" / "data"
+    assert dict(found.earlier_data) == {"first": str(data / "one"), "second": str(data / "two")}
+    assert ResolvedRound.from_json(found.to_json()) == found
 
 
 def test_what_only_a_refused_version_took_is_new(resolve, champion, tmp_path):
