@@ -14,12 +14,7 @@ Only the last blocks are trained, so all text is sent through the others once, a
 that occur in the data, a tenth of the vocabulary.
 """
 
-import gzip
-import json
 import math
-import random
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +30,7 @@ import typer
 from torch import nn
 
 from benchmarks.machine import describe_machine
+from benchmarks.texts import blocks_of_tokens, manual_pages, web_text
 from osft import examples
 from osft.atomic import write_json
 from osft.config import SubspaceConfig
@@ -42,7 +38,7 @@ from osft.rounding import Rounding, generator_of, round_weight
 from osft.subspace import inject, merge, osft_layers, refresh
 from osft.subspace.moments import input_moments
 
-MODEL, WEB_TEXT, PAGES = "example:smollm2-135m-instruct", "example:web-text", "manpages-de"
+MODEL, PAGES = "example:smollm2-135m-instruct", "manpages-de"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -77,47 +73,6 @@ class Way:
 
 
 WAYS = (Way("nearest"), Way("stochastic"), Way("compensated", "the training text"), Way("compensated", "web text"))
-
-
-# ---- the text ----
-
-
-def german_pages(cache: Path) -> list[str]:
-    """The manual pages of Debian's package as plain text, downloaded once with apt."""
-    package = cache / PAGES
-    if not package.is_dir():
-        package.mkdir(parents=True)
-        subprocess.run(["apt-get", "download", PAGES], cwd=package, check=True, capture_output=True)
-        (archive,) = package.glob("*.deb")
-        subprocess.run(["dpkg-deb", "-x", archive, package], check=True)
-    files = sorted((package / "usr/share/man/de").rglob("*.gz"))
-    random.Random(0).shuffle(files)
-    pages = [gzip.decompress(file.read_bytes()).decode("utf-8", "replace") for file in files]
-    return [_plain(page) for page in pages if not page.startswith(".so")]
-
-
-def _plain(page: str) -> str:
-    """The text of a page's roff source, without its layout."""
-    lines = []
-    for line in page.splitlines():
-        text = re.sub(r"^\.(SH|SS|B|I|BR|IR|RB|RI|BI|IB|SM|SB) *", "", line)
-        if text.startswith((".", "'")):
-            continue
-        text = re.sub(r"\\f(\([A-Z]{2}|[A-Z])", "", text)
-        for escape, character in {r"\-": "-", r"\(aq": "'", r"\(Bq": "„", r"\(lq": "“", r"\e": "\\"}.items():
-            text = text.replace(escape, character)
-        lines.append(re.sub(r"\\(\(..|.)", "", text))
-    return "\n".join(line for line in lines if line.strip())
-
-
-def blocks_of_tokens(tokenizer: Any, texts: list[str], count: int, size: int) -> torch.Tensor:
-    """(count, size) tokens: texts one after the other, cut."""
-    tokens: list[int] = []
-    for text in texts:
-        tokens += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    if len(tokens) < count * size:
-        raise ValueError(f"{len(tokens)} tokens of text are too few for {count} samples of {size}")
-    return torch.tensor(tokens[: count * size]).view(count, size)
 
 
 # ---- the model ----
@@ -260,9 +215,7 @@ def load(cache: Path, settings: Settings, progress: Callable[[str], None]) -> tu
 
     folder = examples.resolve(MODEL, cache, progress)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    pages = german_pages(cache)
-    web_text = Path(examples.resolve(WEB_TEXT, cache, progress)).read_text(encoding="utf-8")
-    web = [json.loads(line)["text"] for line in web_text.splitlines()]
+    pages, web = manual_pages(PAGES, cache), web_text(cache, progress)
     size, held_out = settings.sample_tokens, settings.held_out_samples
     trained = settings.steps * settings.samples_per_step
     tokens = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.rounding import LastBlocks, Settings, _plain, measure, report, table_rows
+from benchmarks.rounding import LastBlocks, Settings, measure, report, table_rows
 from tests.conftest import tiny_llama
 
 SETTINGS = Settings(learning_rates=(1e-4, 1e-2), seeds=(0, 1), blocks=1, steps=3, sample_tokens=40, held_out_samples=2)
@@ -63,8 +63,3 @@ def test_table_has_a_row_for_every_rate_and_way_with_the_mean_over_the_seeds(rec
     )
     assert (tmp_path / "rounding_cpu.md").read_text().count("\n| 0.01 |") == 5
     assert json.loads((tmp_path / "rounding_cpu.json").read_text())["records"] == records
-
-
-def test_manual_page_becomes_plain_text():
-    page = '.\\" comment\n.TH LS 1\n.SH BEZEICHNUNG\nls \\- Ordner\\-Inhalt\n.PP\n\\fB\\-a\\fR, \\f(CWx\\fP\n'
-    assert _plain(page) == "BEZEICHNUNG\nls - Ordner-Inhalt\n-a, x"
