@@ -1,0 +1,85 @@
+"""The experiment that decides the project's defaults: what does a method learn, and how far does the model drift?
+
+    python -m benchmarks.frontier                    # all that is missing, then the report (hours on a CPU)
+    python -m benchmarks.frontier --dry-run          # what would be run, and how long it should take
+    python -m benchmarks.frontier -e screen          # one experiment only
+    python -m benchmarks.frontier --report-only      # the report of what is there
+
+A healed SmolLM2-135M learns far domains by many methods. Each run is measured, also with its update scaled: how much
+it learned, how far predictions on other text moved, what became of earlier tasks. Below --storage a finished run is a
+file; the same command goes on where a killed one ended, and several processes share the work: start it twice to use
+two cores. The manual pages come from Debian's packages (apt-get download), the model and the rest from osft.examples.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.frontier.materials import gather
+from benchmarks.frontier.plan import EXPERIMENTS
+from benchmarks.frontier.report import write_report
+from benchmarks.frontier.runs import Run, execute_missing, finished
+from osft.console import failures
+
+RESULTS = Path(__file__).parents[1] / "results"
+SECONDS_PER_STEP = {"screen": 2.0, "whole": 6.5}
+"""Of one thread, to begin with; measuring a run takes about as long as its training."""
+
+
+def main(
+    experiment: Annotated[
+        list[str] | None, typer.Option("--experiment", "-e", help=f"One of {', '.join(EXPERIMENTS)}; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs take other training blocks with each seed.", min=1)] = 3,
+    storage: Annotated[Path, typer.Option(help="Model, texts and finished runs.")] = Path("runs/frontier"),
+    results: Annotated[Path, typer.Option(help="Where the report is written.")] = RESULTS,
+    threads: Annotated[int, typer.Option(help="CPU threads of this process.", min=1)] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and how long.")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Only report what is there.")] = False,
+) -> None:
+    """Run what is missing of the experiments, and write the report of all of them."""
+    unknown = set(experiment or ()) - set(EXPERIMENTS)
+    if unknown:
+        raise typer.BadParameter(f"there is no {unknown.pop()}; there are {', '.join(EXPERIMENTS)}", param_hint="-e")
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    started = time.perf_counter()
+
+    def progress(what: str) -> None:
+        print(f"{(time.perf_counter() - started) / 60:5.1f} min  {what}", file=sys.stderr, flush=True)
+
+    with failures():
+        materials = gather(storage / "cache", device, progress)
+        plans = {name: plan.runs(seeds) for name, plan in EXPERIMENTS.items()}
+        chosen = [run for name, runs in plans.items() if not experiment or name in experiment for run in runs]
+        if dry_run:
+            done = finished(chosen, materials, storage)
+            _print_plan(chosen, {run: result["seconds"] for run, result in done.items()})
+            return
+        if not report_only:
+            execute_missing(chosen, materials, storage, device, progress)
+        found = {name: finished(runs, materials, storage) for name, runs in plans.items()}
+        missing = {name: [run for run in runs if run not in found[name]] for name, runs in plans.items()}
+        write_report(found, missing, results, device)
+
+
+def _print_plan(runs: list[Run], done: dict[Run, float]) -> None:
+    seconds = 0.0
+    for run in runs:
+        if run in done:
+            print(f"  there     {run}")
+            continue
+        alike = [took for other, took in done.items() if (other.scope, other.tasks) == (run.scope, run.tasks)]
+        estimate = 2 * SECONDS_PER_STEP[run.scope] * run.steps * len(run.tasks)
+        expected = sum(alike) / len(alike) if alike else estimate
+        seconds += expected
+        print(f"  {expected / 60:4.1f} min  {run}")
+    print(f"{len(runs) - len(done)} of {len(runs)} runs to do, about {seconds / 3600:.1f} hours of one process")
+
+
+if __name__ == "__main__":
+    typer.run(main)

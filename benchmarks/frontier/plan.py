@@ -1,0 +1,67 @@
+"""Which runs there are, the most deciding ones first."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.frontier.bench import Scope
+from benchmarks.frontier.materials import PACKAGES
+from benchmarks.frontier.methods import Method
+from benchmarks.frontier.runs import Run
+
+FULL, LORA = Method(kind="full"), Method(kind="lora")
+WEIGHTS, PEFT_OSF = Method(kind="weights", ratio=0.25), Method(kind="peft_osf", ratio=0.25)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """Runs that are compared with each other."""
+
+    title: str
+    scope: Scope
+    tasks: tuple[str, ...]
+    steps: int
+    rates: Mapping[Method, tuple[float, ...]]
+    """Learning rates by method, those that are likely the best first."""
+
+    def runs(self, seeds: int) -> list[Run]:
+        """For each seed the first rate of each method, then the second."""
+        return [
+            Run(
+                scope=self.scope,
+                tasks=self.tasks,
+                steps=self.steps,
+                method=method,
+                learning_rate=rates[place],
+                seed=seed,
+            )
+            for seed in range(seeds)
+            for place in range(max(map(len, self.rates.values())))
+            for method, rates in self.rates.items()
+            if place < len(rates)
+        ]
+
+
+EXPERIMENTS = {
+    "screen": Experiment(
+        title="One far domain, the last 8 blocks",
+        scope="screen",
+        tasks=("german",),
+        steps=16,
+        rates={
+            FULL: (3e-4, 1e-4, 1e-3),
+            LORA: (3e-3, 1e-3, 1e-2),
+            WEIGHTS: (3e-4, 1e-3, 1e-4, 3e-3),
+            PEFT_OSF: (3e-4, 1e-3, 1e-4),
+            Method(kind="full", replay_ratio=0.05): (3e-4, 1e-4, 1e-3),
+            Method(kind="full", replay_ratio=0.01): (3e-4, 1e-4, 1e-3),
+            Method(kind="lora", weight_decay=5.0): (3e-3, 1e-3, 1e-2),
+        },
+    ),
+    "whole": Experiment(
+        title="Three far domains in a sequence, the whole model",
+        scope="whole",
+        tasks=tuple(PACKAGES),
+        steps=12,
+        rates={FULL: (2e-4,), LORA: (2e-3,), WEIGHTS: (5e-4,)},
+    ),
+}

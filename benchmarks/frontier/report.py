@@ -1,0 +1,224 @@
+"""The frontier as JSON, as tables in Markdown and as a picture, from the runs that are finished."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.frontier.bench import SCREENED_BLOCKS
+from benchmarks.frontier.curves import TARGET, Curve, curve_of, mean_and_error
+from benchmarks.frontier.materials import BLOCK_TOKENS, HELD_OUT_BLOCKS, OTHERS, REVIEWS_PER_STEP
+from benchmarks.frontier.plan import EXPERIMENTS, Experiment
+from benchmarks.frontier.runs import Run
+from benchmarks.frontier.summary import Results, forgetting, summarize
+from osft.atomic import atomic_path, write_json
+from osft.evaluation.report.svg import LINES, plot_style
+
+Row = list[str]
+
+
+def write_report(found: Mapping[str, Results], missing: Mapping[str, Sequence[Run]], folder: Path, device: str) -> None:
+    """Write `frontier_DEVICE.json`, `.md` and `.svg`.
+
+    found, missing: by the experiment's name, its finished runs and those that are still to do.
+    """
+    name = f"frontier_{device}"
+    found = {experiment: results for experiment, results in found.items() if results}
+    if not found:
+        return
+    summaries = {experiment: summarize(results) for experiment, results in found.items()}
+    sequences = {experiment: forgetting(results) for experiment, results in found.items()}
+    machines = [result["machine"] for results in found.values() for result in results.values()]
+    write_json(
+        folder / f"{name}.json",
+        {
+            "date": date.today().isoformat(),
+            "machine": machines[0],
+            "summaries": summaries,
+            "runs": {
+                experiment: [_points(run, result) for run, result in results.items()]
+                for experiment, results in found.items()
+            },
+            "sequences": sequences,
+            "missing": {experiment: [str(run) for run in runs] for experiment, runs in missing.items()},
+        },
+    )
+    plot(found, folder / f"{name}.svg")
+    lines = [
+        "# The frontier: what is learned, and how far the model drifts for it",
+        "",
+        "Written by `python -m benchmarks.frontier`.",
+        "",
+        f"![Drift against learning]({name}.svg)",
+        "",
+    ]
+    for experiment, results in found.items():
+        plan = EXPERIMENTS[experiment]
+        lines += [f"## {plan.title}", "", *_setting(plan, results), ""]
+        lines += _table(SUMMARY_COLUMNS, [_summary_row(summary) for summary in summaries[experiment]])
+        if len(plan.tasks) > 1 or "reviews" in plan.tasks:
+            lines += _table(_sequence_columns(plan), [_sequence_row(record, plan) for record in sequences[experiment]])
+        if missing.get(experiment):
+            names = "; ".join(f"{run.method} at {run.learning_rate:g}, seed {run.seed}" for run in missing[experiment])
+            lines += [f"Not run yet, {len(missing[experiment])} runs: {names}.", ""]
+    lines += ["## How it was measured", "", *[f"- {note}" for note in _notes(machines)], ""]
+    with atomic_path(folder / f"{name}.md") as temporary:
+        temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _points(run: Run, result: dict[str, Any]) -> dict[str, Any]:
+    """A run with the means and standard errors over the samples of what was measured."""
+    stages = [
+        stage
+        | {
+            "measured": {
+                text: {key: mean_and_error(values) for key, values in measured.items()}
+                for text, measured in stage["measured"].items()
+            }
+        }
+        for stage in result["stages"]
+    ]
+    base = {text: mean_and_error(measured["loss"]) for text, measured in result["base"].items()}
+    return {"run": asdict(run), "base": base, "stages": stages, "train_seconds": result["train_seconds"]}
+
+
+# ---- tables ----
+
+SUMMARY_COLUMNS = (
+    "method", "best gain", "KL web text", "of full's", "KL Python", "of full's", "best rate", "rates tried", "seeds",
+)  # fmt: skip
+
+
+def _table(header: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    lines = [list(header), ["---"] * len(header), *rows]
+    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
+
+
+def _number(value: Sequence[float | None], digits: int = 4) -> str:
+    """A figure with its standard error."""
+    mean, error = value
+    if mean is None:
+        return "–"
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def _summary_row(summary: dict[str, Any]) -> Row:
+    edge = " (an edge)" if summary["at_edge"] else ""
+    best = ", ".join(f"{rate:g}" for rate in dict.fromkeys(summary["best"]))
+    cells = [summary["method"], f"{summary['gain']:.3f}" if summary["gain"] is not None else "–"]
+    for text in OTHERS:
+        cells += [_number(summary["drift"][text]), _number(summary["relative"][text], 3)]
+    rates = ", ".join(f"{rate:g}" for rate in summary["rates"])
+    return [*cells, f"{best}{edge}" if best else "not reached", rates, str(len(summary["seeds"]))]
+
+
+def _sequence_columns(plan: Experiment) -> list[str]:
+    columns = ["method", "rate", "seed", *(f"{task}: learned, at the end" for task in plan.tasks)]
+    if len(plan.tasks) > 1:
+        columns += ["earlier tasks' loss, rise", "KL, earlier tasks"]
+    for text in OTHERS:
+        columns += [f"KL {text}", f"{text}'s loss, rise"]
+    return columns
+
+
+def _sequence_row(record: dict[str, Any], plan: Experiment) -> Row:
+    cells = [record["method"], f"{record['learning_rate']:g}", str(record["seed"])]
+    for task, learned, kept in zip(plan.tasks, record["learned"], record["kept"], strict=True):
+        right = record["right"].get(task)
+        cells.append(
+            f"{learned[0]:.3f}"
+            + (f", {kept[0]:.3f}" if len(plan.tasks) > 1 else "")
+            + (f", right {100 * right[0]:.0f} -> {100 * right[1]:.0f} %" if right else "")
+        )
+    if len(plan.tasks) > 1:
+        cells += [_signed(record["lost"]), _number(record["moved"])]
+    for text in OTHERS:
+        cells += [_number(record["drift"][text]), _signed(record["rise"][text])]
+    return cells
+
+
+def _signed(value: Sequence[float]) -> str:
+    return f"{value[0]:+.3f} ± {value[1]:.3f}"
+
+
+def _setting(plan: Experiment, results: Results) -> list[str]:
+    base = next(iter(results.values()))["base"]
+    losses = ", ".join(f"{text} {mean_and_error(measured['loss'])[0]:.3f}" for text, measured in base.items())
+    model = "the whole model" if plan.scope == "whole" else f"the last {SCREENED_BLOCKS} of 30 blocks"
+    samples = f"{REVIEWS_PER_STEP} chats" if plan.tasks == ("reviews",) else f"a block of {BLOCK_TOKENS} tokens"
+    return [
+        f"Trained: {model}; {', then '.join(plan.tasks)}; {plan.steps} steps of {samples} for each task. "
+        f"Loss of the healed base in nats per token: {losses}."
+    ]
+
+
+def _notes(machines: Sequence[dict[str, Any]]) -> list[str]:
+    machine = machines[0]
+    return [
+        f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, {machine['threads']} threads a run; "
+        f"torch {machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}",
+        "base model: SmolLM2-135M-Instruct, dequantised Q4_1, healed by 29 steps of 1,024 tokens of web text (full "
+        "fine-tuning at 1e-4), float32; otherwise any training would first repair what the quantization broke",
+        "every method: the same blocks in the same order, AdamW (0.9, 0.95), cosine schedule, gradients clipped to 1, "
+        "float32; other seeds take other blocks",
+        "tasks: manual pages of Debian's manpages-de, manpages-fr and manpages-pl; film reviews are chats whose answer "
+        "is a word",
+        f"held out: {HELD_OUT_BLOCKS} blocks of {BLOCK_TOKENS} tokens of each text, of other pages than the trained "
+        "ones; web text and Python's standard library are never trained on, and other web text healed the model",
+        "gain: fall of the held-out loss, nats per token, in a sequence the mean over all tasks at the end; KL: from "
+        "the base to the tuned model in nats per token",
+        f"KL is read off where the method has {100 * TARGET:.0f} % of the best gain of full fine-tuning, between the "
+        "points of its runs (the update scaled by 0.25 to 1; the root of KL is interpolated), at its best rate",
+        "±: standard errors over the held-out blocks (jackknife, the ratios' too)",
+        "with the last blocks only, the others' output is computed once, and the softmax is over the tokens that occur",
+    ]
+
+
+# ---- picture ----
+
+
+def plot(found: Mapping[str, Results], file: Path) -> None:
+    """Drift on web text against what was learned: a line for each run, from the base on; the methods' by colour."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    methods = list(dict.fromkeys(str(run.method) for results in found.values() for run in results))
+    styles: dict[str, Any] = {method: LINES[place % len(LINES)] for place, method in enumerate(methods)}
+    markers = {method: "os^Dv"[place // len(LINES) % 5] for place, method in enumerate(methods)}
+    with plot_style():
+        figure = Figure(figsize=(4.6 * len(found), 4.4), layout="constrained")
+        panels = figure.subplots(1, len(found), squeeze=False)[0]
+        for axes, (experiment, results) in zip(panels, found.items(), strict=True):
+            for run, result in results.items():
+                if run.seed:
+                    continue
+                color, line = styles[str(run.method)]
+                gains, drifts = _line(curve_of(result))
+                axes.plot(
+                    gains,
+                    drifts,
+                    color=color,
+                    linestyle=line,
+                    marker=markers[str(run.method)],
+                    markersize=3,
+                    linewidth=1,
+                )
+            axes.set_yscale("log")
+            axes.set_title(EXPERIMENTS[experiment].title, fontsize=9)
+            axes.set_xlabel("fall of the task's loss, nats per token (right is better)")
+            axes.set_ylabel("KL(base || tuned) on web text, nats per token (down is better)")
+        handles = [
+            Line2D([], [], color=color, linestyle=line, marker=markers[method], markersize=3, label=method)
+            for method, (color, line) in styles.items()
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+        with atomic_path(file) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def _line(curve: Curve) -> tuple[list[float], list[float]]:
+    return (
+        [float(point.gain.mean()) for point in curve.points],
+        [float(point.drift[OTHERS[0]].mean()) for point in curve.points],
+    )
