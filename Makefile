@@ -27,7 +27,7 @@ REPORT  ?=
 # Test processes side by side; each takes about 1.5 GB.
 JOBS    ?= 2
 
-.PHONY: help setup run rounds compare test test-slow test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench ui images sbom clean
+.PHONY: help setup run rounds frontier test test-slow test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench ui images sbom clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -97,8 +97,8 @@ check-compiled: setup
 bench: setup ## Measure one training step of ours, of full fine-tuning and of PEFT's OSF (under five minutes)
 	$(BIN)/python -m benchmarks.step
 
-compare: setup ## Compare OSFT with full fine-tuning and LoRA over a sequence of tasks (hours; goes on where it was)
-	$(BIN)/python -m benchmarks.compare
+frontier: setup ## Measure what each method learns and how far the model drifts for it (hours on a CPU; resumes)
+	$(BIN)/python -m benchmarks.frontier
 
 images: ## Build the images with Docker, Podman or Buildah: TAG=… TRAINING_TAG=… BASE=… (images/README.md lists the settings)
 	@images/build

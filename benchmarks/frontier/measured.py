@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from osft.data.self_written import as_samples, write_text
 
 from osft.data.packing import Batching
+from osft.data.self_written import as_samples, write_text
 from osft.sealed import read_sealed, write_sealed
 from osft.subspace import select_targets
 from osft.subspace.calibration import measure, measure_inputs
