@@ -14,17 +14,22 @@ from osft.config import SubspaceConfig, TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import MicroBatch, collate
 from osft.subspace import factor_store, select_targets
+from osft.subspace.calibration import measure
 from osft.training.loop import make_optimizer, train_step
 from osft.training.sharded_model import load_sharded
 
 METHODS = {
     "ours": "OSFT, complement",
     "ours_core": "OSFT, core",
+    "ours_activations": "protect activations, with stiffness",
     "full": "full fine-tuning, every parameter",
     "full_targets": "full fine-tuning of the same weights",
     "peft_osf": "PEFT OSF",
 }
 RATIO = 0.25
+STIFFNESS = 1.0
+"""Any but 0 costs the same."""
+CALIBRATION_SAMPLES = 4
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,7 +73,7 @@ def give_spectrum_(weight: torch.Tensor, generator: torch.Generator) -> None:
 
 
 def prepare(folder: Path, settings: Settings) -> None:
-    """Save the random model in bfloat16, as checkpoints come, its factors for both kinds of `ours`, the settings."""
+    """Save the random model in bfloat16, as checkpoints come, its factors for each kind of `ours`, the settings."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
@@ -89,22 +94,33 @@ def prepare(folder: Path, settings: Settings) -> None:
     with torch.no_grad():
         for target in select_targets(model):
             give_spectrum_(model.get_submodule(target.name).weight, generator)
+    statistics = measure(
+        model.to(settings.device),
+        select_targets(model),
+        [random_sample(settings, settings.tokens, generator) for _ in range(CALIBRATION_SAMPLES)],
+        device=settings.device,
+    )
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     del model
     manifests = {}
+    store: dict[str, Any] = {"store": folder / "factors", "device": settings.device, "report": lambda _: None}
     for method, subspace in subspaces().items():
-        made = factor_store.precompute(
-            folder / "model", folder / "factors", subspace, device=settings.device, report=lambda _: None
-        )
+        if subspace.protect == "weights":
+            made = factor_store.precompute(folder / "model", config=subspace, **store)
+        else:
+            made = factor_store.precompute_by_inputs(
+                folder / "model", config=subspace, statistics=statistics, statistics_file="", **store
+            )
         manifests[method] = str(made.path)
     write_json(folder / "prepared.json", {"settings": asdict(settings), "factors": manifests})
 
 
 def subspaces() -> dict[str, SubspaceConfig]:
-    """The subspace settings of the two kinds of `ours`."""
+    """The subspace settings of the kinds of `ours`."""
     return {
         "ours": SubspaceConfig(unfreeze_rank_ratio=RATIO, free_subspace="complement"),
         "ours_core": SubspaceConfig(unfreeze_rank_ratio=RATIO, free_subspace="core"),
+        "ours_activations": SubspaceConfig(unfreeze_rank_ratio=RATIO, protect="activations"),
     }
 
 
@@ -120,6 +136,7 @@ def train_config(folder: Path, method: str, learning_rate: float = 1e-5) -> Trai
         max_tokens_per_gpu=2048,
         max_seq_len=2048,
         learning_rate=learning_rate,
+        stiffness=STIFFNESS if method == "ours_activations" else 0.0,
         **asdict(subspaces()[method]),
     )
 
@@ -155,8 +172,13 @@ def build(method: str, folder: Path, settings: Settings) -> Any:
 def random_batches(settings: Settings, *, count: int, tokens: int, seed: int) -> list[MicroBatch]:
     """`count` micro-batches of one sample each."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(settings.vocab_size, (count, tokens), generator=generator).tolist()
-    return [collate([Sample(row, row)]).to(settings.device) for row in rows]
+    return [collate([random_sample(settings, tokens, generator)]).to(settings.device) for _ in range(count)]
+
+
+def random_sample(settings: Settings, tokens: int, generator: torch.Generator) -> Sample:
+    """Random tokens, all of them in the loss."""
+    row = torch.randint(settings.vocab_size, (tokens,), generator=generator).tolist()
+    return Sample(row, row)
 
 
 def stepper(model: nn.Module, config: TrainConfig, settings: Settings) -> Callable[[int, int], None]:

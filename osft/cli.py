@@ -90,21 +90,40 @@ def decompose(
     target_patterns: Annotated[
         list[str] | None, typer.Option("--target-pattern", help="As in training. Repeatable.")
     ] = None,
+    protect: Annotated[str, typer.Option(help="weights or activations, as in training.")] = "weights",
     free_subspace: Annotated[str, typer.Option(help="complement or core, as in training.")] = "complement",
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Of the text that the model writes, as in training.", show_default=False)
+    ] = None,
+    calibration_data: Annotated[
+        str | None, typer.Option(help="Records that stand for what it knows, as in training.", show_default=False)
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in training.")] = False,
 ) -> None:
     """Split the weights of a model before it is trained, and print the path to give as `factors`."""
     with failures():
         from osft.config import SubspaceConfig
         from osft.models import model_folder
-        from osft.subspace.factor_store import precompute
+        from osft.preflight import preflight
+        from osft.training.inputs import compute_factors
 
         subspace = SubspaceConfig(
             unfreeze_rank_ratio=unfreeze_rank_ratio,
             target_patterns=target_patterns or None,
-            free_subspace=free_subspace,  # type: ignore[arg-type]  # checked there
+            protect=protect,  # type: ignore[arg-type]  # checked there
+            free_subspace=free_subspace,  # type: ignore[arg-type]
+            calibration_tokens=calibration_tokens,
+            calibration_data=calibration_data,
         )
-        factors = precompute(model_folder(model), expanded(str(store)), subspace, trust_remote_code=trust_remote_code)
+        folder = model_folder(model)
+        factors = compute_factors(
+            folder,
+            "",  # only adaptive ranks need the training data
+            expanded(str(store)),
+            subspace,
+            batching=preflight(folder, trust_remote_code=trust_remote_code).batching,
+            trust_remote_code=trust_remote_code,
+        )
     output.print(Text(str(factors.path)), soft_wrap=True)
 
 

@@ -12,12 +12,11 @@ Tang et al. 2025, arXiv:2503.02659).
 """
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from osft.subspace.statistics import SecondMoment
+from osft.subspace.second_moment import SecondMoment
 
 SplitKind = Literal["complement", "core", "right", "left"]
 """How a weight is split. "complement" and "core": by its singular vectors, as `FreeSubspace` says. "right" and "left":
@@ -97,7 +96,7 @@ def factor_shapes(shape: tuple[int, ...], rank: int, split: SplitKind) -> dict[s
 
 
 def split_by_inputs(
-    moment: "SecondMoment", rank: int, split: SplitKind, *, gradient_energy: torch.Tensor, unit: float
+    moment: SecondMoment, rank: int, split: SplitKind, *, gradient_energy: torch.Tensor, unit: float
 ) -> Factors:
     """The `rank` directions of least energy of a layer's inputs, on the side that `split` ("right" or "left") says.
 
@@ -116,7 +115,7 @@ def split_by_inputs(
     )
 
 
-def _all_directions(moment: "SecondMoment") -> tuple[torch.Tensor, torch.Tensor]:
+def _all_directions(moment: SecondMoment) -> tuple[torch.Tensor, torch.Tensor]:
     """A whole orthonormal basis (n, n) in which the moment is diagonal, and the energies (n,), descending."""
     known = moment.rank
     if known == moment.size:

@@ -18,9 +18,11 @@ from osft.config import SubspaceConfig, TrainConfig
 from osft.data.packing import Batching
 from osft.models import model_folder
 from osft.preflight import Preflight, check_data, preflight
-from osft.subspace.factor_store import FactorSet, load_factor_set, precompute
+from osft.subspace.factor_store import FactorSet, load_factor_set, precompute, precompute_by_inputs
 from osft.subspace.rank_allocation import measure_importance
+from osft.subspace.statistics_store import load_statistics
 from osft.training.own_process import in_own_process
+from osft.training.statistics import calibrated
 
 if TYPE_CHECKING:
     from osft.data.dataset_folder import PreparedData
@@ -211,9 +213,13 @@ def compute_factors(
     subspace: SubspaceConfig,
     *,
     batching: Batching,
+    carried: str | None = None,
     trust_remote_code: bool = False,
 ) -> FactorSet:
-    """Decompose what `store` does not hold yet; with adaptive ranks, measure the layers' importance on `data` first.
+    """Split what `store` does not hold yet.
+
+    With adaptive ranks, the layers' importance is measured on `data` first. With protect="activations" their inputs
+    are, or statistics are `carried` from the rounds before, a path or URI (`osft.training.statistics`).
 
     With a GPU, that is done in a process of its own, which ends: a CUDA context would keep several 100 MB of the GPU
     from the training processes for as long as this one waits for them. Raises what the other process raised.
@@ -224,6 +230,7 @@ def compute_factors(
         "store": str(store),
         "subspace": asdict(subspace),
         "batching": batching.value,
+        "carried": carried,
         "trust_remote_code": trust_remote_code,
     }
     if not torch.cuda.is_available():
@@ -235,6 +242,14 @@ def compute_factors(
 def compute_factors_here(work: dict[str, Any], *, device: str) -> FactorSet:
     """`compute_factors` in this process."""
     model, subspace = Path(work["model"]), SubspaceConfig(**work["subspace"])
+    common: dict[str, Any] = {"device": device, "trust_remote_code": work["trust_remote_code"]}
+    if subspace.protect == "activations":
+        batching = Batching(work["batching"])
+        address = calibrated(model, work["store"], subspace, carried=work["carried"], batching=batching, **common)
+        file = address.removeprefix(f"{work['store']}/")
+        return precompute_by_inputs(
+            model, work["store"], subspace, load_statistics(address), statistics_file=file, **common
+        )
     importance = None
     if subspace.rank_allocation == "adaptive":
         from osft.data.dataset_folder import load_split
@@ -244,17 +259,9 @@ def compute_factors_here(work: dict[str, Any], *, device: str) -> FactorSet:
         importance = measure_importance(
             model,
             samples,
-            device=device,
             dtype=torch.bfloat16 if device == "cuda" else torch.float32,
             max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
             batching=Batching(work["batching"]),
-            trust_remote_code=work["trust_remote_code"],
+            **common,
         )
-    return precompute(
-        model,
-        work["store"],
-        subspace,
-        importance=importance,
-        device=device,
-        trust_remote_code=work["trust_remote_code"],
-    )
+    return precompute(model, work["store"], subspace, importance=importance, **common)

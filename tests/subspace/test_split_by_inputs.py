@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from osft.subspace.decomposition import Factors, SplitKind, split_by_inputs, unfrozen_rank
 from osft.subspace.experts import OSFTExperts
 from osft.subspace.linear import OSFTLinear
-from osft.subspace.statistics import SecondMoment
+from osft.subspace.second_moment import SecondMoment
 
 INPUTS, OUTPUTS, KNOWN = 24, 40, 15
 """Of the layer's inputs, as many directions carry what it knows."""

@@ -1,0 +1,166 @@
+"""What protect="activations" keeps a model as it is on: the statistics that it comes with, or that are measured now.
+
+    <store>/statistics/              by what they were measured on (`osft.subspace.statistics_store`)
+    <store>/texts/<sha256>.jsonl     the text that a model wrote itself, by the hash of its tokens
+
+The statistics of a lineage are handed on (`carried`): what the base model and every round knew. A model without, such
+as a base model, is measured on text that it writes itself, and on records that are given.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from osft import storage
+from osft.config import SubspaceConfig
+from osft.content import files_sha256, named_sha256
+from osft.data.chat import Sample, tokenize
+from osft.data.files import data_files
+from osft.data.packing import Batching
+from osft.data.records import read_records
+from osft.data.self_written import as_samples, default_num_tokens, save_texts, write_text
+from osft.models import load_model
+from osft.subspace.calibration import measure, text_sha256
+from osft.subspace.statistics import Statistics
+from osft.subspace.statistics_store import find_statistics, load_statistics, save_statistics, statistics_key
+from osft.subspace.targets import select_targets
+from osft.training.identity import model_contents
+
+MAX_TOKENS = 2048
+"""Of a micro-batch, and of a record of calibration_data."""
+
+
+def calibrated(
+    model: Path,
+    store: str | Path,
+    subspace: SubspaceConfig,
+    *,
+    carried: str | None = None,
+    batching: Batching,
+    device: str,
+    trust_remote_code: bool = False,
+    report: Callable[[str], None] = print,
+) -> str:
+    """The path or URI, below `store`, of the statistics for a model: those `carried`, or measured now, once.
+
+    Raises FileNotFoundError or DamagedFile for carried ones that are not what was written, DataError for bad records of
+    calibration_data, ValueError for a model that writes no text.
+    """
+    if carried:
+        statistics = load_statistics(carried)
+        report(f"statistics: {_described(statistics)}, carried by the model ({carried})")
+        return carried if carried.startswith(f"{store}/") else save_statistics(statistics, store)
+    key = statistics_key(**_made_of(model, subspace))
+    if found := find_statistics(store, key):
+        report(f"statistics: reused {found}")
+        return found
+    statistics = _measured(
+        model,
+        store,
+        subspace,
+        batching=batching,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        report=report,
+    )
+    address = save_statistics(statistics, store, key)
+    report(f"statistics: measured {_described(statistics)} ({address})")
+    return address
+
+
+def own_text(statistics: Statistics, store: str | Path) -> str | None:
+    """The path or URI of the text that the base model wrote itself, if the store has it."""
+    for part in statistics.parts:
+        address = storage.join(store, "texts", f"{part.text_sha256}.jsonl")
+        if storage.find(address) is not None:
+            return address
+    return None
+
+
+def _measured(
+    folder: Path,
+    store: str | Path,
+    subspace: SubspaceConfig,
+    *,
+    batching: Batching,
+    device: str,
+    trust_remote_code: bool,
+    report: Callable[[str], None],
+) -> Statistics:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model: Any = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.to(device).eval()
+    targets = select_targets(model, subspace.target_patterns)
+    default = default_num_tokens(max(max(target.shape[-2:]) for target in targets))
+    num_tokens = subspace.calibration_tokens
+    if num_tokens is None:
+        num_tokens = default
+    texts: dict[str, tuple[str, list[Sample]]] = {}
+    if num_tokens:
+        written = write_text(
+            model,
+            tokenizer,
+            num_tokens=num_tokens,
+            seed=subspace.calibration_seed,
+            temperature=subspace.calibration_temperature,
+        )
+        samples = as_samples(written)
+        address = storage.join(store, "texts", f"{text_sha256(samples)}.jsonl")
+        save_texts(written, tokenizer, storage.local(address))
+        storage.publish(address)
+        described = f"written by the model, seed {subspace.calibration_seed}, "
+        texts["base"] = (described + f"temperature {subspace.calibration_temperature:g}", samples)
+    if subspace.calibration_data:
+        given = _given(subspace.calibration_data, tokenizer, num_tokens or default, report)
+        texts["calibration_data"] = (subspace.calibration_data, given)
+    parts = [
+        measure(
+            model,
+            targets,
+            samples,
+            device=device,
+            max_tokens=MAX_TOKENS,
+            batching=batching,
+            name=name,
+            source=source,
+            model_sha256=model_contents(folder)["weights"],
+        )
+        for name, (source, samples) in texts.items()
+    ]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _given(uri: str, tokenizer: Any, num_tokens: int, report: Callable[[str], None]) -> list[Sample]:
+    """Records up to `num_tokens`, those with the smallest content hashes: whatever the files' order."""
+    distinct = {record.content_hash: record for record in read_records(uri, allow_text=True)}
+    chosen: list[list[int]] = []
+    for key in sorted(distinct):
+        chosen.append(tokenize(distinct[key], tokenizer, max_text_tokens=MAX_TOKENS).input_ids[:MAX_TOKENS])
+        if sum(map(len, chosen)) >= num_tokens:
+            break
+    report(f"statistics: {len(chosen):,} of {len(distinct):,} records of {uri}, for {num_tokens:,} tokens")
+    return as_samples(chosen)
+
+
+def _made_of(model: Path, subspace: SubspaceConfig) -> dict[str, Any]:
+    """What determines the statistics, but for the hardware."""
+    data = ""
+    if subspace.calibration_data:
+        digests = files_sha256(data_files(subspace.calibration_data))
+        data = named_sha256({file.name: digest for file, digest in digests.items()})
+    return {
+        "model": model_contents(model),
+        "targets": subspace.target_patterns,
+        "tokens": subspace.calibration_tokens,
+        "temperature": subspace.calibration_temperature,
+        "seed": subspace.calibration_seed,
+        "data": data,
+    }
+
+
+def _described(statistics: Statistics) -> str:
+    return " and ".join(f"{part.name} ({part.num_tokens:,} tokens)" for part in statistics.parts)
