@@ -35,9 +35,10 @@ from osft.conversion import ModelWeights
 from osft.data.chat import Sample
 from osft.data.packing import collate
 from osft.likelihood import token_nll
-from osft.models import empty_model
+from osft.models import empty_model, load_model
 from osft.subspace import osft_layers, select_targets
-from osft.subspace.factor_store import precompute
+from osft.subspace.calibration import measure
+from osft.subspace.factor_store import precompute, precompute_by_inputs
 from osft.training.loop import run
 from osft.training.saving import save_merged
 from osft.training.sharded_model import load_sharded
@@ -137,8 +138,19 @@ def train_config(folder: Path, *, factors: Path | None = None, **changes: object
     }
     config = TrainConfig(**(settings | changes))
     if factors is None:
-        factors = precompute(folder, folder.parent / "factors", config.subspace, report=lambda _: None).path
+        factors = factors_for(config, folder)
     return dataclasses.replace(config, factors=str(factors))
+
+
+def factors_for(config: TrainConfig, folder: Path) -> Path:
+    store = folder.parent / "factors"
+    if config.protect == "weights":
+        return precompute(folder, store, config.subspace, report=lambda _: None).path
+    model = load_model(folder, dtype=torch.float32)
+    statistics = measure(model, select_targets(model), make_samples(), device="cpu")
+    return precompute_by_inputs(
+        folder, store, config.subspace, statistics, statistics_file="", report=lambda _: None
+    ).path
 
 
 def load(config: TrainConfig, mesh: DeviceMesh | None = None) -> tuple[nn.Module, ModelWeights]:
@@ -262,7 +274,14 @@ def test_packed_samples_do_not_see_each_other(trained):
     torch.testing.assert_close(packed, separate, rtol=1e-4, atol=1e-5)
 
 
-SHARDED = ("gpt2", "qwen3_moe", "gpt_oss")
+SHARDED = {
+    "gpt2": {},
+    "qwen3_moe": {},
+    "gpt_oss": {},
+    "gpt2 by inputs": {"protect": "activations", "stiffness": 10.0},
+    "llama by inputs": {"protect": "activations", "stiffness": 10.0},
+}
+"""A family, and what is changed in its settings."""
 
 
 def train_shard(rank: int, root: Path, configs: dict[str, TrainConfig]) -> None:
@@ -283,9 +302,9 @@ def train_shard(rank: int, root: Path, configs: dict[str, TrainConfig]) -> None:
 def test_shards_of_experts_and_of_transposed_weights_train_like_one_process(tmp_path):
     """Three experts over two processes; one model recomputes activations, through the experts' hooks."""
     configs, one_process = {}, {}
-    for family in SHARDED:
-        save_model(family, tmp_path / family / "model")
-        configs[family] = train_config(tmp_path / family / "model")
+    for family, changes in SHARDED.items():
+        save_model(family.split()[0], tmp_path / family / "model")
+        configs[family] = train_config(tmp_path / family / "model", **changes)
         config = configs[family]
         model, stored = load(config)
         one_process[family] = train_here(configs[family], model)
