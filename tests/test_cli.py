@@ -214,7 +214,7 @@ def test_evaluation_decides_by_the_rules_of_a_file(model_folder, tmp_path):
     store = tmp_path / "scores"
     code, output, _ = invoke("evaluate", model_folder, model_folder, new, "--gate", gate, "--score-store", store)
     assert code == 0
-    assert "gate: refuse: min_gain: new gained 0.0% in loss against base, at least 10.0%" in output
+    assert "gate: refuse: min_gain: new gained 0.00% in loss against base, at least 10.00% + 1 x 0.00%" in output
     gate.write_text("min_gain: null\n")
     code, output, _ = invoke("evaluate", model_folder, model_folder, new, "--gate", gate, "--score-store", store)
     assert (code, output.splitlines()[-1]) == (0, "gate: promote")

@@ -1,16 +1,21 @@
-"""Did the candidate learn enough, and forget little enough?
+"""Did the candidate learn something, and forget little enough?
 
-    min_gain                   the new task improved by at least `bound` over the reference: the champion, or the base
-                               model where there is none
+    min_gain                   the new task improved by at least `bound` (of 0: by more than that) over the reference:
+                               the champion, or the base model where there is none
     max_forgetting             no earlier task is worse by more than `bound` than after any round since it was learned,
                                and than the reference is now
-    max_drift                  no anchor is worse by more than `bound` than the base model's, so that small losses do
-                               not add up over rounds
+    max_drift                  on no anchor, and not on what the base model wrote itself, have the predictions moved
+                               from the base model's by more than `bound` nats per token (metric "kl"); or no anchor's
+                               loss or accuracy is worse than the base model's by more than `bound`. Against the base
+                               model, so that small drifts do not add up over rounds
     max_benchmark_regression   no public benchmark is worse by more than `bound` than the reference's
 
 A rule compares what was gained or lost, less `standard_errors` times its standard error: min_gain then asks for a gain
 that is not chance, the others forgive a loss that may be. An unknown standard error never helps to pass. What is NaN
 never passes.
+
+By default a round is promoted that gained beyond its standard error and lost nothing beyond it, whether the task is new
+or more of what the champion knows; 1 % of an earlier task's loss and 0.05 nats of drift are allowed.
 """
 
 import math
@@ -21,6 +26,8 @@ from typing import Any, NamedTuple
 from osft.parameters import boolean, number, refuse_unknown
 
 METRICS = ("loss", "accuracy")
+KL = "kl"
+"""The metric of max_drift alone: KL(base || candidate), see `osft.evaluation.drift`."""
 _ROUNDING = 1e-9
 """What a number may lie beyond its bound: 0.90 - 0.88 is more than 0.02 to a computer."""
 
@@ -30,28 +37,33 @@ class Rule:
     """A bound on a gain or a loss."""
 
     metric: str | None = "loss"
-    """"loss" or "accuracy"; None of a benchmark, which has its own."""
+    """"loss", "accuracy", or of max_drift "kl"; None of a benchmark, which has its own."""
     bound: float
     relative: bool = True
-    """Whether the bound is a share of the value before, or in the metric's own unit."""
+    """Whether the bound is a share of the value before, or in the metric's own unit, as "kl" always is."""
     standard_errors: float = 0.0
     """How many standard errors the gain must be above its bound, or a loss may be."""
+
+
+_DRIFT_OF_SCORES = Rule(bound=0.02)
+"""What max_drift is by default if it is on the loss or the accuracy of the anchors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateRules:
     """What decides on promotion. A rule that is None is off."""
 
-    min_gain: Rule | None = Rule(bound=0.15)
-    max_forgetting: Rule | None = Rule(bound=0.05, standard_errors=1.0)
-    max_drift: Rule | None = Rule(bound=0.02)
+    min_gain: Rule | None = Rule(bound=0.0, standard_errors=1.0)
+    max_forgetting: Rule | None = Rule(bound=0.01, standard_errors=1.0)
+    max_drift: Rule | None = Rule(metric=KL, bound=0.05, relative=False)
     max_benchmark_regression: Rule | None = Rule(metric=None, bound=0.02, relative=False, standard_errors=1.0)
 
     @classmethod
     def from_parameters(cls, given: Mapping[str, Any] | None) -> "GateRules":
         """The default rules, changed key by key: `{"min_gain": {"bound": 0.1}, "max_drift": False}`.
 
-        False turns a rule off; so does None, which kfp.local cannot hand on.
+        False turns a rule off; so does None, which kfp.local cannot hand on. max_drift by loss or accuracy, or
+        `relative`, which only these can be, has a bound of 2 % unless another is given.
 
         Raises ValueError that names the rule and the key for what is unknown, or cannot be.
         """
@@ -100,15 +112,15 @@ def decide(
 
     evaluation: of `evaluate`. history: the versions that the champion comes from, the oldest first, it itself the last
     (which counts as measured now). Each of `rules` holds the numbers of one rule on one set or benchmark: `rule`,
-    `subject`, `metric`, `against`, `before`, `after`, `value` (gained or lost, a share or absolute), `stderr` (of
-    `value`), `standard_errors`, `relative`, `bound`, `comparison` and `passed`.
+    `subject`, `metric`, `against`, `before` and `after` (a drift is 0 before), `value` (gained or lost, a share or
+    absolute), `stderr` (of `value`), `standard_errors`, `relative`, `bound`, `comparison` and `passed`.
 
     An earlier task is compared with each version since it was learned; the one against which the candidate lost most,
     less the standard errors, is reported. The reference is measured on the same records now, so its standard error is
     that of the paired difference; that of another version is the root of the sum of both squared errors. A share's
     standard error takes the value before as exact.
 
-    Raises ValueError for a rule on the accuracy of a set that has none.
+    Raises ValueError for a rule on an accuracy or a drift that was not measured.
     """
     outcomes = list(_outcomes(evaluation, rules, history))
     failed = [outcome for outcome in outcomes if not outcome["passed"]]
@@ -137,9 +149,7 @@ def _outcomes(
             compared = [_outcome("max_forgetting", rule, name, before, after) for before in candidates]
             yield max(compared, key=_certain_loss)
     if rules.max_drift:
-        for name in names.get("anchor", []):
-            before = _measured_now(evaluation, "max_drift", rules.max_drift, name, "base")
-            yield _outcome("max_drift", rules.max_drift, name, before, _after(evaluation, rules.max_drift, name))
+        yield from _drift_outcomes(evaluation, rules.max_drift, names)
     if rules.max_benchmark_regression and evaluation.get("benchmarks"):
         results = evaluation["benchmarks"]["results"]
         for name, task in evaluation["benchmarks"]["tasks"].items():
@@ -149,6 +159,25 @@ def _outcomes(
             yield _outcome(
                 "max_benchmark_regression", rule, name, before, now["value"], higher=bool(task["higher_is_better"])
             )
+
+
+def _drift_outcomes(
+    evaluation: Mapping[str, Any], rule: Rule, names: Mapping[str, Sequence[str]]
+) -> Iterator[dict[str, Any]]:
+    """The rule max_drift on the sets that it applies to; `names` of these by role."""
+    if rule.metric != KL:
+        for name in names.get("anchor", []):
+            before = _measured_now(evaluation, "max_drift", rule, name, "base")
+            yield _outcome("max_drift", rule, name, before, _after(evaluation, rule, name))
+        return
+    for name in (*names.get("anchor", []), *names.get("self-written", [])):
+        drift = evaluation.get("drift", {}).get("base", {}).get(name)
+        if drift is None:
+            raise ValueError(
+                f"the gate's rule max_drift is on the KL of {name}, which was not measured: base and candidate read it "
+                "as different tokens, or an earlier release evaluated them. Give max_drift the metric 'loss'"
+            )
+        yield _outcome("max_drift", rule, name, _Before("base", 0.0, drift["stderr"]), drift["kl"])
 
 
 def _measured_now(evaluation: Mapping[str, Any], name: str, rule: Rule, subject: str, model: str) -> _Before:
@@ -187,7 +216,7 @@ def _outcome(
     name: str, rule: Rule, subject: str, before: _Before, after: float, *, higher: bool | None = None
 ) -> dict[str, Any]:
     """One rule's numbers and whether they pass."""
-    higher = rule.metric != "loss" if higher is None else higher
+    higher = rule.metric == "accuracy" if higher is None else higher
     is_gain = name == "min_gain"
     value = after - before.value if higher == is_gain else before.value - after
     stderr = before.change_stderr
@@ -206,10 +235,13 @@ def _outcome(
         "standard_errors": rule.standard_errors,
         "relative": rule.relative,
         "bound": rule.bound,
-        "comparison": "at least" if is_gain else "at most",
+        "comparison": "at most" if not is_gain else "at least" if rule.bound else "more than",
     }
     certain = _certain(outcome)
-    passed = certain >= rule.bound - _ROUNDING if is_gain else certain <= rule.bound + _ROUNDING
+    if is_gain:
+        passed = certain >= rule.bound - _ROUNDING if rule.bound else certain > _ROUNDING
+    else:
+        passed = certain <= rule.bound + _ROUNDING
     return outcome | {"passed": passed}  # a NaN compares false
 
 
@@ -219,7 +251,7 @@ def _certain(outcome: Mapping[str, Any]) -> float:
     if not factor:
         return float(value)
     if stderr is None:
-        return -math.inf if outcome["comparison"] == "at least" else float(value)
+        return -math.inf if outcome["rule"] == "min_gain" else float(value)
     return float(value - factor * stderr)
 
 
@@ -244,14 +276,28 @@ def _root_of_squares(*stderrs: float | None) -> float | None:
 
 def _sentence(outcome: Mapping[str, Any]) -> str:
     """Why a rule failed."""
-    unit = "{:.1%}" if outcome["relative"] else "{:.4g}"
-    verb = "gained" if outcome["rule"] == "min_gain" else "lost"
-    said = f"{outcome['rule']}: {outcome['subject']} {verb} {unit.format(outcome['value'])} in {outcome['metric']}"
-    said += f" against {outcome['against']}, {outcome['comparison']} {unit.format(outcome['bound'])}"
+    unit = "{:.2%}" if outcome["relative"] else "{:.4g}"
+    rule, subject, against, value = (outcome[key] for key in ("rule", "subject", "against", "value"))
+    errors = ""
     if outcome["standard_errors"]:
         stderr = "unknown" if outcome["stderr"] is None else unit.format(outcome["stderr"])
-        said += f" + {outcome['standard_errors']:g} x {stderr} (standard error)"
-    return said
+        errors = f" + {outcome['standard_errors']:g} x {stderr} (standard error)"
+    bound = f"{outcome['comparison']} {unit.format(outcome['bound'])}{errors}"
+    if outcome["metric"] == KL:
+        return f"{rule}: {subject} moved by {unit.format(value)} nats per token (KL) from {against}, {bound}"
+    verb = "lost" if (rule == "min_gain") == (value < 0) else "gained"
+    measured = f"{subject} {verb} {unit.format(abs(value))} in {outcome['metric']} against {against}"
+    if rule == "min_gain" and not outcome["bound"] and not math.isnan(value):
+        return f"{rule}: {_without_gain(outcome)}: {measured}, {bound}"
+    return f"{rule}: {measured}, {bound}"
+
+
+def _without_gain(outcome: Mapping[str, Any]) -> str:
+    """Why the gain on the new task is not one."""
+    if outcome["standard_errors"] and outcome["stderr"] is None:
+        return "one record cannot tell a gain from chance"
+    lost_more = -outcome["value"] > outcome["standard_errors"] * (outcome["stderr"] or 0.0)
+    return "nothing more to learn at this learning rate" if lost_more else "nothing more to learn"
 
 
 def _keys(rule: Rule) -> dict[str, Any]:
@@ -265,12 +311,15 @@ def _rule(name: str, default: Rule, given: Any) -> Rule:
             f"gate rule {name} must hold {', '.join(_keys(default))}, or be false to be off, got {given!r}"
         )
     refuse_unknown(map(str, given), _keys(default), kind=f"key of the gate rule {name}")
+    metrics = (KL, *METRICS) if name == "max_drift" else METRICS
+    if name == "max_drift" and given.get("metric", "loss" if boolean(given.get("relative")) else KL) in METRICS:
+        default = _DRIFT_OF_SCORES
     plain = dict(given)
     for key, value in given.items():
         where = f"{key} of the gate rule {name}"
         if key == "metric":
-            if value not in METRICS:
-                raise ValueError(f"{where} must be one of {', '.join(METRICS)}, got {value!r}")
+            if value not in metrics:
+                raise ValueError(f"{where} must be one of {', '.join(metrics)}, got {value!r}")
         elif key == "relative":
             plain[key] = boolean(value)
             if plain[key] is None:
@@ -280,6 +329,11 @@ def _rule(name: str, default: Rule, given: Any) -> Rule:
             if plain[key] is None or plain[key] < 0:
                 raise ValueError(f"{where} must be a number, at least 0, got {value!r}")
     rule = replace(default, **plain)
+    if rule.metric == KL and rule.relative:
+        raise ValueError(
+            f"relative of the gate rule {name} cannot be true of the metric {KL}, which has no value before. Give the "
+            "metric loss or accuracy, or leave it out"
+        )
     if name == "min_gain" and rule.relative and rule.metric == "loss" and rule.bound >= 1:
         raise ValueError(
             f"bound of the gate rule min_gain is {rule.bound!r}: no loss can fall by its whole. Give less than 1"

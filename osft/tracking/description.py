@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from osft.evaluation.gate import KL
+
 _MAX_LENGTH = 5000  # MLflow's column for it
 _ROLES = ("new task", "earlier task", "anchor")
 
@@ -94,6 +96,8 @@ def _change(change: Mapping[str, Any]) -> str:
 
 
 def _bound(rule: Mapping[str, Any]) -> str:
+    if rule["metric"] == KL:
+        return f"{rule['bound']:g} nats per token"
     kind = "gained" if rule["rule"] == "min_gain" else "lost"
     return f"{rule['bound']:.1%} {kind}" if rule["relative"] else f"{rule['bound']:g} {kind}"
 

@@ -162,8 +162,8 @@ def one_round(
         more_training_settings: Further settings of `osft train` by name, such as {"max_grad_norm": 0.5}.
         max_anchor_samples: Evaluate on at most this many records of each anchor; 0 uses all.
         gate: Rules for promotion, each with bound, relative and standard_errors: least gain on the new task, most
-            forgetting of an earlier one, most drift of an anchor from the base model, most loss in an lm-eval task.
-            What is left out keeps its default; false turns a rule off.
+            forgetting of an earlier one, most drift of an anchor from the base model (its metric kl, loss or
+            accuracy), most loss in an lm-eval task. What is left out keeps its default; false turns a rule off.
         lm_eval_tasks: Tasks of lm-evaluation-harness, such as ["arc_easy"], that the models are compared on.
         lm_eval_folder: Folder with YAML files of such tasks of your own, whose data may be local.
         max_lm_eval_samples: Ask only the first so many questions of each; 0 asks all.

@@ -23,10 +23,15 @@ def evaluation(
     candidate: dict[str, Any],
     champion: dict[str, Any] | None = None,
     stderr: float | None = 0.1,
+    kl: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """What `evaluate` returns, of sets named after their role; `stderr` is that of each paired change."""
+    """What `evaluate` returns, of sets named after their role; `stderr` is that of each paired change.
+
+    `kl` is the drift from the base model where it is not 0.
+    """
     results = {"base": base, "candidate": candidate} | ({"champion": champion} if champion else {})
-    roles = {"new": "new task", "earlier": "earlier task", "anchor": "anchor"}
+    roles = {"new": "new task", "earlier": "earlier task", "anchor": "anchor", "written": "self-written"}
+    moved = dict.fromkeys(candidate, 0.0) | (kl or {})
 
     def change(model: str, name: str, metric: str) -> dict[str, float | None] | None:
         before, after = results[model][name][metric], candidate[name][metric]
@@ -34,7 +39,7 @@ def evaluation(
 
     return {
         "reference": "champion" if champion else "base",
-        "sets": {name: {"role": roles[name.split()[0]]} for name in candidate},
+        "sets": {name: {"role": roles[name.split()[0]]} for name in moved},
         "results": results,
         "changes": {
             model: {
@@ -43,6 +48,7 @@ def evaluation(
             for model in results
             if model != "candidate"
         },
+        "drift": {"base": {name: {"kl": value, "stderr": stderr, "num_tokens": 9} for name, value in moved.items()}},
         "benchmarks": None,
     }
 
@@ -54,12 +60,20 @@ def outcome(found: dict[str, Any], rules: dict[str, Any], **more: Any) -> dict[s
 
 
 def gain(before: float, after: float, *, stderr: float | None = 0.1, **keys: Any) -> dict[str, Any]:
+    """What min_gain says, by default without a standard error."""
     found = evaluation(base={"new": score(before, before)}, candidate={"new": score(after, after)}, stderr=stderr)
-    return outcome(found, {"min_gain": keys})
+    return outcome(found, {"min_gain": {"standard_errors": 0} | keys})
 
 
 def drift(before: float, after: float, **keys: Any) -> dict[str, Any]:
+    """What max_drift says of a loss, or of another score."""
     found = evaluation(base={"anchor": score(before, before)}, candidate={"anchor": score(after, after)})
+    return outcome(found, {"max_drift": {"metric": "loss"} | keys})
+
+
+def moved(kl: float, *, stderr: float | None = 0.01, **keys: Any) -> dict[str, Any]:
+    """What max_drift says of a divergence."""
+    found = evaluation(base={"anchor": score(2.0)}, candidate={"anchor": score(2.0)}, stderr=stderr, kl={"anchor": kl})
     return outcome(found, {"max_drift": keys})
 
 
@@ -68,7 +82,7 @@ def test_relative_gain_of_loss_is_its_fall_over_what_it_was():
     assert found["value"] == 0.25
     assert found["stderr"] == pytest.approx(0.025)
     assert (found["before"], found["after"], found["against"]) == (4.0, 3.0, "base")
-    assert (found["bound"], found["comparison"], found["passed"]) == (0.15, "at least", True)
+    assert (found["bound"], found["comparison"], found["passed"]) == (0.0, "more than", True)
 
 
 def test_absolute_gain_of_accuracy_is_its_rise():
@@ -79,6 +93,74 @@ def test_absolute_gain_of_accuracy_is_its_rise():
 @pytest.mark.parametrize(("after", "passed"), [(3.4, True), (3.401, False), (4.5, False), (NAN, False)])
 def test_gain_must_reach_its_bound(after, passed):
     assert gain(4.0, after, bound=0.15)["passed"] is passed
+
+
+@pytest.mark.parametrize(("after", "passed"), [(3.999, True), (4.0, False), (4.001, False)])
+def test_least_gain_of_nothing_asks_for_more_than_nothing(after, passed):
+    assert gain(4.0, after, stderr=0.0, standard_errors=1)["passed"] is passed
+
+
+def test_by_default_a_gain_must_be_larger_than_its_standard_error():
+    def passed(after: float) -> bool:
+        found = evaluation(base={"new": score(4.0)}, candidate={"new": score(after)}, stderr=0.1)
+        return outcome(found, {"min_gain": {}})["passed"]
+
+    assert [passed(after) for after in (3.89, 3.9, 3.95)] == [True, False, False]
+
+
+@pytest.mark.parametrize(("kl", "passed"), [(0.0, True), (0.05, True), (0.051, False), (math.inf, False), (NAN, False)])
+def test_predictions_must_not_move_by_more_than_the_bound(kl, passed):
+    found = moved(kl)
+    assert found["passed"] is passed
+    assert (found["metric"], found["against"], found["relative"], found["bound"]) == ("kl", "base", False, 0.05)
+
+
+def test_drift_is_less_its_standard_errors():
+    found = moved(0.06, standard_errors=1)
+    assert (found["before"], found["after"], found["value"], found["stderr"]) == (0.0, 0.06, 0.06, 0.01)
+    assert found["passed"]
+    assert not moved(0.06, standard_errors=0.9)["passed"]
+    assert not moved(0.06, standard_errors=9, stderr=None)["passed"]
+
+
+def test_self_written_text_counts_by_its_divergence_only():
+    found = evaluation(
+        base={"anchor": score(2.0)}, candidate={"anchor": score(2.0)}, kl={"anchor": 0.01, "written": 0.2}
+    )
+    rules = decide(found, GateRules())["rules"]
+    assert [(rule["subject"], rule["passed"]) for rule in rules] == [("anchor", True), ("written", False)]
+    rules = decide(found, GateRules.from_parameters({"max_drift": {"metric": "loss"}}))["rules"]
+    assert [rule["subject"] for rule in rules] == ["anchor"]
+
+
+def test_divergence_cannot_be_hidden_by_a_loss_that_fell():
+    found = evaluation(base={"anchor": score(2.0)}, candidate={"anchor": score(1.5)}, kl={"anchor": 0.3})
+    assert outcome(found, {"max_drift": {"metric": "loss"}})["passed"]
+    assert not outcome(found, {"max_drift": {}})["passed"]
+
+
+@pytest.mark.parametrize("missing", [{"drift": {"base": {"anchor": None}}}, {"drift": {}}])
+def test_divergence_that_was_not_measured_is_refused_with_the_remedy(missing):
+    found = evaluation(base={"anchor": score(2.0)}, candidate={"anchor": score(2.0)}) | missing
+    with pytest.raises(ValueError, match="max_drift is on the KL of anchor, which was not.*Give max_drift the metric"):
+        decide(found, GateRules())
+
+
+@pytest.mark.parametrize(
+    ("given", "metric", "bound", "relative"),
+    [
+        ({}, "kl", 0.05, False),
+        ({"bound": 0.1}, "kl", 0.1, False),
+        ({"metric": "loss"}, "loss", 0.02, True),
+        ({"metric": "accuracy", "relative": False, "bound": 0.1}, "accuracy", 0.1, False),
+        ({"relative": True}, "loss", 0.02, True),
+        ({"relative": "true", "bound": 0.03}, "loss", 0.03, True),
+        ({"metric": "loss", "standard_errors": 0.0, "bound": 0.02, "relative": True}, "loss", 0.02, True),
+    ],
+)
+def test_drift_of_a_score_keeps_its_own_defaults(given, metric, bound, relative):
+    rule = GateRules.from_parameters({"max_drift": given}).max_drift
+    assert (rule.metric, rule.bound, rule.relative, rule.standard_errors) == (metric, bound, relative, 0.0)
 
 
 @pytest.mark.parametrize(("after", "passed"), [(4.08, True), (4.081, False), (3.0, True), (NAN, False)])
@@ -109,7 +191,7 @@ def test_unknown_standard_error_never_helps_to_pass():
     assert gain(4.0, 1.0, stderr=None)["passed"]
     assert not gain(4.0, 1.0, stderr=None, standard_errors=1)["passed"]
     found = evaluation(base={"anchor": score(4.0)}, candidate={"anchor": score(4.2)}, stderr=None)
-    assert not outcome(found, {"max_drift": {"standard_errors": 9}})["passed"]
+    assert not outcome(found, {"max_drift": {"metric": "loss", "standard_errors": 9}})["passed"]
 
 
 def test_no_standard_error_at_all_is_certain():
@@ -135,7 +217,7 @@ def test_gain_is_against_the_champion_and_drift_against_the_base_model():
         champion={"new": score(4.0), "anchor": score(4.0)},
         candidate={"new": score(3.0), "anchor": score(3.0)},
     )
-    learned, drifted = decide(found, GateRules())["rules"]
+    learned, drifted = decide(found, GateRules.from_parameters({"max_drift": {"metric": "loss"}}))["rules"]
     assert (learned["against"], learned["value"]) == ("champion", 0.25)
     assert (drifted["against"], drifted["value"]) == ("base", 0.5)
 
@@ -237,28 +319,70 @@ def test_accuracy_of_a_set_without_one_is_refused_with_the_remedy():
 def test_promotion_needs_every_rule_on_every_set():
     before = {"new": score(4.0), "anchor one": score(2.0), "anchor two": score(2.0)}
 
-    def promoted(**changed: float) -> bool:
-        after = {"new": score(3.0), "anchor one": score(2.0), "anchor two": score(2.0)}
-        after |= {name.replace("_", " "): score(loss) for name, loss in changed.items()}
-        return decide(evaluation(base=before, candidate=after), GateRules())["promote"]
+    def promoted(new: float = 3.0, **moved: float) -> bool:
+        after = {"new": score(new), "anchor one": score(2.0), "anchor two": score(2.0)}
+        kl = {name.replace("_", " "): value for name, value in moved.items()}
+        return decide(evaluation(base=before, candidate=after, kl=kl), GateRules())["promote"]
 
     assert promoted()
-    assert not promoted(new=3.9)
-    assert not promoted(anchor_one=2.1)
-    assert not promoted(anchor_two=2.1)
+    assert not promoted(new=3.95)
+    assert not promoted(anchor_one=0.1)
+    assert not promoted(anchor_two=0.1)
 
 
 def test_reason_names_what_failed_in_one_line():
     before = {"new": score(4.0), "anchor": score(2.0)}
-    found = decide(evaluation(base=before, candidate={"new": score(3.0), "anchor": score(2.1)}), GateRules())
-    assert found["reason"] == "max_drift: anchor lost 5.0% in loss against base, at most 2.0%"
-    found = decide(evaluation(base=before, candidate={"new": score(3.0), "anchor": score(2.0)}), GateRules())
-    assert found["reason"] == ""
+    after = {"new": score(3.0), "anchor": score(2.1)}
+    by_loss = GateRules.from_parameters({"max_drift": {"metric": "loss"}})
+    found = decide(evaluation(base=before, candidate=after), by_loss)
+    assert found["reason"] == "max_drift: anchor lost 5.00% in loss against base, at most 2.00%"
+    found = decide(evaluation(base=before, candidate=after, kl={"anchor": 0.0712}), GateRules())
+    assert found["reason"] == "max_drift: anchor moved by 0.0712 nats per token (KL) from base, at most 0.05"
+    assert decide(evaluation(base=before, candidate=after), GateRules())["reason"] == ""
+
+
+@pytest.mark.parametrize(
+    ("after", "stderr", "reason"),
+    [
+        (
+            3.96,
+            0.1,
+            "min_gain: nothing more to learn: new gained 1.00% in loss against base, more than 0.00% + 1 x 2.50% "
+            "(standard error)",
+        ),
+        (
+            4.04,
+            0.1,
+            "min_gain: nothing more to learn: new lost 1.00% in loss against base, more than 0.00% + 1 x 2.50% "
+            "(standard error)",
+        ),
+        (
+            4.2,
+            0.1,
+            "min_gain: nothing more to learn at this learning rate: new lost 5.00% in loss against base, more than "
+            "0.00% + 1 x 2.50% (standard error)",
+        ),
+        (
+            3.0,
+            None,
+            "min_gain: one record cannot tell a gain from chance: new gained 25.00% in loss against base, more than "
+            "0.00% + 1 x unknown (standard error)",
+        ),
+        (
+            NAN,
+            0.1,
+            "min_gain: new gained nan% in loss against base, more than 0.00% + 1 x 2.50% (standard error)",
+        ),
+    ],
+)
+def test_reason_says_when_there_was_nothing_more_to_learn(after, stderr, reason):
+    found = evaluation(base={"new": score(4.0)}, candidate={"new": score(after)}, stderr=stderr)
+    assert decide(found, GateRules())["reason"] == reason
 
 
 def test_reason_says_what_the_standard_error_allows():
     found = evaluation(base={"earlier": score(2.0)}, candidate={"earlier": score(2.5)})
-    reason = "max_forgetting: earlier lost 25.0% in loss against base, at most 5.0% + 1 x 5.0% (standard error)"
+    reason = "max_forgetting: earlier lost 25.00% in loss against base, at most 1.00% + 1 x 5.00% (standard error)"
     assert decide(found, GateRules())["reason"] == reason
 
 
@@ -279,8 +403,10 @@ def test_parameters_go_over_the_defaults_key_by_key():
 
 
 def test_rules_are_made_again_from_their_own_parameters():
-    rules = GateRules.from_parameters({"min_gain": {"metric": "accuracy", "bound": 2}, "max_forgetting": None})
-    assert GateRules.from_parameters(json.loads(json.dumps(rules.to_parameters()))) == rules
+    given = {"min_gain": {"metric": "accuracy", "bound": 2}, "max_forgetting": None}
+    for drift in ({}, {"metric": "loss"}, {"metric": "accuracy", "relative": False}):
+        rules = GateRules.from_parameters(given | {"max_drift": drift})
+        assert GateRules.from_parameters(json.loads(json.dumps(rules.to_parameters()))) == rules
 
 
 @pytest.mark.parametrize(
@@ -293,7 +419,9 @@ def test_rules_are_made_again_from_their_own_parameters():
             "unknown key of the gate rule max_benchmark_regression 'metric'",
         ),
         ({"min_gain": {"metric": "f1"}}, "metric of the gate rule min_gain must be one of loss, accuracy, got 'f1'"),
-        ({"max_drift": {"metric": None}}, "must be one of loss, accuracy, got None"),
+        ({"min_gain": {"metric": "kl"}}, "metric of the gate rule min_gain must be one of loss, accuracy, got 'kl'"),
+        ({"max_drift": {"metric": None}}, "must be one of kl, loss, accuracy, got None"),
+        ({"max_drift": {"metric": "kl", "relative": True}}, "cannot be true of the metric kl, which has no value"),
         ({"max_drift": {"bound": -0.1}}, "bound of the gate rule max_drift must be a number, at least 0, got -0.1"),
         ({"max_drift": {"bound": "2%"}}, "must be a number, at least 0, got '2%'"),
         ({"max_drift": {"bound": NAN}}, "must be a number, at least 0, got nan"),

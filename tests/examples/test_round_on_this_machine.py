@@ -66,7 +66,7 @@ def test_decision_has_the_number_of_each_rule(notebook):
     promoted, gain, drift = shown(notebook, "decision").splitlines()
     assert promoted == "promoted"
     assert gain.startswith("passed min_gain of larger-number (loss, against base)")
-    assert drift.startswith("passed max_drift of prose (loss, against base)")
+    assert drift.startswith("passed max_drift of prose (kl, against base)")
 
 
 def test_report_of_the_round_is_shown(notebook, storage):

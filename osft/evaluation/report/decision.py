@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from osft.evaluation.gate import KL
 from osft.evaluation.report.formats import format_number, format_percent
 
 NAMES = {
@@ -43,11 +44,11 @@ def rules_in_words(decision: dict[str, Any]) -> list[RuleInWords]:
 def _in_words(rule: dict[str, Any]) -> RuleInWords:
     gain, name, value, errors = rule["rule"] == "min_gain", rule["rule"], rule["value"], rule["standard_errors"]
     compared = value - errors * (rule["stderr"] or 0)
-    measured = _movement(value, gain, rule["relative"])
+    measured = _movement(value, rule)
     if rule["stderr"] is not None:
         measured += f" ± {_amount(rule['stderr'], rule['relative'])}"
-    beyond = f"{_movement(compared, gain, rule['relative'])}, {errors:g} standard error{'s' * (errors != 1)} taken off"
-    bound = rule["bound"]
+    beyond = f"{_movement(compared, rule)}, {errors:g} standard error{'s' * (errors != 1)} taken off"
+    verb = "move" if rule["metric"] == KL else "gain" if gain else "lose"
     return RuleInWords(
         name=NAMES.get(name, name),
         rule=name,
@@ -58,16 +59,19 @@ def _in_words(rule: dict[str, Any]) -> RuleInWords:
         after=format_number(rule["after"], 4),
         measured=measured,
         compared="" if not errors else "with an unknown standard error" if rule["stderr"] is None else beyond,
-        bound=f"{'gain' if gain else 'lose'} {rule['comparison']} {_amount(bound, rule['relative'])}",
+        bound=f"{verb} {rule['comparison']} {_amount(rule['bound'], rule['relative'])}",
         passed=rule["passed"],
     )
 
 
-def _movement(value: float, gain: bool, relative: bool) -> str:
-    """`gained 37.50 %`; `value` is what was gained if `gain`, else what was lost, and may be negative."""
+def _movement(value: float, rule: dict[str, Any]) -> str:
+    """`gained 37.50 %`; `value` is what was gained in min_gain, what was lost in the others, and may be negative."""
     if math.isnan(value):
         return "not a number"
-    return f"{'gained' if gain == (value >= 0) else 'lost'} {_amount(abs(value), relative)}"
+    if rule["metric"] == KL:
+        return f"moved by {_amount(value, rule['relative'])}"
+    gained = (rule["rule"] == "min_gain") == (value >= 0)
+    return f"{'gained' if gained else 'lost'} {_amount(abs(value), rule['relative'])}"
 
 
 def _amount(value: float, relative: bool) -> str:
