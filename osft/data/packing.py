@@ -9,25 +9,11 @@ Which of the two a model needs is measured (`osft.preflight`).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 import torch
 
 from osft.data.chat import IGNORE, Sample
-
-
-class Samples(Protocol):
-    """Tokenized samples, as `osft.data.dataset_folder` reads them."""
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each sample."""
-
-    @property
-    def num_loss_tokens(self) -> Sequence[int]:
-        """Of these, the tokens that count in the loss."""
-
-    def __getitem__(self, index: int) -> Sample: ...
+from osft.data.samples import Samples
 
 
 class Batching(StrEnum):

@@ -5,9 +5,8 @@ layers' importance, what the round learned) sees the new data only, and what a r
 """
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,28 +74,6 @@ def draw_replay(
     report(_described(statistics, num_new, wanted))
     written = publish_dataset(address, statistics)
     return written if statistics["num_train_samples"] else None
-
-
-class JoinedSplits:
-    """Samples of several datasets one after another; `Samples` of `osft.training.loop`."""
-
-    lengths: list[int]
-    num_loss_tokens: list[int]
-
-    def __init__(self, parts: Sequence[TokenizedSplit]) -> None:
-        self._parts = parts
-        self._first = list(accumulate(map(len, parts), initial=0))
-        self.lengths = [length for part in parts for length in part.lengths]
-        self.num_loss_tokens = [count for part in parts for count in part.num_loss_tokens]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self.lengths):
-            raise IndexError(f"sample {index} of {len(self.lengths)}")
-        part = bisect_right(self._first, index) - 1
-        return self._parts[part][index - self._first[part]]
 
 
 def _shuffled(source: PreparedData, seed: str) -> Iterator[tuple[str, Sample]]:

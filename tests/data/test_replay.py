@@ -7,7 +7,8 @@ import pytest
 
 from osft.data.chat import Sample
 from osft.data.dataset_folder import PreparedData, TokenizedSplit, load_split
-from osft.data.replay import JoinedSplits, draw_replay
+from osft.data.replay import draw_replay
+from osft.data.samples import JoinedSamples
 from tests.data.test_dataset_folder import write
 
 
@@ -93,13 +94,13 @@ def test_nothing_to_replay_is_nothing_every_time(draw, tmp_path):
     assert draw(held_out) == draw(held_out) == []
 
 
-def test_joined_splits_are_one_after_the_other(tmp_path):
+def test_joined_samples_are_one_after_the_other(tmp_path):
     for name, numbers in {"a": range(3), "b": range(3, 5)}.items():
         write(tmp_path / name, numbered(numbers, length=2 + len(numbers)))
-    joined = JoinedSplits(
+    joined = JoinedSamples(
         [load_split(tmp_path / "a", "train"), TokenizedSplit(None), load_split(tmp_path / "b", "train")]
     )
-    assert [joined[index].input_ids[0] for index in range(len(joined))] == list(range(5))
+    assert [joined[index].input_ids[0] for index in range(len(joined.lengths))] == list(range(5))
     assert joined.lengths == [5, 5, 5, 4, 4]
     assert joined.num_loss_tokens == [4, 4, 4, 3, 3]
     with pytest.raises(IndexError):
