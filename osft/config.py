@@ -206,6 +206,29 @@ class TrainConfig(SubspaceConfig):
     max_grad_norm: Annotated[float, Bounds(low=0.0)] = 1.0
     """Clip the gradient's global 2-norm to this; 0 turns clipping off."""
 
+    distill_weight: Annotated[float, Bounds(low=0.0)] = 0.0
+    """Weight of self-distillation: adds distill_weight * KL(start || current), in nats per token of text that the model
+    wrote itself before it was trained, to the loss. It needs no old data. 0: none."""
+
+    distill_tokens: Annotated[int, Bounds(low=2)] = 64
+    """With distill_weight: tokens of that text in an optimizer step. Their share of a step's tokens is about what
+    distillation costs in time."""
+
+    fit_step: bool = False
+    """When training ends, try the update at each of step_scales, with the exact weights, and write the model with the
+    largest gain whose drift is at most max_step_drift (osft/training/fitting.py). The gain is measured on
+    selection_samples training samples that are held out for it, the drift on text that the model wrote itself."""
+
+    step_scales: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
+    """With fit_step: the factors of the update that are tried, each in (0, 1]."""
+
+    max_step_drift: Annotated[float, Bounds(low=0.0)] = 0.05
+    """With fit_step: the most that the model may move, as KL(start || tuned) in nats per token."""
+
+    selection_samples: Annotated[int, Bounds(low=16)] = 64
+    """With fit_step: training samples that are held out for it, by the hash of their prompt: at most a tenth of them,
+    but 16 at least. Training, validation and evaluation do not use them."""
+
     seed: Annotated[int, Bounds(low=0)] = 42
     """Seed of the sample order. The same seed on the same machine gives the same losses, bit for bit on a CPU and, with
     deterministic, on CUDA. Dropout is off: with it the losses would depend on how the work is cut."""
@@ -347,6 +370,7 @@ class TrainConfig(SubspaceConfig):
             raise ValueError("stiffness holds back what protect='activations' leaves free. Give that, or stiffness=0")
         self._check_replay()
         self._check_data_mode()
+        self._check_drift()
         self._check_schedule()
         self._check_processes()
 
@@ -381,6 +405,15 @@ class TrainConfig(SubspaceConfig):
             for name in ("max_seq_len", "max_tokens_per_gpu"):
                 if self.block_size > getattr(self, name):
                     raise ValueError(f"block_size={self.block_size} is more than {name}={getattr(self, name)}")
+
+    def _check_drift(self) -> None:
+        if self.distill_weight and self.distill_tokens > self.max_tokens_per_gpu:
+            raise ValueError(
+                f"distill_tokens={self.distill_tokens} is more than max_tokens_per_gpu={self.max_tokens_per_gpu}, the "
+                "bound on every micro-batch. Lower it, or raise that"
+            )
+        if not self.step_scales or not all(0 < scale <= 1 for scale in self.step_scales):
+            raise ValueError(f"step_scales must be factors in (0, 1], such as [0.5, 1.0], got {self.step_scales}")
 
     def _check_schedule(self) -> None:
         import torch

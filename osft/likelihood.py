@@ -91,7 +91,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         exact = torch.promote_types(logits.dtype, torch.float32)
         log_sum_exp = torch.empty(logits.shape[0], dtype=exact, device=logits.device)
-        for rows in _row_slices(logits):
+        for rows in row_slices(logits):
             torch.logsumexp(logits[rows].to(exact), dim=-1, out=log_sum_exp[rows])
         ctx.save_for_backward(logits, targets, log_sum_exp)
         return log_sum_exp - logits.gather(1, targets[:, None])[:, 0].to(exact)
@@ -101,7 +101,7 @@ class _CrossEntropy(torch.autograd.Function):
         (grad_output,) = grad_outputs
         logits, targets, log_sum_exp = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for rows in _row_slices(logits):
+        for rows in row_slices(logits):
             probabilities = (logits[rows] - log_sum_exp[rows, None]).exp_()
             probabilities[torch.arange(len(probabilities), device=logits.device), targets[rows]] -= 1
             gradient[rows] = probabilities.mul_(grad_output[rows, None])
@@ -121,13 +121,14 @@ def kl_divergence(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     if logits.shape != other.shape:
         raise ValueError(f"logits of shapes {tuple(logits.shape)} and {tuple(other.shape)} cannot be compared")
     divergence = torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device)
-    for rows in _row_slices(logits):
+    for rows in row_slices(logits):
         log_p, log_q = (each[rows].double().log_softmax(-1) for each in (logits, other))
         p = log_p.exp()
         divergence[rows] = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)  # not p > 0: a NaN stays one
     return divergence.clamp_(min=0)  # which it is but for rounding
 
 
-def _row_slices(logits: torch.Tensor) -> list[slice]:
+def row_slices(logits: torch.Tensor) -> list[slice]:
+    """Rows that are computed at a time."""
     rows = max(1, ELEMENTS_AT_ONCE // max(1, logits.shape[1]))
     return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]

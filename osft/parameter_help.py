@@ -21,6 +21,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("num_epochs", "max_steps", "lr_scheduler", "warmup_steps", "lr_scheduler_kwargs", "weight_decay", "beta1"),
         *("beta2", "eps", "max_grad_norm", "seed", "deterministic"),
     ),
+    "Drift": ("distill_weight", "distill_tokens", "fit_step", "step_scales", "max_step_drift", "selection_samples"),
     "Validation": ("validation_split", "validation_data_path", "validation_frequency", "save_best_val_loss"),
     "Checkpoints": (
         *("checkpoint_at_epoch", "save_final_checkpoint", "save_dtype", "save_rounding"),

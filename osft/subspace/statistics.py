@@ -72,7 +72,7 @@ class InputStatistics:
         """
         found = _stored("input", self.moment)
         for target, moment in self.output_moments.items():
-            found |= _stored(f"output {target}", moment)
+            found |= _stored(OUTPUT + target, moment)
         return found | {f"energy {target}": energy.cpu() for target, energy in self.gradient_energies.items()}
 
     @classmethod
@@ -85,11 +85,7 @@ class InputStatistics:
             transposed=transposed,
             moment=_restored("input", tensors),
             gradient_energies={target: tensors[f"energy {target}"] for target in targets},
-            output_moments={
-                target: _restored(f"output {target}", tensors)
-                for target in targets
-                if f"output {target} basis" in tensors
-            },
+            output_moments=restored_outputs(targets, tensors),
         )
 
     @property
@@ -102,6 +98,15 @@ def tensors_sha256(targets: Sequence[str], tensors: Mapping[str, torch.Tensor], 
     """`InputStatistics.sha256` of what is stored."""
     digests = {name: tensor_sha256(tensors[name]) for name in sorted(tensors)}
     return named_sha256({",".join(targets): str(transposed)} | digests)
+
+
+OUTPUT = "output "
+"""What stands before the target's name in the names of the tensors of S."""
+
+
+def restored_outputs(targets: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, SecondMoment]:
+    """`InputStatistics.output_moments` of what is stored."""
+    return {target: _restored(OUTPUT + target, tensors) for target in targets if f"{OUTPUT}{target} basis" in tensors}
 
 
 def _stored(name: str, moment: SecondMoment) -> dict[str, torch.Tensor]:

@@ -23,19 +23,28 @@ Of an input n wide, k directions are kept (`kept_rank`), 2 n k bytes, beside whi
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from osft import storage
 from osft.atomic import atomic_path
 from osft.sealed import DamagedFile, read_sealed, write_sealed
-from osft.subspace.statistics import InputStatistics, Part, Statistics, content_sha256, tensors_sha256
+from osft.subspace.second_moment import SecondMoment
+from osft.subspace.statistics import (
+    OUTPUT,
+    InputStatistics,
+    Part,
+    Statistics,
+    content_sha256,
+    restored_outputs,
+    tensors_sha256,
+)
 
 FORMAT = 1
 """Part of every key: raise it when what is stored, or how it is measured, changes."""
@@ -119,6 +128,21 @@ def load_statistics(path: str | Path) -> Statistics:
                 f"{path} is damaged: {storage.name_of(stored.file(each))} of {each['targets'][0]} is missing. {_REMEDY}"
             )
     return Statistics(parts, stored, layout, sha256=digest)
+
+
+def stored_output_moments(path: str | Path) -> Iterator[tuple[str, SecondMoment]]:
+    """The targets of a manifest and the S of their outputs, one at a time, without reading the far larger C.
+
+    Raises as `load_statistics`. Files are not checked against their hashes.
+    """
+    found = storage.find(path)
+    load_statistics(path)
+    assert found is not None, "it was loaded"
+    for described in read_sealed(found, _REMEDY)["inputs"]:
+        with safe_open(found.parent.parent / described["file"], framework="pt") as opened:
+            names = [name for name in sorted(opened.keys()) if name.startswith(OUTPUT)]
+            outputs = {name: opened.get_tensor(name) for name in names}
+        yield from restored_outputs(described["targets"], outputs).items()
 
 
 class _Stored(Sequence[InputStatistics]):

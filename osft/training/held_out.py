@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from osft.data.packing import Feeding, Samples
+from osft.data.packing import Feeding
+from osft.data.samples import Samples
 from osft.likelihood import token_nll
 
 

@@ -6,6 +6,7 @@
     tokenizer               its files and chat templates                          run, as `made_of`
     dataset                 the prepared data: its key
     replay                  the samples that were drawn from earlier data: the key of their dataset
+    own_text                what the model wrote to be held to and measured on: the text's file
     factors                 the bases of all target weights
     settings                those that determine the result (`TrainConfig.identity`)
 

@@ -155,6 +155,16 @@ def _prepared(
     return prepared
 
 
+def held_out_selection(config: TrainConfig, data: "PreparedData") -> list[int]:
+    """The training samples that are held out for `fit_step`. Raises ValueError where there are too few."""
+    if not config.fit_step:
+        return []
+    from osft.data.dataset_folder import load_split
+    from osft.data.selection import select
+
+    return select(load_split(data.folder, "train"), config.selection_samples)
+
+
 def check_lengths(statistics: dict[str, Any], config: TrainConfig) -> None:
     """Raise ValueError that names the longest sample of a dataset if a micro-batch cannot hold it.
 
@@ -186,10 +196,27 @@ def factor_set(config: TrainConfig, model: Path, data: "PreparedData", batching:
     """The factor set that is named, or the one that the store holds or gets."""
     if named := _named_factor_set(config):
         return named
-    store = config.factors or storage.join(data_folder(config), "factors")
     return compute_factors(
-        model, data.folder, store, config.subspace, batching=batching, trust_remote_code=config.trust_remote_code
+        model,
+        data.folder,
+        factor_store(config),
+        config.subspace,
+        batching=batching,
+        trust_remote_code=config.trust_remote_code,
     )
+
+
+def factor_store(config: TrainConfig) -> str:
+    """The path or URI of the store that the factors are in, or go to."""
+    if config.factors and _names_a_set(config.factors):
+        if storage.is_remote(config.factors):
+            return config.factors.rsplit("/", 2)[0]
+        return str(Path(config.factors).absolute().parents[1])
+    return config.factors or storage.join(data_folder(config), "factors")
+
+
+def _names_a_set(factors: str) -> bool:
+    return Path(factors).is_file() or factors.endswith(".json")
 
 
 def named_factors(config: TrainConfig) -> dict[str, str]:
@@ -199,7 +226,7 @@ def named_factors(config: TrainConfig) -> dict[str, str]:
 
 
 def _named_factor_set(config: TrainConfig) -> FactorSet | None:
-    if not config.factors or not (Path(config.factors).is_file() or config.factors.endswith(".json")):
+    if not config.factors or not _names_a_set(config.factors):
         return None
     if storage.find(config.factors) is None:
         raise FileNotFoundError(f"there is no factor set {config.factors}. Leave `factors` out to have it computed")

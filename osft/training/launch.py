@@ -25,6 +25,7 @@ import torch
 from osft import storage
 from osft.atomic import write_json
 from osft.config import TrainConfig
+from osft.content import file_sha256
 from osft.errors import note_in
 from osft.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
 from osft.lock import exclusive
@@ -36,6 +37,8 @@ from osft.training.identity import MADE_OF, model_contents
 from osft.training.inputs import (
     check_model,
     factor_set,
+    factor_store,
+    held_out_selection,
     local_model,
     named_factors,
     prepare_replay,
@@ -43,6 +46,7 @@ from osft.training.inputs import (
 )
 from osft.training.liger import liger_wanted
 from osft.training.mirror import SETTINGS, SUMMARY, fetch_models, fill, output_folder
+from osft.training.own_text import needs_own_text, own_text
 from osft.training.result import TrainResult
 from osft.training.resume import check_state_is_of, clear, finished_run, run_uri, state_to_resume
 from osft.training.state import read_position
@@ -96,8 +100,12 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
             fetch_models(config, output, finished.summary["checkpoints"])
             return finished
         state = state_to_resume(config, output, made_of)
+        selection = held_out_selection(config, data)
         factors = factor_set(config, model, data, found.batching)
         made_of["factors"] = factors.bases_sha256
+        text = own_text(config, model, factor_store(config)) if needs_own_text(config) else None
+        if text:
+            made_of["own_text"] = file_sha256(text)
         if state:
             check_state_is_of(state, config, made_of, output)
         if config.node_rank == 0:
@@ -113,6 +121,9 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
             "dataset": str(data.folder),
             "replay": str(replay.folder) if replay else None,
             "factors": str(factors.path),
+            "statistics": storage.join(factor_store(config), factors.statistics) if factors.statistics else None,
+            "selection": selection,
+            "text": str(text) if text else None,
             "made_of": made_of,
             "state": str(state) if state else None,
             "lock": str(lock.file) if lock else None,

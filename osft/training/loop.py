@@ -16,12 +16,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from osft.config import TrainConfig
-from osft.data.packing import Batching, Feeding, MicroBatch, Samples
+from osft.data.packing import Batching, Feeding, MicroBatch
+from osft.data.samples import Samples
 from osft.exit_codes import INTERRUPTED
 from osft.likelihood import token_nll
 from osft.origin import RoundingLoss
 from osft.subspace.model import refresh
+from osft.training.distillation import NOTHING_DISTILLED, Distillation, DistilledText
+from osft.training.fitting import FittedStep, fit_step
 from osft.training.held_out import mean_nll
+from osft.training.predicted_drift import DriftPrediction
 from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE, STOP
 
 
@@ -48,6 +52,17 @@ class StepMetrics:
     """Nats per loss token of the validation set after the step, where it was measured."""
     checkpoints: tuple[str, ...] = ()
     """The models that were written after the step, relative to the output folder."""
+    predicted_drift: float | None = None
+    """With protect="activations": how far the update moves the model from its start, nats per token, as predicted from
+    the statistics (`osft.training.predicted_drift`), after the step."""
+    distillation_loss: float | None = None
+    """With distill_weight: KL(start || current) in nats per token of the step's self-written text, before the step."""
+    step_scale: float | None = None
+    """With fit_step, at the last step: the part of the update that was kept (`osft.training.fitting`)."""
+    step_gain: float | None = None
+    """What it gains on the held-out samples, nats per token."""
+    step_drift: float | None = None
+    """How far it moves the model on its own text, nats per token."""
     update_lost: float | None = None
     """Of the last of these models, what rounding its weights did to the update (`osft.origin.RoundingLoss`). Rank 0
     measures it."""
@@ -135,24 +150,32 @@ def train_step(
     *,
     num_loss_tokens: int,
     max_grad_norm: float = 0.0,
+    distilled: DistilledText = NOTHING_DISTILLED,
     world_size: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One optimizer step on one effective batch.
 
-    `num_loss_tokens` counts the whole effective batch, over all processes. Returns this process's sum of losses
-    and the gradient's global norm, both scalars.
+    `num_loss_tokens` counts the whole effective batch, over all processes. Returns this process's sum of losses, its
+    sum of divergences on the text that is `distilled`, and the gradient's global norm, all scalars.
     """
-    loss_sum = torch.zeros((), device=micro_batches[0].input_ids.device)
+    device = micro_batches[0].input_ids.device
+    loss_sum, divergence_sum = torch.zeros((), device=device), torch.zeros((), device=device)
     for batch in micro_batches:
         loss = token_nll(model, batch).sum()
         (loss * (world_size / num_loss_tokens)).backward()  # FSDP2 averages gradients over processes
         loss_sum += loss.detach()
+    for text in distilled.batches:
+        divergence = text.divergence(model, device).sum()
+        (divergence * (distilled.weight * world_size / distilled.num_tokens)).backward()
+        divergence_sum += divergence.detach()
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     refresh(model, learning_rate=optimizer.param_groups[0]["lr"])
-    return loss_sum, grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
+    return loss_sum, divergence_sum, grad_norm
 
 
 def plan_steps(num_samples: int, config: TrainConfig, *, after: int = 0) -> Iterator[Step]:
@@ -200,17 +223,22 @@ def run(
     device: torch.device,
     on_step: Callable[[StepMetrics], None],
     validation: Samples | None = None,
+    text: Samples | None = None,
+    selection: Samples | None = None,
+    prediction: DriftPrediction | None = None,
     saving: Saving | None = None,
     position: Position | None = None,
     restore: Callable[[torch.optim.Optimizer], None] | None = None,
     batching: Batching = Batching.PACKED,
     rank: int = 0,
     world_size: int = 1,
-) -> None:
+) -> FittedStep | None:
     """Train `model` in place, from `position` on if it is given (`restore` then fills model and optimizer).
 
-    `on_step` is called after each step, on every rank with the same values. Raises RuntimeError if the loss is no
-    longer finite, and InterruptedTraining if `saving` wished to end and go on later.
+    `text` is what the model wrote itself, for distill_weight and fit_step, and `selection` are the held-out samples by
+    which fit_step chooses; what it found is returned. `prediction`, if given, is asked after each step. `on_step` is
+    called after each step, on every rank with the same values. Raises RuntimeError if the loss is no longer finite, and
+    InterruptedTraining if `saving` wished to end and go on later.
     """
     model.train()
     optimizer = make_optimizer(model, config, fused=device.type == "cuda" or world_size == 1)
@@ -220,6 +248,10 @@ def run(
     feeding = Feeding(
         max_tokens=config.max_tokens_per_gpu, device=device, batching=batching, rank=rank, world_size=world_size
     )
+    distillation = fitted = None
+    if config.distill_weight:
+        assert text is not None, "a run that distils has text"
+        distillation = Distillation(config, model, text, feeding)  # of the start: before a state is restored
     if restore is not None:
         restore(optimizer)
         scheduler.load_state_dict(scheduler.state_dict() | (position.scheduler or {}))
@@ -233,20 +265,24 @@ def run(
         num_tokens = sum(samples.lengths[i] for i in step.indices)
         num_loss_tokens = sum(samples.num_loss_tokens[i] for i in step.indices)
         learning_rate = optimizer.param_groups[0]["lr"]
-        loss_sum, grad_norm = train_step(
+        distilled = distillation.of_step(step.number) if distillation else NOTHING_DISTILLED
+        *sums, grad_norm = train_step(
             model,
             optimizer,
             [batch for _, batch in feeding.batches(samples, step.indices)],
             num_loss_tokens=num_loss_tokens,
             max_grad_norm=config.max_grad_norm,
+            distilled=distilled,
             world_size=world_size,
         )
         told = torch.tensor([saving.wanted(), saving.is_uploading()] if saving else [GO_ON, 0], device=device)
+        totals = torch.stack(sums)
         if world_size > 1:
-            torch.distributed.all_reduce(loss_sum)
+            torch.distributed.all_reduce(totals)
             torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
         wish, is_uploading = told.tolist()
-        loss, norm = loss_sum.item() / num_loss_tokens, grad_norm.item()
+        (loss_sum, divergence_sum), norm = totals.tolist(), grad_norm.item()
+        loss = loss_sum / num_loss_tokens
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RuntimeError(
                 f"step {step.number}: the loss is {loss} and the gradient norm {norm}. Lower learning_rate "
@@ -260,6 +296,10 @@ def run(
         position.tokens += num_tokens
         position.loss_tokens += num_loss_tokens
         is_last = step.is_last or wish == STOP
+        if is_last and config.fit_step:
+            assert selection is not None, "a run that fits its step has held-out samples"
+            assert text is not None, "and text"
+            fitted = fit_step(model, config, selection, text, feeding)
 
         validation_loss = None
         if validation and (is_last or _validation_due(step, config)):
@@ -277,7 +317,10 @@ def run(
             tokens_per_second=num_tokens / seconds,
             step_seconds=seconds,
             timestamp=time.time(),
+            predicted_drift=sum(prediction.by_target().values()) if prediction else None,
+            distillation_loss=divergence_sum / distilled.num_tokens if distillation else None,
             validation_loss=validation_loss,
+            **(fitted.metrics() if fitted else {}),
         )
         if saving:
             written = _write_models(saving, config, step, position, metrics, is_last=is_last)
@@ -287,7 +330,7 @@ def run(
         if is_last:
             if saving:
                 saving.settle()
-            return
+            break
         if saving and (wish in (SAVE_STATE, INTERRUPT) or _state_due(step, config)):
             position.scheduler = {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
             position.learning_rate = optimizer.param_groups[0]["lr"]
@@ -295,6 +338,7 @@ def run(
             if wish == INTERRUPT:
                 saving.settle()
                 raise InterruptedTraining(INTERRUPTED)
+    return fitted
 
 
 def _write_models(

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
-from osft.data.dataset_folder import load_split, open_dataset
+from osft.data.dataset_folder import open_dataset
+from osft.data.samples import Samples
 from osft.model_card import model_card
 from osft.origin import MODEL_CARD, ORIGIN, Origin, base_of
 from osft.training.calibration import BlockMoments
@@ -43,13 +44,14 @@ class Outputs:
         stored: ModelWeights,
         mirror: Mirror,
         *,
+        samples: Samples,
         dataset: Path,
         replay: Path | None,
         made_of: dict[str, str],
         rank: int,
     ) -> None:
         self._made_of = made_of
-        self._config, self._dataset, self._replay = config, dataset, replay
+        self._config, self._samples, self._dataset, self._replay = config, samples, dataset, replay
         self._folder, self._mirror = mirror.folder, mirror
         self._model, self._stored, self._rank = model, stored, rank
         self._interval = config.save_state_minutes * 60
@@ -139,8 +141,7 @@ class Outputs:
         return WrittenModel(path, saved.total if saved else None)
 
     def _moments(self) -> BlockMoments:
-        train = load_split(self._dataset, "train")
-        samples = [train[i] for i in range(min(self._config.calibration_samples, len(train)))]
+        samples = [self._samples[i] for i in range(min(self._config.calibration_samples, len(self._samples.lengths)))]
         return BlockMoments(self._model, samples, next(self._model.parameters()).device)
 
     def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from osft.config import TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import Batching, collate
+from osft.data.selection import selection_size
 from osft.models import empty_model, model_folder
 from osft.preflight import Preflight
 from osft.subspace.decomposition import SplitKind, unfrozen_rank
@@ -151,7 +152,10 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     elif not data.exact:
         notes.append(f"Samples and tokens are extrapolated from {data.counted:,} records.")
 
-    steps = num_steps(data.samples, config)
+    held_out = selection_size(data.samples, config.selection_samples) if config.fit_step else 0
+    if held_out:
+        notes.append(f"fit_step holds out about {held_out:,} of the samples, which are not trained on.")
+    steps = num_steps(data.samples - held_out, config)
     warning = config.warmup_warning(steps)
     if warning:
         notes.insert(0, warning)

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from osft.checkpoint import tensor_sha256
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
 from osft.data.dataset_folder import load_split, open_dataset
-from osft.data.replay import JoinedSplits
+from osft.data.samples import JoinedSamples, SampleList, Samples, SubsetOfSamples
 from osft.errors import noted
 from osft.origin import Origin, read_origin
 from osft.preflight import Preflight
@@ -28,13 +29,16 @@ from osft.sealed import write_sealed
 from osft.subspace.effective_rank import effective_rank
 from osft.subspace.factor_store import load_factor_set
 from osft.subspace.model import osft_layers
+from osft.subspace.statistics_store import stored_output_moments
 from osft.training.identity import MADE_OF
 from osft.training.inputs import wants_validation
 from osft.training.liger import apply_liger
-from osft.training.loop import Position, Samples, StepMetrics, num_steps, run
+from osft.training.loop import Position, StepMetrics, num_steps, run
 from osft.training.mirror import METRICS, SUMMARY, Mirror
 from osft.training.outputs import Outputs
+from osft.training.own_text import read_own_text
 from osft.training.parent import end_with_parent
+from osft.training.predicted_drift import DriftPrediction
 from osft.training.progress import Progress
 from osft.training.resume import metrics_sha256, model_files
 from osft.training.sharded_model import load_sharded
@@ -68,49 +72,57 @@ def train_process(work: dict[str, Any]) -> None:
     started = time.perf_counter()
 
     preflight = Preflight.from_dict(work["preflight"])
-    samples: Samples = load_split(dataset, "train")
+    new, selection = new_samples(dataset, work["selection"])
     replay = Path(work["replay"]) if work["replay"] else None
-    if replay:
-        samples = JoinedSplits([load_split(dataset, "train"), load_split(replay, "train")])
+    samples = JoinedSamples([new, load_split(replay, "train")]) if replay else new
     validation = load_split(dataset, "validation") if wants_validation(config) else None
     model, stored = load_sharded(config, work["model"], work["factors"], device=device, mesh=mesh)
     if work["liger"]:
         apply_liger(model)
     lock = Path(work["lock"]) if work["lock"] else None
     mirror = Mirror(config.ckpt_output_dir, output, rank=rank, lock=lock)
-    outputs = Outputs(config, model, stored, mirror, dataset=dataset, replay=replay, made_of=work["made_of"], rank=rank)
+    outputs = Outputs(
+        config, model, stored, mirror, samples=new, dataset=dataset, replay=replay, made_of=work["made_of"], rank=rank
+    )
+    factors = load_factor_set(work["factors"], check=False)
+    prediction = None
+    if work["statistics"]:
+        assert factors.unit is not None, "of a set that was computed from statistics"
+        prediction = DriftPrediction(model, unit=factors.unit, output_moments=stored_output_moments(work["statistics"]))
     state = Path(work["state"]) if work["state"] else None
     position = Position.of(read_position(state)) if state else Position()
     loaded = time.perf_counter()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for name, p in model.named_parameters() if name in stored)
+    total_steps = num_steps(len(samples.lengths), config)
     steps: list[StepMetrics] = []
     if rank == 0:
         print(
             f"train: {_start(stored, [name + layer.tensor_suffix for name, layer in osft_layers(model)])}", flush=True
         )
-        warning = config.warmup_warning(num_steps(len(samples.lengths), config))
+        warning = config.warmup_warning(total_steps)
         if warning:
             print(f"train: {warning}", flush=True)
         print(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}", flush=True)
     with (
         mirror,
-        Progress(
-            num_steps(len(samples.lengths), config), output / METRICS, done=position.step, enabled=rank == 0
-        ) as progress,
+        Progress(total_steps, output / METRICS, done=position.step, enabled=rank == 0) as progress,
     ):
 
         def on_step(metrics: StepMetrics) -> None:
             steps.append(metrics)
             progress.advance(metrics)
 
-        run(
+        fitted = run(
             model,
             samples,
             config,
             device=device,
             on_step=on_step,
             validation=validation,
+            text=read_own_text(Path(work["text"])) if work["text"] else None,
+            selection=selection,
+            prediction=prediction,
             saving=outputs,
             position=position,
             restore=(lambda optimizer: load_state(state, model, optimizer)) if state else None,
@@ -119,10 +131,12 @@ def train_process(work: dict[str, Any]) -> None:
             world_size=world_size,
         )
     seconds = time.perf_counter() - loaded
+    if rank == 0 and fitted:
+        print(f"train: {fitted.line()}", flush=True)
 
     update_norms = {name: _norm(layer.coefficients) for name, layer in osft_layers(model)}
     effective_ranks = _effective_ranks(model, rank, world_size)
-    weights = load_factor_set(work["factors"], check=False).weights
+    predicted = prediction.by_target() if prediction else {}
     history = [metrics.to_dict() for metrics in steps]
     if rank == 0:  # the steps before this call, too
         history = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
@@ -154,9 +168,11 @@ def train_process(work: dict[str, Any]) -> None:
         "peak_memory_bytes": _peak_memory(device),
         "rank_layout": {
             name: _layout(described["shape"], described["rank"], update_norms[name], effective_ranks[name])
+            | ({"predicted_drift": predicted[name]} if predicted else {})
             | (asdict(origin.weights[name]) if origin else {})
-            for name, described in weights.items()
+            for name, described in factors.weights.items()
         },
+        "fitted_step": asdict(fitted) if fitted else None,
         "saved": None if origin is None else _described(origin),
         "replay": _replayed(replay),
     }
@@ -169,6 +185,15 @@ def train_process(work: dict[str, Any]) -> None:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     mirror.finish()
+
+
+def new_samples(dataset: Path, held_out: Sequence[int]) -> tuple[Samples, Samples]:
+    """What is trained on of the new data, and the samples of its training side that are held out for `fit_step`."""
+    train = load_split(dataset, "train")
+    if not held_out:
+        return train, SampleList([])
+    others = sorted(set(range(len(train))) - set(held_out))
+    return SubsetOfSamples(train, others), SubsetOfSamples(train, held_out)
 
 
 def _start(stored: ModelWeights, targets: list[str]) -> str:
@@ -233,7 +258,7 @@ def _check_same_inputs(work: dict[str, Any]) -> None:
     digests = [tensor_sha256(basis) for name in factors.weights for basis in factors.first_rows(name)]
     made_of = work["made_of"]
     weights = [made_of[what] for what in ("weights", "model_config", "tokenizer")]
-    data = [made_of["dataset"], made_of.get("replay")]
+    data = [made_of["dataset"], made_of.get("replay"), made_of.get("own_text"), work["selection"]]
     mine = [data, weights, Path(work["factors"]).name, digests, Path(work["state"] or "").name]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)

@@ -1,0 +1,165 @@
+"""The step that fits: how much of the update that training found is kept.
+
+The drift of W0 + alpha D grows with alpha^2, what it gains, near D, hardly at all: half of a step that went too far
+often gains more than the whole. So a few alpha are tried with the exact weights before the model is written:
+
+    gain(alpha)   loss(W0) - loss(W0 + alpha D) on held-out samples (`osft.data.selection`), nats per token
+    drift(alpha)  KL(W0 || W0 + alpha D) on text that the model wrote itself (`osft.training.teacher`), nats per token
+
+and the alpha with the largest gain is taken of those whose drift is at most `max_step_drift`; where there is none, that
+with the least drift. An update that gains at no alpha is kept at the best one: to refuse it is for whoever compares the
+model with the one before.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from osft.config import TrainConfig
+from osft.data.packing import Feeding
+from osft.data.samples import Samples
+from osft.subspace.model import osft_layers
+from osft.subspace.weight import OSFTWeight, local
+from osft.training.held_out import sample_nll
+from osft.training.teacher import TaughtBatch, taught
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TriedScale:
+    """What the update does at one scale."""
+
+    scale: float
+    """alpha, the factor of the update."""
+    loss: float
+    """On the held-out samples, nats per token."""
+    gain: float
+    """By how much it is below the start's."""
+    standard_error: float
+    """Of the gain, from the differences of each sample."""
+    drift: float
+    """KL(start || this) on self-written text, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedStep:
+    """What was tried, and what was taken."""
+
+    scale: float
+    """That of the model as it is written."""
+    start_loss: float
+    """Of the model without the update, nats per token."""
+    tried: tuple[TriedScale, ...]
+    num_samples: int
+    """Held-out samples."""
+    num_text_tokens: int
+    """Predictions on self-written text that the drift is a mean of."""
+    max_drift: float
+    reason: str
+    """Why this scale, in words."""
+
+    @property
+    def chosen(self) -> TriedScale:
+        """What was found at the scale that was taken."""
+        return next(one for one in self.tried if one.scale == self.scale)
+
+    def metrics(self) -> dict[str, float]:
+        """What a step's metrics say of it."""
+        return {"step_scale": self.scale, "step_gain": self.chosen.gain, "step_drift": self.chosen.drift}
+
+    def line(self) -> str:
+        """The result in a line."""
+        one = self.chosen
+        scales = ", ".join(f"{other.scale:g}" for other in self.tried)
+        return (
+            f"{self.scale:g} of the update is kept ({self.reason}; tried: {scales}): it gains {one.gain:.4f} ± "
+            f"{one.standard_error:.4f} nats per token on {self.num_samples} held-out samples and moves the model by "
+            f"{one.drift:.4f} on its own text"
+        )
+
+
+def fit_step(model: nn.Module, config: TrainConfig, selection: Samples, text: Samples, feeding: Feeding) -> FittedStep:
+    """Scale the update of the trained model in place, as its settings say. Call it on all ranks.
+
+    Raises RuntimeError where a loss is not finite.
+    """
+    layers = [layer for _, layer in osft_layers(model)]
+    updates = [local(layer.coefficients).clone() for layer in layers]
+    num_loss_tokens, num_text_tokens = sum(selection.num_loss_tokens), sum(text.num_loss_tokens)
+
+    _scale_(layers, updates, 0.0)
+    start_nll = sample_nll(model, selection, feeding)
+    start = taught(model, text, feeding)
+    start_loss = start_nll.sum().item() / num_loss_tokens
+
+    tried = []
+    for scale in config.step_scales:
+        _scale_(layers, updates, scale)
+        nll = sample_nll(model, selection, feeding)
+        loss = nll.sum().item() / num_loss_tokens
+        drift = _divergence(model, start, feeding) / num_text_tokens
+        if not (math.isfinite(loss) and math.isfinite(drift)):
+            raise RuntimeError(
+                f"fit_step: with {scale:g} of the update the loss is {loss} and the drift {drift}. Lower learning_rate"
+            )
+        error = _standard_error((start_nll - nll).tolist(), selection.num_loss_tokens)
+        tried.append(TriedScale(scale=scale, loss=loss, gain=start_loss - loss, standard_error=error, drift=drift))
+    chosen = choose(tried, config.max_step_drift)
+    _scale_(layers, updates, chosen.scale)
+    return FittedStep(
+        scale=chosen.scale,
+        start_loss=start_loss,
+        tried=tuple(tried),
+        num_samples=len(selection.lengths),
+        num_text_tokens=num_text_tokens,
+        max_drift=config.max_step_drift,
+        reason=_reason(chosen, config.max_step_drift),
+    )
+
+
+def choose(tried: Sequence[TriedScale], max_drift: float) -> TriedScale:
+    """The largest gain within `max_drift`, the smaller step of equal ones; the least drift where none is within it."""
+    within = [one for one in tried if one.drift <= max_drift]
+    if not within:
+        return min(tried, key=lambda one: (one.drift, one.scale))
+    return min(within, key=lambda one: (one.loss, one.scale))
+
+
+def _reason(chosen: TriedScale, max_drift: float) -> str:
+    if chosen.drift > max_drift:
+        return f"the least drift, as none is within max_step_drift={max_drift:g}"
+    return "the largest gain" if chosen.gain > 0 else "the smallest loss, as none gains"
+
+
+@torch.no_grad()
+def _scale_(layers: Sequence[OSFTWeight], updates: Sequence[torch.Tensor], scale: float) -> None:
+    """Make the update `scale` times what it was found to be."""
+    for layer, update in zip(layers, updates, strict=True):
+        torch.mul(update, scale, out=local(layer.coefficients))
+        layer.recompute_()
+
+
+@torch.no_grad()
+def _divergence(model: nn.Module, start: Sequence[TaughtBatch], feeding: Feeding) -> float:
+    """The sum of KL(start || model) over the text, in nats, on every rank."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=feeding.device)
+    for batch in start:
+        total += batch.divergence(model, feeding.device).double().sum()
+    if feeding.world_size > 1:
+        torch.distributed.all_reduce(total)
+    model.train()
+    return total.item()
+
+
+def _standard_error(differences: Sequence[float], num_tokens: Sequence[int]) -> float:
+    """Of the mean difference per token, as a ratio of two sums over samples (Cochran, Sampling Techniques, chapter 6).
+
+    `differences`: of each sample's negative log-likelihoods; `num_tokens`: those that they are summed over.
+    """
+    count, tokens = len(differences), sum(num_tokens)
+    mean = sum(differences) / tokens
+    residuals = [difference - mean * number for difference, number in zip(differences, num_tokens, strict=True)]
+    return math.sqrt(count / (count - 1) * sum(residual**2 for residual in residuals)) / tokens
