@@ -14,6 +14,7 @@ model with the one before.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ class FittedStep:
         """What was found at the scale that was taken."""
         return next(one for one in self.tried if one.scale == self.scale)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         """What a step's metrics say of it."""
         return {"step_scale": self.scale, "step_gain": self.chosen.gain, "step_drift": self.chosen.drift}
 

@@ -70,11 +70,10 @@ def read_own_text(file: Path) -> SampleList:
 def write(work: dict[str, Any]) -> dict[str, Any]:
     """Let the model write, in this process."""
     folder, subspace, address = Path(work["model"]), SubspaceConfig(**work["subspace"]), _address(work)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    trust = work["trust_remote_code"]
-    model: Any = load_model(
-        folder, dtype=torch.bfloat16 if device == "cuda" else torch.float32, trust_remote_code=trust
-    ).to(device)
+    device, trust = "cuda" if torch.cuda.is_available() else "cpu", work["trust_remote_code"]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model: Any = load_model(folder, dtype=dtype, trust_remote_code=trust)
+    model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     texts = write_text(
         model,

@@ -115,6 +115,37 @@ def test_loss_plot_shows_the_loss_on_held_out_data_where_it_was_measured():
     assert "held-out data" in render_report(new_evaluation(), metrics=metrics)
 
 
+def fitted() -> dict:
+    curve = [(0.25, 0.1234, 0.0025), (0.5, 0.2345, 0.01), (1.0, 0.2, 0.0777)]
+    tried = [{"scale": s, "loss": 3 - g, "gain": g, "standard_error": 0.0321, "drift": d} for s, g, d in curve]
+    counts = {"num_samples": 40, "num_text_tokens": 3048, "reason": "the largest gain"}
+    return {"scale": 0.5, "start_loss": 3.0, "tried": tried, "max_drift": 0.05} | counts
+
+
+def test_fitted_step_shows_what_was_tried_and_taken(factors):
+    training = new_training(factors) | {"fitted_step": fitted()}
+    html = render_report(new_evaluation(), training=training, metrics=new_metrics())
+    text = Page(html).text["training"]
+    assert "0.50 of the update that training found is in the model: the largest gain" in text
+    assert "40 held-out samples" in text
+    assert "3,048 tokens that the model wrote itself" in text
+    assert "0.50 2.7655 +0.2345 ± 0.0321 0.0100 ✓ taken" in text
+    assert "1.00 2.8000 +0.2000 ± 0.0321 0.0777 above 0.0500" in text
+    (plot,) = re.findall(r"<svg[^>]*fitted-step-title.*?</svg>", html, re.DOTALL)
+    assert {"0.25", "0.5", "1"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", plot))
+
+
+def test_run_that_fitted_no_step_shows_none(page):
+    assert "The step that fits" not in page
+
+
+@pytest.mark.parametrize("name", ["predicted_drift", "distillation_loss"])
+def test_drift_is_drawn_where_it_was_measured(page, name):
+    assert "training-drift" not in page
+    metrics = [line | {name: 0.001 * line["step"]} for line in new_metrics()]
+    assert "training-drift" in render_report(new_evaluation(), metrics=metrics)
+
+
 def test_long_run_is_thinned_and_keeps_both_ends():
     html = render_report(new_evaluation(), metrics=new_metrics(5000))
     assert len(html) < 200_000

@@ -9,7 +9,7 @@ from osft.evaluation.report.formats import format_duration, format_number, forma
 from osft.evaluation.report.results import benchmark_rows, change_plots, examples_by_set, models, result_rows
 from osft.evaluation.report.rounds import matrix_blocks
 from osft.evaluation.report.subspace import subspace_section
-from osft.evaluation.report.training import cost_of, training_plots
+from osft.evaluation.report.training import cost_of, fitted_step, training_plots
 
 if TYPE_CHECKING:
     from osft.subspace.factor_store import FactorSet
@@ -64,6 +64,7 @@ def render_report(
         training=training,
         training_plots=training_plots(metrics, training) if metrics else [],
         metrics=metrics,
+        fitted=fitted_step(training),
         subspace=subspace_section(factors, training) if factors else None,
         exact=evaluation.get("exact"),
         candidate=evaluation["results"]["candidate"][evaluation["task"]],

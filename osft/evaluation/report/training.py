@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from osft.evaluation.report.formats import format_duration, format_number
-from osft.evaluation.report.svg import BETTER, PANEL, WORSE, Plot, log_scale, plot_style, thinned, to_svg
+from osft.evaluation.report.svg import BETTER, EDGE, PANEL, WORSE, Plot, log_scale, plot_style, thinned, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,13 +14,20 @@ SMOOTHED_FROM = 40
 
 
 def training_plots(metrics: list[dict[str, Any]], training: dict[str, Any] | None) -> list[Plot]:
-    """Loss, learning rate, gradient norm and throughput against the step."""
+    """Loss, learning rate, gradient norm and throughput against the step; the drift where it was measured."""
     return [
         _loss_plot(metrics),
+        *_drift_plots(metrics),
         _curve(metrics, "learning_rate", "Learning rate"),
         _gradient_plot(metrics, training["config"]["max_grad_norm"] if training else 0),
         _curve(metrics, "tokens_per_second", "Throughput (tokens per second)"),
     ]
+
+
+def fitted_step(training: dict[str, Any] | None) -> dict[str, Any] | None:
+    """`fitted_step` of training.json (`osft.training.fitting.FittedStep`) and its `plot`; None of a run without."""
+    fitted = training.get("fitted_step") if training else None
+    return fitted and fitted | {"plot": _fitted_plot(fitted)}
 
 
 def cost_of(
@@ -87,6 +94,41 @@ def _loss_plot(metrics: list[dict[str, Any]]) -> Plot:
         return to_svg(figure, "training-loss", "Loss (nats per loss token)")
 
 
+def _drift_plots(metrics: list[dict[str, Any]]) -> list[Plot]:
+    """What training predicted of its drift, and what it measured on the text that it distilled."""
+    curves = {"predicted_drift": "predicted", "distillation_loss": "measured on self-written text"}
+    found = {name: [line for line in metrics if line.get(name) is not None] for name in curves}
+    if not any(found.values()):
+        return []
+    with plot_style():
+        figure, axes = _panel()
+        for (name, lines), color in zip(found.items(), (BETTER, WORSE), strict=True):
+            if lines:
+                _draw(axes, lines, [line[name] for line in lines], color=color, label=curves[name])
+        axes.legend()
+        axes.set_ylim(bottom=0)
+        return [to_svg(figure, "training-drift", "Drift from the start (nats per token)")]
+
+
+def _fitted_plot(fitted: dict[str, Any]) -> Plot:
+    """Gain against drift, from no update to the whole of it."""
+    tried = sorted(fitted["tried"], key=lambda one: one["scale"])
+    with plot_style():
+        figure, axes = _panel("drift (nats per token)")
+        drifts, gains = ([0.0, *(one[field] for one in tried)] for field in ("drift", "gain"))
+        errors = [0.0, *(one["standard_error"] for one in tried)]
+        axes.errorbar(drifts, gains, yerr=errors, color=BETTER, marker="o", markersize=3, linewidth=1.4)
+        for one in tried:
+            weight = "bold" if one["scale"] == fitted["scale"] else "normal"
+            place = (one["drift"], one["gain"])
+            axes.annotate(f"{one['scale']:g}", place, xytext=(4, 4), textcoords="offset points", fontweight=weight)
+        if fitted["max_drift"] < 2 * max(drifts):
+            axes.axvline(fitted["max_drift"], color=WORSE, linestyle="--", linewidth=1, label="bound")
+            axes.legend()
+        axes.axhline(0, color=EDGE, linewidth=0.8)
+        return to_svg(figure, "fitted-step", "Gain against drift, by the part of the update (nats per token)")
+
+
 def _gradient_plot(metrics: list[dict[str, Any]], clip: float) -> Plot:
     norms = [line["grad_norm"] for line in metrics]
     with plot_style():
@@ -100,14 +142,14 @@ def _gradient_plot(metrics: list[dict[str, Any]], clip: float) -> Plot:
         return to_svg(figure, "gradient-norm", "Gradient norm (before clipping)")
 
 
-def _panel() -> tuple[Any, "Axes"]:
+def _panel(label: str = "step") -> tuple[Any, "Axes"]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=PANEL, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=label == "step"))
     return figure, axes
 
 
