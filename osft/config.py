@@ -47,7 +47,8 @@ class SubspaceConfig:
 
     calibration_tokens: Annotated[int | None, Bounds(low=0)] = None
     """With protect="activations": tokens of text that the model writes itself, half of it plain, half chats, on which
-    its layers' inputs are measured. None: by the width of the model, 3,072 up to 2,048. 0: calibration_data only."""
+    its layers' inputs are measured. None: by the width of the model, 3,072 up to 2,048. 0: calibration_data only.
+    distill_weight and fit_step take the same text, whatever is protected."""
 
     calibration_data: str | None = None
     """With protect="activations": records that stand for what the model should keep, beside or instead of its own text;

@@ -1,6 +1,6 @@
-"""Text that the model to train writes itself, which training is held to (distill_weight) and measured on (fit_step).
+"""Text that the model to train writes itself, to be measured on, held to (distill_weight) and fitted by (fit_step).
 
-    <store>/texts/<key>.jsonl   a text a line, {"text": …, "input_ids": […]}; the key is the hash of what determines it
+    <store>/texts/<key>.json   `input_ids`: the tokens of each text; the key is the hash of what determines them
 
 It is written once for a model and the settings calibration_tokens, calibration_temperature and calibration_seed, on a
 GPU in a process of its own, which gives the GPU back.
@@ -8,49 +8,81 @@ GPU in a process of its own, which gives the GPU back.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from osft import storage
-from osft.atomic import atomic_path
 from osft.config import SubspaceConfig, TrainConfig
 from osft.data.samples import SampleList
 from osft.data.self_written import as_samples, default_num_tokens, write_text
 from osft.models import empty_model, load_model
-from osft.subspace.targets import select_targets
+from osft.sealed import read_sealed, write_sealed
+from osft.subspace.targets import Target, select_targets
 from osft.training.identity import model_contents
 from osft.training.own_process import answer, in_own_process
 
 FORMAT = 1
 """Part of every key: raise it when the text is written differently."""
+_REMEDY = "Remove it: the model writes the text again"
 
 
-def needs_own_text(config: TrainConfig) -> bool:
-    """Whether a run needs text that the model wrote."""
-    return bool(config.distill_weight or config.fit_step)
+def default_text_tokens(targets: Sequence[Target]) -> int:
+    """Tokens that a model with these targets writes where calibration_tokens does not say."""
+    # The widest input of a layer is the output of another, or as wide.
+    return default_num_tokens(max(max(target.shape[-2:]) for target in targets))
 
 
-def own_text(config: TrainConfig, model: Path, store: str | Path) -> Path:
-    """The file with the text of the model in a folder; it is written if the store, a path or URI, does not have it.
+def written_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    store: str | Path,
+    subspace: SubspaceConfig,
+    *,
+    num_tokens: int,
+) -> list[list[int]]:
+    """The texts of the model of a folder, read from the store, a path or URI, or written now and kept there.
 
-    Raises ValueError for a model that writes none (`write_text`), and for a text that no micro-batch can hold.
+    Raises ValueError for a model that writes none (`write_text`), DamagedFile if the file is not what was written.
     """
-    work = {
-        "model": str(model),
-        "store": str(store),
-        "subspace": asdict(config.subspace),
-        "trust_remote_code": config.trust_remote_code,
-    }
-    address = _address(work)
+    address = _address(folder, store, subspace, num_tokens)
+    if found := storage.find(address):
+        return _read(found)
+    texts = write_text(
+        model,
+        tokenizer,
+        num_tokens=num_tokens,
+        seed=subspace.calibration_seed,
+        temperature=subspace.calibration_temperature,
+    )
+    write_sealed(storage.local(address), {"input_ids": texts})
+    storage.publish(address)
+    return texts
+
+
+def own_text(config: TrainConfig, model: Path, store: str | Path) -> Path | None:
+    """The file with the text of the model in a folder, written if it is not in the store; None if the run needs none.
+
+    Raises as `written_text`, and ValueError for a text that no micro-batch can hold.
+    """
+    if not (config.distill_weight or config.fit_step):
+        return None
+    trust = config.trust_remote_code
+    targets = select_targets(empty_model(model, trust_remote_code=trust), config.target_patterns)
+    num_tokens = config.calibration_tokens or default_text_tokens(targets)
+    address = _address(model, store, config.subspace, num_tokens)
     if storage.find(address) is None:
+        work = {"model": str(model), "store": str(store), "num_tokens": num_tokens, "trust_remote_code": trust}
+        work |= {"subspace": asdict(config.subspace)}
         if torch.cuda.is_available():
             in_own_process("osft.training.own_text", work)
         else:
-            write(work)
+            _write(work)
     file = storage.fetch(address)
     longest = max(read_own_text(file).lengths)
     if longest > config.max_tokens_per_gpu:
@@ -62,56 +94,38 @@ def own_text(config: TrainConfig, model: Path, store: str | Path) -> Path:
 
 
 def read_own_text(file: Path) -> SampleList:
-    """The samples of such a file."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return SampleList(as_samples(json.loads(line)["input_ids"] for line in lines))
+    """The samples of such a file, with a loss on every token. Raises DamagedFile if it is not what was written."""
+    return SampleList(as_samples(_read(file)))
 
 
-def write(work: dict[str, Any]) -> dict[str, Any]:
+def _write(work: dict[str, Any]) -> dict[str, Any]:
     """Let the model write, in this process."""
-    folder, subspace, address = Path(work["model"]), SubspaceConfig(**work["subspace"]), _address(work)
-    device, trust = "cuda" if torch.cuda.is_available() else "cpu", work["trust_remote_code"]
+    folder, trust = Path(work["model"]), work["trust_remote_code"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model: Any = load_model(folder, dtype=dtype, trust_remote_code=trust)
-    model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    texts = write_text(
-        model,
-        tokenizer,
-        num_tokens=_num_tokens(work),
-        seed=subspace.calibration_seed,
-        temperature=subspace.calibration_temperature,
-    )
-    lines = ({"text": tokenizer.decode(text, skip_special_tokens=True), "input_ids": text} for text in texts)
-    with atomic_path(storage.local(address)) as temporary:
-        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    storage.publish(address)
+    subspace = SubspaceConfig(**work["subspace"])
+    written_text(model.to(device), tokenizer, folder, work["store"], subspace, num_tokens=work["num_tokens"])
     return {}
 
 
-def _num_tokens(work: dict[str, Any]) -> int:
-    """As many as are asked for, or as the widest of the layers needs."""
-    subspace = SubspaceConfig(**work["subspace"])
-    if subspace.calibration_tokens:
-        return subspace.calibration_tokens
-    targets = select_targets(
-        empty_model(work["model"], trust_remote_code=work["trust_remote_code"]), subspace.target_patterns
-    )
-    return default_num_tokens(max(max(target.shape[-2:]) for target in targets))
+def _read(file: Path) -> list[list[int]]:
+    texts: list[list[int]] = read_sealed(file, _REMEDY)["input_ids"]
+    return texts
 
 
-def _address(work: dict[str, Any]) -> str:
-    subspace = SubspaceConfig(**work["subspace"])
+def _address(folder: Path, store: str | Path, subspace: SubspaceConfig, num_tokens: int) -> str:
     determined_by = {
         "format": FORMAT,
-        "model": model_contents(Path(work["model"])),
-        "tokens": _num_tokens(work),
+        "model": model_contents(folder),
+        "tokens": num_tokens,
         "temperature": subspace.calibration_temperature,
         "seed": subspace.calibration_seed,
     }
     key = hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode()).hexdigest()[:32]
-    return storage.join(work["store"], "texts", f"{key}.jsonl")
+    return storage.join(store, "texts", f"{key}.json")
 
 
 if __name__ == "__main__":
-    answer(write)
+    answer(_write)

@@ -1,7 +1,7 @@
 """What protect="activations" keeps a model as it is on: the statistics that it comes with, or that are measured now.
 
     <store>/statistics/              by what they were measured on (`osft.subspace.statistics_store`)
-    <store>/texts/<sha256>.jsonl     the text that a model wrote itself, by the hash of its tokens
+    <store>/texts/<sha256>.jsonl     the text that a model wrote itself, by the hash of its tokens, as plain text
 
 The statistics of a lineage are handed on (`carried`): what the base model and every round knew. A model without, such
 as a base model, is measured on text that it writes itself, and on records that are given.
@@ -21,13 +21,14 @@ from osft.data.chat import Sample, tokenize
 from osft.data.files import data_files
 from osft.data.packing import Batching
 from osft.data.records import read_records
-from osft.data.self_written import as_samples, default_num_tokens, save_texts, write_text
+from osft.data.self_written import as_samples, save_texts
 from osft.models import load_model
 from osft.subspace.calibration import measure, text_sha256
 from osft.subspace.statistics import Statistics
 from osft.subspace.statistics_store import find_statistics, load_statistics, save_statistics, statistics_key
 from osft.subspace.targets import select_targets
 from osft.training.identity import model_contents
+from osft.training.own_text import default_text_tokens, written_text
 
 MAX_TOKENS = 2048
 """Of a micro-batch, and of a record of calibration_data."""
@@ -95,19 +96,13 @@ def _measured(
     model: Any = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     model.to(device).eval()
     targets = select_targets(model, subspace.target_patterns)
-    default = default_num_tokens(max(max(target.shape[-2:]) for target in targets))
+    default = default_text_tokens(targets)
     num_tokens = subspace.calibration_tokens
     if num_tokens is None:
         num_tokens = default
     texts: dict[str, tuple[str, list[Sample]]] = {}
     if num_tokens:
-        written = write_text(
-            model,
-            tokenizer,
-            num_tokens=num_tokens,
-            seed=subspace.calibration_seed,
-            temperature=subspace.calibration_temperature,
-        )
+        written = written_text(model, tokenizer, folder, store, subspace, num_tokens=num_tokens)
         samples = as_samples(written)
         address = storage.join(store, "texts", f"{text_sha256(samples)}.jsonl")
         save_texts(written, tokenizer, storage.local(address))

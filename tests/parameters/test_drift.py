@@ -1,7 +1,5 @@
 """What the parameters of self-distillation and of the step that fits do."""
 
-import json
-
 import pytest
 import torch
 
@@ -155,5 +153,18 @@ def test_own_text_is_written_once_for_a_model(call, tmp_path, monkeypatch):
     assert written == [400]
     call(distill_weight=1.0, max_steps=1, calibration_tokens=300)
     assert written == [400, 300]
-    lines = [json.loads(line) for file in (tmp_path / "data" / "factors" / "texts").iterdir() for line in file.open()]
-    assert all(line["text"] is not None and line["input_ids"] for line in lines)
+    call(protect="activations", max_steps=1, calibration_tokens=300)
+    assert written == [400, 300], "what its layers are measured on is the same"
+
+
+def test_drift_is_predicted_for_every_step_and_layer(call):
+    settings = {"protect": "activations", "fit_step": True, "max_step_drift": 1e3, "learning_rate": 1e-3} | SHORT
+    result = call(**settings)
+    steps = [line["predicted_drift"] for line in result.history]
+    assert 0 < steps[0] < steps[2]
+    by_layer = {name: layout["predicted_drift"] for name, layout in result.rank_layout.items()}
+    assert sum(by_layer.values()) == pytest.approx(steps[-1])
+    assert steps[-1] == pytest.approx(result.history[-1]["step_drift"], rel=0.5), "it is what is measured"
+    other = call(**settings | {"protect": "weights"})
+    assert other.history[-1]["predicted_drift"] is None
+    assert all("predicted_drift" not in layout for layout in other.rank_layout.values())
