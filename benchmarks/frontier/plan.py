@@ -1,7 +1,7 @@
 """Which runs there are, the most deciding ones first."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.frontier.bench import Scope
 from benchmarks.frontier.materials import PACKAGES
@@ -10,6 +10,12 @@ from benchmarks.frontier.runs import Run
 
 FULL, LORA = Method(kind="full"), Method(kind="lora")
 WEIGHTS, PEFT_OSF = Method(kind="weights", ratio=0.25), Method(kind="peft_osf", ratio=0.25)
+BEST = Method(kind="activations", ratio=0.5, stiffness=10000.0)
+"""What the screen found."""
+
+
+def _activations(ratio: float, stiffness: float = 0.0, *, measured_energy: bool = True) -> Method:
+    return Method(kind="activations", ratio=ratio, stiffness=stiffness, measured_energy=measured_energy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +56,23 @@ EXPERIMENTS = {
         rates={
             FULL: (3e-4, 1e-4, 1e-3),
             LORA: (3e-3, 1e-3, 1e-2),
-            WEIGHTS: (3e-4, 1e-3, 1e-4, 3e-3),
+            WEIGHTS: (1e-3, 3e-4, 1e-4, 3e-3),
             PEFT_OSF: (3e-4, 1e-3, 1e-4),
+            _activations(0.25): (1e-3, 3e-3, 3e-4),
+            _activations(0.5): (1e-3, 3e-3, 3e-4),
+            _activations(1.0, 1000.0): (1e-3, 3e-3, 3e-4),
+            _activations(1.0, 3000.0): (1e-3, 3e-3, 3e-4),
+            _activations(1.0, 10000.0): (3e-3, 1e-3, 1e-2),
+            _activations(1.0, 30000.0): (3e-3, 1e-2, 3e-2),
+            _activations(0.5, 3000.0): (1e-3, 3e-3, 3e-4),
+            BEST: (3e-3, 1e-3, 1e-2),
+            _activations(0.25, 3000.0): (1e-3, 3e-3, 3e-4),
+            _activations(0.25, 10000.0): (3e-3, 1e-3, 1e-2),
+            _activations(1.0, 10000.0, measured_energy=False): (3e-3, 1e-3, 1e-2),
+            _activations(1.0, 3000.0, measured_energy=False): (3e-3, 1e-3, 1e-2),
+            Method(kind="curvature", stiffness=10000.0): (1e-3, 3e-3, 3e-4),
+            Method(kind="full", distill_weight=1.0): (3e-4, 1e-3, 1e-4),
+            replace(BEST, distill_weight=1.0): (3e-3, 1e-3, 1e-2),
             Method(kind="full", replay_ratio=0.05): (3e-4, 1e-4, 1e-3),
             Method(kind="full", replay_ratio=0.01): (3e-4, 1e-4, 1e-3),
             Method(kind="lora", weight_decay=5.0): (3e-3, 1e-3, 1e-2),
@@ -62,6 +83,11 @@ EXPERIMENTS = {
         scope="whole",
         tasks=tuple(PACKAGES),
         steps=12,
-        rates={FULL: (2e-4,), LORA: (2e-3,), WEIGHTS: (5e-4,)},
+        rates={
+            FULL: (2e-4, 1e-4, 4e-4),
+            BEST: (2e-3, 1e-3, 4e-3),
+            LORA: (1e-3, 5e-4, 2e-3),
+            WEIGHTS: (3e-4, 1e-4, 1e-3),
+        },
     ),
 }

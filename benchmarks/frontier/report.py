@@ -6,12 +6,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.frontier.bench import SCREENED_BLOCKS
-from benchmarks.frontier.curves import TARGET, Curve, curve_of, mean_and_error
+from benchmarks.frontier.curves import TARGET, Curve, best_gain, mean_and_error, read_off
 from benchmarks.frontier.materials import BLOCK_TOKENS, HELD_OUT_BLOCKS, OTHERS, REVIEWS_PER_STEP
 from benchmarks.frontier.plan import EXPERIMENTS, Experiment
 from benchmarks.frontier.runs import Run
-from benchmarks.frontier.summary import Results, forgetting, summarize
+from benchmarks.frontier.summary import Results, curves_by_method, forgetting, summarize
 from osft.atomic import atomic_path, write_json
 from osft.evaluation.report.svg import LINES, plot_style
 
@@ -177,36 +179,30 @@ def _notes(machines: Sequence[dict[str, Any]]) -> list[str]:
 
 # ---- picture ----
 
+PICTURED_GAINS = 25
+"""Points of a line."""
+
 
 def plot(found: Mapping[str, Results], file: Path) -> None:
-    """Drift on web text against what was learned: a line for each run, from the base on; the methods' by colour."""
+    """Drift on web text against what was learned: a line for each method, at its best rate for each gain."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     methods = list(dict.fromkeys(str(run.method) for results in found.values() for run in results))
     styles: dict[str, Any] = {method: LINES[place % len(LINES)] for place, method in enumerate(methods)}
-    markers = {method: "os^Dv"[place // len(LINES) % 5] for place, method in enumerate(methods)}
+    markers = {method: ("", "o", "s", "^", "D", "v")[place // len(LINES) % 6] for place, method in enumerate(methods)}
     with plot_style():
-        figure = Figure(figsize=(4.6 * len(found), 4.4), layout="constrained")
+        figure = Figure(figsize=(max(6.0, 4.6 * len(found)), 4.6), layout="constrained")
         panels = figure.subplots(1, len(found), squeeze=False)[0]
         for axes, (experiment, results) in zip(panels, found.items(), strict=True):
-            for run, result in results.items():
-                if run.seed:
-                    continue
-                color, line = styles[str(run.method)]
-                gains, drifts = _line(curve_of(result))
-                axes.plot(
-                    gains,
-                    drifts,
-                    color=color,
-                    linestyle=line,
-                    marker=markers[str(run.method)],
-                    markersize=3,
-                    linewidth=1,
-                )
+            for method, curves in curves_by_method(results).items():
+                color, line = styles[str(method)]
+                marker = markers[str(method)]
+                gains, drifts = envelope(curves)
+                axes.plot(gains, drifts, color=color, linestyle=line, marker=marker, markersize=3, linewidth=1.2)
             axes.set_yscale("log")
             axes.set_title(EXPERIMENTS[experiment].title, fontsize=9)
-            axes.set_xlabel("fall of the task's loss, nats per token (right is better)")
+            axes.set_xlabel("fall of the tasks' loss, nats per token (right is better)")
             axes.set_ylabel("KL(base || tuned) on web text, nats per token (down is better)")
         handles = [
             Line2D([], [], color=color, linestyle=line, marker=markers[method], markersize=3, label=method)
@@ -217,8 +213,14 @@ def plot(found: Mapping[str, Results], file: Path) -> None:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
-def _line(curve: Curve) -> tuple[list[float], list[float]]:
-    return (
-        [float(point.gain.mean()) for point in curve.points],
-        [float(point.drift[OTHERS[0]].mean()) for point in curve.points],
-    )
+def envelope(curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
+    """Gains, and the least drift on web text with which each is reached, the mean over the seeds that all reach it."""
+    seeds = {curve.seed for curve in curves}
+    gains, drifts = [], []
+    for gain in np.linspace(0, best_gain(curves), PICTURED_GAINS + 1)[1:]:
+        read = [read_off([curve for curve in curves if curve.seed == seed], gain, OTHERS[0]) for seed in seeds]
+        known = [reading.drift for reading in read if reading is not None]
+        if len(known) == len(seeds):
+            gains.append(float(gain))
+            drifts.append(float(np.mean(known)))
+    return gains, drifts

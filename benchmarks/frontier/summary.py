@@ -25,12 +25,18 @@ def summarize(results: Results) -> list[dict[str, Any]]:
     rates       those that were tried; `best`: that of the reading on web text, by seed; `at_edge`: it is the lowest or
                 the highest of several, so that a better one may lie beyond
     """
-    curves: dict[Method, list[Curve]] = {}
-    for run, result in results.items():
-        curves.setdefault(run.method, []).append(curve_of(result))
+    curves = curves_by_method(results)
     if FULL not in curves:
         return []
     return [_summary(method, found, curves[FULL]) for method, found in curves.items()]
+
+
+def curves_by_method(results: Results) -> dict[Method, list[Curve]]:
+    """The curves of each method's runs."""
+    curves: dict[Method, list[Curve]] = {}
+    for run, result in results.items():
+        curves.setdefault(run.method, []).append(curve_of(result))
+    return curves
 
 
 def _summary(method: Method, curves: Sequence[Curve], full: Sequence[Curve]) -> dict[str, Any]:
