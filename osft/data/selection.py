@@ -5,7 +5,7 @@ evaluation, which measure what was chosen.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -28,30 +28,40 @@ def selection_size(num_samples: int, wanted: int) -> int:
     return min(wanted, max(LEAST, int(LARGEST_SHARE * num_samples)))
 
 
-def select(samples: Samples, wanted: int) -> list[int]:
+def select(samples: Samples, wanted: int, *, others: Samples | None = None) -> list[int]:
     """The indices of the samples that are held out, ascending.
 
     Those of the prompts with the smallest hashes, whatever their order, until there are `selection_size` of them: of
-    one prompt, all or none. A prompt is what stands before the first token that counts; of a text that counts from its
-    beginning, the text. Raises ValueError as `selection_size`, and where one prompt has too many of the samples.
+    one prompt, all or none, and none of a prompt of `others`, which train, too. A prompt is what stands before the
+    first token that counts; of a text that counts from its beginning, the text. Raises ValueError as `selection_size`,
+    and where too few prompts are left or one has too many of the samples.
     """
     num_samples = len(samples.lengths)
     size = selection_size(num_samples, wanted)
+    trained = set(_prompts(others)) if others else set()
     by_prompt: dict[bytes, list[int]] = {}
-    for index in range(num_samples):
-        sample = samples[index]
-        by_prompt.setdefault(_prompt_sha256(sample.input_ids, sample.labels), []).append(index)
+    for index, prompt in enumerate(_prompts(samples)):
+        if prompt not in trained:
+            by_prompt.setdefault(prompt, []).append(index)
     chosen: list[int] = []
     for prompt in sorted(by_prompt):
         if len(chosen) >= size:
             break
         chosen += by_prompt[prompt]
-    if 2 * len(chosen) > num_samples:
+    if len(chosen) < size or 2 * len(chosen) > num_samples:
         raise ValueError(
-            f"fit_step=True holds out whole prompts, and of the {num_samples} training samples with {len(by_prompt)} "
-            f"different prompts that would be {len(chosen)}. Give more prompts, or fit_step=False"
+            f"fit_step=True holds out {size} of the {num_samples} training samples by whole prompts, and the "
+            f"{len(by_prompt)} different prompts that are not replayed, too, give {len(chosen)}. Give more prompts, or "
+            "fit_step=False"
         )
     return sorted(chosen)
+
+
+def _prompts(samples: Samples) -> Iterator[bytes]:
+    """The hash of each sample's prompt."""
+    for index in range(len(samples.lengths)):
+        sample = samples[index]
+        yield _prompt_sha256(sample.input_ids, sample.labels)
 
 
 def _prompt_sha256(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:

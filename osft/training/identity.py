@@ -28,6 +28,7 @@ from typing import Any
 from osft.checkpoint import EXACT
 from osft.config import TrainConfig
 from osft.content import files_sha256, named_sha256
+from osft.parameters import parameters
 
 MADE_OF = "made_of"
 _PATHS = {
@@ -61,7 +62,8 @@ def model_contents(folder: Path) -> dict[str, str]:
 def differences(recorded: dict[str, Any], config: TrainConfig, made_of: dict[str, str]) -> list[str]:
     """How a run whose settings file is `recorded` differs from one of these settings that is made of `made_of`.
 
-    What only one of them has is not compared.
+    What only one of them is made of is not compared. A setting that the recorded run does not know is one of a newer
+    release, and was at its default.
     """
     there = recorded.get(MADE_OF) or {}
     if "dataset" in recorded:
@@ -72,12 +74,14 @@ def differences(recorded: dict[str, Any], config: TrainConfig, made_of: dict[str
         if what in there and there[what] != now
     ]
     settings = json.loads(json.dumps(config.identity()))
+    before = {name: parameter.default for name, parameter in parameters(TrainConfig).items() if not parameter.required}
+    before |= recorded
     for name, now in settings.items():
         what = _PATHS.get(name)
         if what in there and what in made_of and there[what] == made_of[what]:
             continue  # the same, wherever it lies
-        if recorded.get(name) != now:
-            found.append(f"{name}: {recorded.get(name)!r} there, {now!r} now")
+        if before.get(name) != now:
+            found.append(f"{name}: {before.get(name)!r} there, {now!r} now")
     return found
 
 

@@ -155,14 +155,15 @@ def _prepared(
     return prepared
 
 
-def held_out_selection(config: TrainConfig, data: "PreparedData") -> list[int]:
-    """The training samples that are held out for `fit_step`. Raises ValueError where there are too few."""
+def held_out_selection(config: TrainConfig, data: "PreparedData", replay: "PreparedData | None") -> list[int]:
+    """The training samples of `data` that are held out for `fit_step`. Raises ValueError where there are too few."""
     if not config.fit_step:
         return []
     from osft.data.dataset_folder import load_split
     from osft.data.selection import select
 
-    return select(load_split(data.folder, "train"), config.selection_samples)
+    others = load_split(replay.folder, "train") if replay else None
+    return select(load_split(data.folder, "train"), config.selection_samples, others=others)
 
 
 def check_lengths(statistics: dict[str, Any], config: TrainConfig) -> None:

@@ -100,7 +100,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
             fetch_models(config, output, finished.summary["checkpoints"])
             return finished
         state = state_to_resume(config, output, made_of)
-        selection = held_out_selection(config, data)
+        selection = held_out_selection(config, data, replay)
         factors = factor_set(config, model, data, found.batching)
         made_of["factors"] = factors.bases_sha256
         text = own_text(config, model, factor_store(config))

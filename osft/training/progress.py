@@ -54,6 +54,8 @@ class Progress:
             shown = f"loss {metrics.loss:.4f}"
             if metrics.validation_loss is not None:
                 shown += f"  validation {metrics.validation_loss:.4f}"
+            if metrics.predicted_drift is not None:
+                shown += f"  drift {metrics.predicted_drift:.4f}"
             print(
                 f"step {metrics.step}/{self._total}  {shown}  lr {metrics.learning_rate:.2e}  "
                 f"{metrics.tokens_per_second:.0f} tokens/s  {remaining:.0f} s left",

@@ -107,6 +107,15 @@ class TrainResult:
         described: dict[str, Any] | None = self.summary.get("saved")
         return described
 
+    @property
+    def fitted_step(self) -> dict[str, Any] | None:
+        """With fit_step: which part of the update was kept, and the gain and drift of each that was tried.
+
+        The fields of `osft.training.fitting.FittedStep`.
+        """
+        fitted: dict[str, Any] | None = self.summary.get("fitted_step")
+        return fitted
+
     def __repr__(self) -> str:
         summary, timings = self.summary, self.timings
         loss = f"{summary['first_loss']:.4f} -> {self.final_loss:.4f}"
@@ -123,12 +132,23 @@ class TrainResult:
             f"{self.num_loss_tokens:,} with loss)",
             f"  parameters  {summary['trainable_parameters']:,} trainable of {summary['total_parameters']:,}",
             f"  rank        {spread} unfrozen directions in {len(ranks)} weights",
+            *_fitted_line(self.fitted_step),
             *_saved_line(self.saved),
             f"  time        {timings['load']:.1f} s load, {timings['train']:.1f} s train, {timings['save']:.1f} s save",
             f"  memory      {self.peak_memory_bytes / 2**30:.2f} GiB at most, {summary['world_size']} x "
             f"{summary['device']}",
         ]
         return "\n".join(lines)
+
+
+def _fitted_line(fitted: dict[str, Any] | None) -> list[str]:
+    if fitted is None:
+        return []
+    taken = next(tried for tried in fitted["tried"] if tried["scale"] == fitted["scale"])
+    return [
+        f"  step        {fitted['scale']:g} of the update ({fitted['reason']}): gain {taken['gain']:.4f} ± "
+        f"{taken['standard_error']:.4f}, drift {taken['drift']:.4f} nats per token"
+    ]
 
 
 def _saved_line(saved: dict[str, Any] | None) -> list[str]:

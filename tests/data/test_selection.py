@@ -66,5 +66,14 @@ def test_text_without_a_prompt_is_told_apart_by_its_tokens():
 
 
 def test_one_prompt_for_all_samples_is_refused():
-    with pytest.raises(ValueError, match="of the 40 training samples with 1 different prompts that would be 40"):
+    with pytest.raises(ValueError, match="16 of the 40 training samples by whole prompts, and the 1 .* give 40. Give"):
         select(SampleList(chats([1], answers=40)), 64)
+
+
+def test_prompt_that_other_training_data_has_is_not_held_out():
+    samples, replayed = chats(list(range(100))), chats(list(range(0, 100, 2)))
+    chosen = select(SampleList(samples), 64, others=SampleList(replayed))
+    assert len(chosen) == 16
+    assert all(index % 2 for index in chosen)
+    with pytest.raises(ValueError, match="the 0 different prompts that are not replayed, too, give 0"):
+        select(SampleList(samples), 64, others=SampleList(samples))

@@ -328,6 +328,22 @@ def test_run_of_a_release_without_hashes_is_compared_by_what_it_says(again, sett
     assert "did not write down the hashes of weights, model_config, tokenizer" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("run", ["unfinished", "finished"])
+def test_run_of_a_release_without_a_setting_had_it_at_its_default(again, run):
+    def forget(output: Path) -> None:
+        for file in (output / "config.json", output / "training.json"):
+            if file.is_file():
+                values = json.loads(file.read_text())
+                for settings in (values, values.get("config", {})):
+                    settings.pop("fit_step", None)
+                values.pop("sha256", None)
+                file.write_text(json.dumps(values))
+
+    assert again(run, forget).num_steps == STEPS
+    with pytest.raises(ValueError, match="fit_step: False there, True now"):
+        again(run, forget, fit_step=True)
+
+
 @pytest.mark.parametrize("error", ["of the writer", "of torch", "in position.json"])
 def test_full_disk_keeps_the_state_before(error, again, runs, monkeypatch, tmp_path):
     from osft.training import state
