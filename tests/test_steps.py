@@ -15,6 +15,7 @@ from osft.data.records import DataError
 from osft.rounds.resolve import ResolvedRound
 from osft.sealed import DamagedFile, unsealed
 from osft.steps.data import check_chats
+from osft.steps.evaluation import next_scores
 from osft.steps.training import replay_settings
 from osft.tracking import lineage, runs
 from osft.tracking.lineage import DataManifest
@@ -168,6 +169,8 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     evaluation, version = measure_and_promote((root, "first", tracking), first)
     scores = evaluation["results"]
     assert scores["candidate"]["larger-number"]["loss"] < scores["base"]["larger-number"]["loss"]
+    kl = evaluation["drift"]["base"]["prose"]["kl"]
+    assert kl > 0
     files = object_store.names(f"{root}/rounds/first")
     assert {"round.json", "evaluation.json", "report.html", "version.json", "train/training.json"} <= files
     assert b"<html" in object_store.files.cat(f"{root}/rounds/first/report.html")
@@ -178,7 +181,9 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     card = Path(mlflow.download_artifacts(run_id, "model/README.md")).read_text()
     assert "base_model: " in card, "training's card"
     assert "larger-number (new task) | loss" in card.split("## Scores")[1]
+    assert mlflow.get_run(first["mlflow_run_id"]).data.metrics["drift/base/prose"] == kl
     kept = lineage.read(mlflow, "tiny", version)
+    assert kept.rows[-1].scores["prose"]["kl_base"] == kl
     assert kept.checkpoint_sha256 == mlflow.get_model_version("tiny", str(version)).tags["osft.checkpoint_sha256"]
     assert mlflow.get_model_version_by_alias("tiny", "champion").version == version
     assert not any(SECRET.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
@@ -237,6 +242,23 @@ def test_replay_is_of_the_earlier_rounds_whose_data_is_still_there(tmp_path, cap
         capsys.readouterr()
         assert replay_settings(round, asked) == {"replay_ratio": 0.0}
         assert "replay: nothing, for there is no data of an earlier round\n" in capsys.readouterr().out
+
+
+def test_scores_of_a_lineage_have_the_drift_of_every_set_and_what_was_never_measured_is_left_out():
+    score = {"loss": 1.0, "loss_stderr": 0.1, "accuracy": None, "accuracy_stderr": None, "num_ties": 0}
+    moved = {"kl": 0.25, "stderr": None, "num_tokens": 9}
+    evaluation = {
+        "task": "new",
+        "results": {"base": {"new": score}, "candidate": {"new": score}},
+        "drift": {"base": {"new": moved | {"stderr": 0.5}, "own": moved}, "champion": {"new": None, "own": moved}},
+    }
+    _, (row,) = next_scores(evaluation, None)
+    assert row.scores == {
+        "new": {name: score[name] for name in score if name != "num_ties"} | {"kl_base": 0.25, "kl_base_stderr": 0.5},
+        "own": {"kl_base": 0.25, "kl_base_stderr": None, "kl_champion": 0.25, "kl_champion_stderr": None},
+    }
+    baseline, (row,) = next_scores({name: value for name, value in evaluation.items() if name != "drift"}, None)
+    assert baseline == row.scores, "an evaluation of an earlier release"
 
 
 def test_model_and_data_that_are_fetched_by_name_are_kept_in_the_store(bucket, object_store, monkeypatch):

@@ -38,7 +38,7 @@ def evaluate_model(
         parent_version: The champion's version; 0 if there is none yet.
         checkpoint_path: Folder of the candidate.
         data_path: Folder of the prepared dataset, with the held-out part.
-        factors_path: Manifest of the factor set, for the report.
+        factors_path: Manifest of the factor set, for the report, and for the text that the base model wrote.
         task: Name of the new task.
         anchor_paths: Files of what the model should not forget.
         max_anchor_samples: Use at most this many records of each anchor; 0 uses all.
@@ -54,7 +54,7 @@ def evaluate_model(
 
     Returns:
         Output: Whether the candidate passed the gate.
-        metrics: Losses and accuracies of the models on each set.
+        metrics: Losses and accuracies of the models on each set, and the candidate's drift from the others.
         report: What was learned and forgotten, as a page to look at.
     """
     import shutil
@@ -93,5 +93,9 @@ def evaluate_model(
             for key in ("loss", "accuracy"):
                 if score[key] is not None:
                     metrics.log_metric(f"{model}/{name}/{key}", score[key])
+    for model, of_sets in evaluation["drift"].items():
+        for name, drift in of_sets.items():
+            if drift is not None:
+                metrics.log_metric(f"drift/{model}/{name}", drift["kl"])
     shutil.copyfile(round.folder / "report.html", report.path)
     return evaluation["decision"]["promote"]

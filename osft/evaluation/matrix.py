@@ -21,7 +21,8 @@ from typing import Any
 
 Score = float | None
 Scores = Mapping[str, Mapping[str, Score]]
-"""Of one model: the name of a task or an anchor -> metric ("loss" or "accuracy") -> value, None if not measured."""
+"""Of one model: the name of an evaluation set -> metric -> value, None if not measured: "loss", "accuracy", and the
+divergences "kl_base" and "kl_champion"."""
 Matrix = Sequence[Sequence[Score]]
 """T rows, one a round, of up to T scores, one a task."""
 
@@ -106,10 +107,12 @@ def describe(
     rounds: the task that each learned, and the version of its model (None: not registered), the oldest first.
     baseline: of the base model. scores: of the model after each round. anchors: names of general sets.
 
-    Returns `rounds`, `metrics` and `anchors`. `metrics["loss"]` and `metrics["accuracy"]` hold `baseline` and `rows` as
-    they were measured, and the numbers, those of losses from the negated ones; a number is None where a score that it
-    needs is missing or not finite. There is no "accuracy" unless each model was measured on all tasks learned so far.
-    `anchors[name]` holds for each metric that was ever measured the `baseline` and the `values` after each round.
+    Returns `rounds`, `metrics`, `anchors` and `drift`. `metrics["loss"]` and `metrics["accuracy"]` hold `baseline` and
+    `rows` as they were measured, and the numbers, those of losses from the negated ones; a number is None where a score
+    that it needs is missing or not finite. There is no "accuracy" unless each model was measured on all tasks
+    learned so far. `anchors[name]` holds for each metric that was ever measured the `baseline` and the `values` after
+    each round.
+    `drift[name]` holds, for every set on which it was measured, KL(base || model) after each round, in nats per token.
 
     Raises ValueError for another number of scores than of rounds.
     """
@@ -125,6 +128,7 @@ def describe(
         "rounds": [{"task": task, "version": version} for task, version in rounds],
         "metrics": metrics,
         "anchors": {anchor: _anchor(anchor, baseline, scores) for anchor in anchors},
+        "drift": _drifts(scores),
     }
 
 
@@ -153,6 +157,12 @@ def _anchor(name: str, baseline: Scores, scores: Sequence[Scores]) -> dict[str, 
         if any(value is not None for value in (before, *values)):
             found[metric] = {"baseline": before, "values": values}
     return found
+
+
+def _drifts(scores: Sequence[Scores]) -> dict[str, list[Score]]:
+    names = dict.fromkeys(name for model in reversed(scores) for name in model)  # as the last round has them
+    found = {name: [_of(model, name, "kl_base") for model in scores] for name in names}
+    return {name: values for name, values in found.items() if any(value is not None for value in values)}
 
 
 def _of(scores: Scores, name: str, metric: str) -> Score:

@@ -2,15 +2,20 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from osft import storage
 from osft.steps.round import EVALUATION_FILE, Round, read_json
 from osft.tracking import lineage, runs
 from osft.tracking.lineage import Lineage, Row, Scores
 
+if TYPE_CHECKING:
+    from osft.subspace.factor_store import FactorSet
+
 _METRICS = ("loss", "loss_stderr", "accuracy", "accuracy_stderr")
 """Of the scores, what a later round needs."""
+SELF_WRITTEN = "self-written text"
+"""The name of the evaluation set."""
 
 
 def evaluate_model(
@@ -34,6 +39,7 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Measure base, champion and candidate on the new task, on every earlier one and on the anchors, and decide.
 
+    With protect="activations" the drift is measured on the text that the base model wrote, too, which the factors name.
     Writes `evaluation.json` and `report.html` to the round's folder.
     """
     from osft.evaluation.evaluate import evaluate, load_set
@@ -56,6 +62,9 @@ def evaluate_model(
             )
             sets += [load_set(str(file), "earlier task", name=name) for name, file in earlier.items()]
         sets += [load_set(path, "anchor", max_samples=max_anchor_samples) for path in anchor_paths]
+        factors = load_factor_set(factors_path, check=False)
+        if written := _self_written_text(factors_path, factors):
+            sets.append(load_set(written, "self-written", name=SELF_WRITTEN, max_samples=max_anchor_samples))
         for one in sets:
             step.log_dataset(
                 name=one.name,
@@ -84,6 +93,9 @@ def evaluate_model(
             for name, score in scores.items():
                 numbers = {key: score[key] for key in ("loss", "perplexity", "accuracy")}
                 step.log_metrics({f"{model}/{name}/{key}": value for key, value in numbers.items()}, to_parent=True)
+        for model, of_sets in evaluation["drift"].items():
+            moved = {f"drift/{model}/{name}": drift and drift["kl"] for name, drift in of_sets.items()}
+            step.log_metrics(moved, to_parent=True)
         if evaluation["exact"]:  # what rounding costs is the difference to candidate/<task>/loss
             step.log_metrics({f"candidate_exact/{task}/loss": evaluation["exact"]["loss"]}, to_parent=True)
         metrics = storage.fetch(round.address("train", "metrics.jsonl")).read_text(encoding="utf-8")
@@ -91,7 +103,7 @@ def evaluate_model(
             evaluation,
             training=read_json(round.address("train", "training.json")),
             metrics=[json.loads(line) for line in metrics.splitlines()],
-            factors=load_factor_set(factors_path, check=False),
+            factors=factors,
             dataset=read_json(storage.join(data_path, "dataset.json")),
             cost=runs.step_seconds(step.client, round.mlflow_run_id),
         )
@@ -103,15 +115,30 @@ def evaluate_model(
 def next_scores(evaluation: Mapping[str, Any], parent: Lineage | None) -> tuple[Scores, tuple[Row, ...]]:
     """The base model's scores and the rows of the matrix, as the candidate's lineage has them.
 
-    What the parent's lineage has already stays as it was measured then.
+    What the parent's lineage has already stays as it was measured then. The candidate's scores have its drift: as
+    `kl_base` and `kl_champion`, KL(base || candidate) and KL(champion || candidate) in nats per token.
     """
     measured = {model: _scores(results) for model, results in evaluation["results"].items()}
+    for model, of_sets in evaluation.get("drift", {}).items():  # evaluations of earlier releases have none
+        for name, drift in of_sets.items():
+            if drift is not None:
+                moved = {f"kl_{model}": drift["kl"], f"kl_{model}_stderr": drift["stderr"]}
+                measured["candidate"][name] = measured["candidate"].get(name, {}) | moved
     baseline, parent_scores = measured["base"], measured.get("champion", {})
     if parent is not None:
         baseline = baseline | parent.baseline
         parent_scores = parent_scores | parent.rows[-1].scores
     rows = lineage.next_rows(parent, evaluation["task"], parent_scores=parent_scores, scores=measured["candidate"])
     return baseline, rows
+
+
+def _self_written_text(factors_path: str, factors: "FactorSet") -> str | None:
+    """The path or URI of the text that the base model wrote, if the factors are of what layers are fed on it."""
+    from osft.training.statistics import self_written_text
+
+    if factors.statistics is None:
+        return None
+    return self_written_text(storage.join(factors_path.rsplit("/", 2)[0], factors.statistics))
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> Scores:

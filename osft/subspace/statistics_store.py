@@ -108,14 +108,8 @@ def load_statistics(path: str | Path) -> Statistics:
     Raises FileNotFoundError if it or one of its files is missing, DamagedFile if it is not what was written; reading
     an input raises DamagedFile.
     """
-    found = storage.find(path)
-    if found is None:
-        raise FileNotFoundError(f"there are no statistics {path}. Measure them first (`precompute_svd`)")
-    manifest = read_sealed(found, _REMEDY)
-    if manifest.get("format") != FORMAT:
-        raise DamagedFile(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}. {_REMEDY}")
+    found, manifest, parts = _read_manifest(path)
     try:
-        parts = [Part(**part) for part in manifest["parts"]]
         inputs, digest = manifest["inputs"], manifest["content_sha256"]
         layout = [tuple(each["targets"]) for each in inputs]
     except (KeyError, TypeError) as error:
@@ -128,6 +122,25 @@ def load_statistics(path: str | Path) -> Statistics:
                 f"{path} is damaged: {storage.name_of(stored.file(each))} of {each['targets'][0]} is missing. {_REMEDY}"
             )
     return Statistics(parts, stored, layout, sha256=digest)
+
+
+def stored_parts(path: str | Path) -> list[Part]:
+    """The texts that the statistics of a manifest are of, without what was measured. Raises as `load_statistics`."""
+    return _read_manifest(path)[2]
+
+
+def _read_manifest(path: str | Path) -> tuple[Path, dict[str, Any], list[Part]]:
+    """The file, what it holds, and its parts."""
+    found = storage.find(path)
+    if found is None:
+        raise FileNotFoundError(f"there are no statistics {path}. Measure them first (`precompute_svd`)")
+    manifest = read_sealed(found, _REMEDY)
+    if manifest.get("format") != FORMAT:
+        raise DamagedFile(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}. {_REMEDY}")
+    try:
+        return found, manifest, [Part(**part) for part in manifest["parts"]]
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{path} is damaged: {error}. {_REMEDY}") from None
 
 
 def stored_output_moments(path: str | Path) -> Iterator[tuple[str, SecondMoment]]:

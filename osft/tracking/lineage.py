@@ -36,7 +36,11 @@ _TASK = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,199}")
 _STRICT = {"extra": "forbid", "strict": True}
 
 Scores = dict[str, dict[str, Score]]
-"""Of one model: the name of a task or an anchor -> metric ("loss" or "accuracy") -> value, None if not measured."""
+"""Of one model: the name of an evaluation set -> metric -> value, None if not measured.
+
+The metrics are "loss" and "accuracy", their "…_stderr", and of the models after a round how far these moved: "kl_base",
+"kl_champion" (from the round's parent) and their "…_stderr", in nats per token.
+"""
 
 
 class LineageError(ValueError):

@@ -25,7 +25,13 @@ from osft.data.self_written import as_samples, save_texts
 from osft.models import load_model
 from osft.subspace.calibration import measure, text_sha256
 from osft.subspace.statistics import Statistics
-from osft.subspace.statistics_store import find_statistics, load_statistics, save_statistics, statistics_key
+from osft.subspace.statistics_store import (
+    find_statistics,
+    load_statistics,
+    save_statistics,
+    statistics_key,
+    stored_parts,
+)
 from osft.subspace.targets import select_targets
 from osft.training.identity import model_contents
 from osft.training.own_text import default_text_tokens, written_text
@@ -72,9 +78,13 @@ def calibrated(
     return address
 
 
-def own_text(statistics: Statistics, store: str | Path) -> str | None:
-    """The path or URI of the text that the base model wrote itself, if the store has it."""
-    for part in statistics.parts:
+def self_written_text(statistics: str | Path) -> str | None:
+    """The path or URI of the text that the base model wrote itself for these statistics, a path or URI, if it is there.
+
+    Raises FileNotFoundError or DamagedFile for statistics that are not what was written.
+    """
+    store = str(statistics).rsplit("/", 2)[0]
+    for part in stored_parts(statistics):
         address = storage.join(store, "texts", f"{part.text_sha256}.jsonl")
         if storage.find(address) is not None:
             return address

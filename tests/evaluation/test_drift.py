@@ -2,17 +2,21 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from osft.config import SubspaceConfig
 from osft.data.chat import IGNORE, tokenize
 from osft.data.packing import Batching
 from osft.data.records import Record
 from osft.evaluation.drift import RecordDrift, measure_drift
-from osft.evaluation.evaluate import EvaluationSet, evaluate
+from osft.evaluation.evaluate import EvaluationSet, evaluate, load_set
+from osft.training.inputs import compute_factors
+from osft.training.statistics import self_written_text
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama
 
 TOKENIZERS = (byte_tokenizer(), byte_tokenizer())
@@ -140,6 +144,17 @@ def test_drift_of_models_that_cannot_be_compared_is_none(models, tmp_path):
     for _ in range(2):  # measured, and read from the store
         found = evaluate(models | {"candidate": str(tmp_path)}, SETS[:1], num_examples=0, score_store=store)
         assert found["drift"]["base"] == {"new": None}
+
+
+def test_text_that_the_base_model_wrote_is_found_from_its_factors(model_folder, tmp_path):
+    subspace = SubspaceConfig(protect="activations", calibration_tokens=256, unfreeze_rank_ratio=0.25)
+    factors = compute_factors(model_folder, "none", tmp_path, subspace, batching=Batching.PACKED)
+    written = load_set(self_written_text(tmp_path / factors.statistics), "self-written")
+    tokens = [len(byte_tokenizer()(record.text)["input_ids"]) for record in written.records]
+    assert len(tokens) > 1
+    assert sum(tokens) >= 256, "bytes that are no UTF-8 read as more"
+    Path(written.source).unlink()
+    assert self_written_text(tmp_path / factors.statistics) is None
 
 
 def test_drift_is_measured_again_for_other_records_and_the_other_direction(models, tmp_path):

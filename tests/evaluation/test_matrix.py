@@ -130,6 +130,17 @@ def test_description_holds_the_matrix_and_its_numbers():
     assert block["forgetting"] == pytest.approx({"first": 0.3, "second": 0.2})
 
 
+def test_description_holds_the_drift_from_the_base_model_after_each_round():
+    scores = [
+        {"first": {"loss": 1.0, "kl_base": 0.2}, "web": {"kl_base": 0.01, "kl_base_stderr": 0.001}},
+        {"first": {"loss": 1.0}, "web": {"kl_base": 0.02, "kl_champion": 0.01}, "own": {"kl_base": 0.0}},
+    ]
+    found = matrix.describe(ROUNDS[:2], {}, scores, anchors=["web"])
+    assert found["drift"] == {"first": [0.2, None], "web": [0.01, 0.02], "own": [None, 0.0]}
+    assert found["anchors"] == {"web": {}}
+    assert matrix.describe(ROUNDS[:1], {}, scores[1:], anchors=["none"])["drift"] == {"web": [0.02], "own": [0.0]}
+
+
 def test_description_of_losses_keeps_them_as_measured_and_counts_a_rise_as_forgetting():
     losses = [[1.0, 2.5], [1.5, 2.0]]
     found = matrix.describe(ROUNDS[:2], of_tasks([3.0, 3.5], "loss"), [of_tasks(row, "loss") for row in losses])
