@@ -30,6 +30,16 @@ class RoundingLoss:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoredStatistics:
+    """What a model knows, as second moments of its layers' inputs, in a store (`osft.subspace.statistics_store`)."""
+
+    address: str
+    """Path or URI of the manifest; in a lineage below the storage root, if they lie there."""
+    sha256: str
+    """Of the content."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
     """The content of `osft.json`."""
 
@@ -48,6 +58,8 @@ class Origin:
     """Over all weights together."""
     weights: dict[str, RoundingLoss] = field(default_factory=dict)
     """Of each target."""
+    statistics: StoredStatistics | None = None
+    """What the next training has to keep (`osft.training.round_statistics`); None without protect="activations"."""
 
     def to_json(self) -> str:
         """For the file."""
@@ -63,7 +75,9 @@ def read_origin(folder: Path) -> Origin | None:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         losses = {"total": RoundingLoss(**values["total"])}
         weights = {name: RoundingLoss(**loss) for name, loss in values["weights"].items()}
-        return Origin(**values | losses | {"weights": weights})
+        named = values.get("statistics")
+        statistics = StoredStatistics(**named) if named else None
+        return Origin(**values | losses | {"weights": weights, "statistics": statistics})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is damaged ({error}). Copy the model again, or remove the file to have the folder taken as a base "

@@ -17,6 +17,8 @@ What lies below a storage root or an output folder, whichever it is, path or URI
     data/<hash>/                   prepare_data, osft()                dataset.json
     factors/weights/<key>          precompute_svd, osft()              a file: when it is there
     factors/sets/<key>.json        precompute_svd, osft()              when it is there; its weights came before
+    factors/moments/<hash>         precompute_svd, osft(), rank 0      a file: when it is there
+    factors/statistics/<key>.json  precompute_svd, osft(), rank 0      when it is there; its moments came before
     scores/<key>.json              evaluate_model                      when it is there and its hash is right
     champions/<model>/<n>.json     promote_model                       when it is there; created once, never changed
     <run>/config.json              node 0, at the start                when it is there

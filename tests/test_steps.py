@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,9 @@ from osft.rounds.resolve import ResolvedRound
 from osft.sealed import DamagedFile, unsealed
 from osft.steps.data import check_chats
 from osft.steps.evaluation import next_scores
+from osft.steps.promotion import below_the_root
 from osft.steps.training import replay_settings
+from osft.subspace.statistics_store import load_statistics
 from osft.tracking import lineage, runs
 from osft.tracking.lineage import DataManifest
 from tests.conftest import arithmetic, write_jsonl
@@ -83,7 +85,9 @@ def test_storage_root_that_each_pod_would_have_for_itself_is_refused(root):
         steps.Round(storage_root=root, pipeline_run_id="r")
 
 
-def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) -> dict:
+def learn(
+    where: tuple[str, str, str], base_model: str, data: str, anchor: str, subspace: SubspaceConfig = QUARTER
+) -> dict:
     """The steps up to training. Returns what they hand on."""
     resolved, parent = begin(where, base_model, data, anchor)
     prepared = steps.prepare_data(
@@ -98,7 +102,7 @@ def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) 
         max_validation_samples=0,
     )
     factors = steps.precompute_svd(
-        new_pod(*where, parent), model_path=prepared.model_path, data_path=prepared.data_path, subspace=QUARTER
+        new_pod(*where, parent), model_path=prepared.model_path, data_path=prepared.data_path, subspace=subspace
     )
     summary = steps.train_osft(
         new_pod(*where, parent),
@@ -107,7 +111,7 @@ def learn(where: tuple[str, str, str], base_model: str, data: str, anchor: str) 
         model_path=prepared.model_path,
         data_path=prepared.data_path,
         factors=factors,
-        unfreeze_rank_ratio=0.25,
+        **asdict(subspace),
         effective_batch_size=16,
         max_tokens_per_gpu=300,
         max_seq_len=128,
@@ -219,6 +223,45 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     }
     history = lineage.history(mlflow, "tiny", version)
     assert [entry.checkpoint for entry in history.values()] == [first["checkpoint_path"], second["checkpoint_path"]]
+
+
+@pytest.mark.slow
+def test_lineage_carries_what_was_learned_and_the_registry_no_copy_of_it(
+    bucket, object_store, model_folder, chats, tmp_path, monkeypatch, capsys
+):
+    run_in_process(monkeypatch)
+    text = write_jsonl(tmp_path / "prose.jsonl", [{"text": f"a plain text, number {i}"} for i in range(8)])
+    for file in (chats, text):
+        object_store.files.put(str(file), f"{bucket}/{file.name}")
+    object_store.files.put(str(model_folder), f"{bucket}/base/tiny", recursive=True)
+    root, tracking = f"{bucket}/osft", f"sqlite:///{tmp_path}/mlflow/mlflow.db"
+    inputs = (f"{bucket}/base/tiny", f"{bucket}/{chats.name}", f"{bucket}/prose.jsonl")
+    by_inputs = SubspaceConfig(unfreeze_rank_ratio=0.25, protect="activations", calibration_tokens=256)
+    _, version = measure_and_promote((root, "first", tracking), learn((root, "first", tracking), *inputs, by_inputs))
+    mlflow = runs.client(tracking, root)
+    first = lineage.read(mlflow, "tiny", version).statistics
+    assert first.address == f"factors/statistics/{first.sha256[:32]}.json"
+    assert len(load_statistics(f"{root}/{first.address}").parts) == 2, "the base model, and what it learned"
+
+    more = write_jsonl(tmp_path / "more.jsonl", arithmetic(60, seed=9))
+    object_store.files.put(str(more), f"{bucket}/more.jsonl")
+    capsys.readouterr()
+    inputs = (inputs[0], f"{bucket}/more.jsonl", inputs[2])
+    _, version = measure_and_promote((root, "second", tracking), learn((root, "second", tracking), *inputs, by_inputs))
+    assert "carried by the model" in capsys.readouterr().out
+    second = lineage.read(mlflow, "tiny", version).statistics
+    assert len(load_statistics(f"{root}/{second.address}").parts) == 3
+    run_id = mlflow.get_model_version("tiny", str(version)).run_id
+    names = {entry.path for folder in ("model", "lineage") for entry in mlflow.list_artifacts(run_id, folder)}
+    assert "model/osft.json" in names
+    assert not any("moments" in name or "statistics" in name for name in names)
+
+
+def test_statistics_elsewhere_than_below_the_storage_root_keep_their_address():
+    named = {"address": "s3://b/osft/factors/statistics/k.json", "sha256": "k"}
+    assert below_the_root(named, "s3://b/osft").address == "factors/statistics/k.json"
+    assert below_the_root(named, "s3://b/os").address == named["address"]
+    assert below_the_root(None, "s3://b/osft") is None
 
 
 def test_replay_is_of_the_earlier_rounds_whose_data_is_still_there(tmp_path, capsys):

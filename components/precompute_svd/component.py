@@ -1,4 +1,4 @@
-"""Target weights -> frozen and free directions."""
+"""Target weights, or what their layers are fed -> frozen and free directions."""
 
 from kfp import dsl
 
@@ -10,24 +10,31 @@ def precompute_svd(
     model_path: str,
     data_path: str,
     unfreeze_rank_ratio: float,
+    protect: str,
     free_subspace: str,
     target_patterns: list,
     rank_allocation: str,
+    more_settings: dict,
     accelerators: str,
     storage_root: str,
     mlflow_tracking_uri: str,
     mlflow_run_id: str,
     pipeline_run_id: str,
 ) -> str:
-    """Decompose the target weights of a model; what the store holds already is reused.
+    """Compute which directions of the target weights are frozen; what the store holds already is reused.
+
+    With protect "activations", these are the directions of the layers' inputs that carry most energy on the text that a
+    base model writes itself, and on all that earlier rounds learned, whose statistics the champion carries.
 
     Args:
         model_path: Folder of the model.
         data_path: Folder of the prepared dataset, of which adaptive ranks take a calibration sample.
-        unfreeze_rank_ratio: Share of each weight's singular directions that may be trained, in (0, 1].
+        unfreeze_rank_ratio: Share of each weight's directions that may be trained, in (0, 1].
+        protect: weights (their singular directions) or activations (what their layers are fed).
         free_subspace: complement or core.
         target_patterns: Regular expressions searched in the names of the linear layers; empty for all.
         rank_allocation: uniform, or adaptive to each layer's importance.
+        more_settings: As in train_osft; here those that determine the directions, such as calibration_tokens, count.
         accelerators: What the step's pod asks for, such as "1 x nvidia.com/gpu", for the record.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
@@ -39,9 +46,19 @@ def precompute_svd(
     """
     from osft import SubspaceConfig, steps
     from osft.errors import tell_in_one_line
+    from osft.parameters import parameters
 
     tell_in_one_line()
 
+    settings = {
+        "unfreeze_rank_ratio": unfreeze_rank_ratio,
+        "protect": protect,
+        "free_subspace": free_subspace,
+        "target_patterns": target_patterns or None,
+        "rank_allocation": rank_allocation,
+    }
+    known = parameters(SubspaceConfig)
+    settings |= {name: value for name, value in more_settings.items() if name in known}
     return steps.precompute_svd(
         steps.Round(
             storage_root=storage_root,
@@ -51,11 +68,6 @@ def precompute_svd(
         ),
         model_path=model_path,
         data_path=data_path,
-        subspace=SubspaceConfig(
-            unfreeze_rank_ratio=unfreeze_rank_ratio,
-            free_subspace=free_subspace,
-            target_patterns=target_patterns or None,
-            rank_allocation=rank_allocation,
-        ),
+        subspace=SubspaceConfig(**settings),
         accelerators=accelerators,
     )

@@ -11,6 +11,8 @@ def train_osft(
     data_path: str,
     factors_path: str,
     unfreeze_rank_ratio: float,
+    protect: str,
+    stiffness: float,
     free_subspace: str,
     target_patterns: list,
     effective_batch_size: int,
@@ -48,6 +50,9 @@ def train_osft(
         data_path: Folder of the prepared dataset.
         factors_path: Manifest of the factor set.
         unfreeze_rank_ratio: As in precompute_svd.
+        protect: As in precompute_svd.
+        stiffness: With protect "activations": how firmly the free directions are held back, each by how much the model
+            depends on it; 0 holds none back.
         free_subspace: As in precompute_svd.
         target_patterns: As in precompute_svd.
         effective_batch_size: Samples per optimizer step, over all processes.
@@ -89,6 +94,8 @@ def train_osft(
         "data_path": data_path,
         "factors": factors_path,
         "unfreeze_rank_ratio": unfreeze_rank_ratio,
+        "protect": protect,
+        "stiffness": stiffness,
         "free_subspace": free_subspace,
         "rank_allocation": rank_allocation,
         "target_patterns": target_patterns or None,

@@ -10,7 +10,7 @@ writes what and what completes it). What steps hand to each other are paths or U
     examples/ models/    models and data that were fetched
     records/             what was new to a round, by content
     data/<hash>/         prepared datasets
-    factors/             decompositions, by content
+    factors/             what is frozen, by content; statistics of what models know, which rounds hand on
     scores/              what models scored on evaluation sets, by content
     champions/           which run replaced which champion (`osft.tracking.champion`)
     rounds/<run id>/     what one pipeline run found, trained and measured:

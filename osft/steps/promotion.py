@@ -8,7 +8,7 @@ from osft import storage
 from osft.content import folder_sha256
 from osft.data.record_hashes import RECORDS_FILE, read_hashes
 from osft.model_card import with_scores
-from osft.origin import MODEL_CARD
+from osft.origin import MODEL_CARD, StoredStatistics
 from osft.rounds.resolve import ResolvedRound
 from osft.steps.evaluation import next_scores
 from osft.steps.round import EVALUATION_FILE, VERSION_FILE, Round, read_json
@@ -116,6 +116,7 @@ def _lineage(
     if resolved.parent_version is not None:
         parent = lineage.read(mlflow, model_name, resolved.parent_version)
     baseline, rows = next_scores(evaluation, parent)
+    training = read_json(round.address("train", "training.json"))
     return Lineage(
         model_name=model_name,
         parent_version=resolved.parent_version,
@@ -124,8 +125,9 @@ def _lineage(
         checkpoint=checkpoint_path,
         checkpoint_sha256=checkpoint_sha256,
         data=resolved.data,
-        settings=read_json(round.address("train", "training.json"))["config"],
+        settings=training["config"],
         factor_key=Path(factors_path).stem,
+        statistics=below_the_root(training.get("statistics"), round.storage_root),
         code_version=osft.__version__,
         image=image,
         pipeline_run_id=round.pipeline_run_id,
@@ -133,3 +135,11 @@ def _lineage(
         baseline=baseline,
         rows=rows,
     )
+
+
+def below_the_root(statistics: dict[str, str] | None, storage_root: str) -> StoredStatistics | None:
+    """What training.json says of the statistics, for a storage root that may be mounted elsewhere next time."""
+    if statistics is None:
+        return None
+    address = statistics["address"].removeprefix(f"{storage_root.rstrip('/')}/")
+    return StoredStatistics(address=address, sha256=statistics["sha256"])

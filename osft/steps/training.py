@@ -47,7 +47,7 @@ def precompute_svd(
         print(found.line(), flush=True)
         factors = compute_factors(model, data_path, store, subspace, batching=found.batching)
         step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
-        step.log_params({"factors": factors.key})
+        step.log_params({"factors": factors.key, "statistics": factors.statistics})
     return storage.join(store, "sets", factors.path.name)
 
 

@@ -56,6 +56,11 @@ def statistics_key(**made_of: Any) -> str:
     return hashlib.sha256(json.dumps([FORMAT, made_of], sort_keys=True).encode()).hexdigest()[:32]
 
 
+def statistics_address(store: str | Path, key: str) -> str:
+    """The path or URI of the manifest of statistics with a key, or a content hash, in a store."""
+    return storage.join(store, "statistics", f"{key[:32]}.json")
+
+
 def save_statistics(statistics: Statistics, store: str | Path, key: str | None = None) -> str:
     """Write statistics to a store, a path or URI, one input at a time; the path or URI of the manifest.
 
@@ -86,7 +91,7 @@ def save_statistics(statistics: Statistics, store: str | Path, key: str | None =
         "parts": [asdict(part) for part in statistics.parts],
         "inputs": described,
     }
-    address = storage.join(store, "statistics", f"{key or digest[:32]}.json")
+    address = statistics_address(store, key or digest)
     write_sealed(storage.local(address), manifest)
     storage.publish(address)
     return address
@@ -94,7 +99,7 @@ def save_statistics(statistics: Statistics, store: str | Path, key: str | None =
 
 def find_statistics(store: str | Path, key: str) -> str | None:
     """The path or URI of the statistics with this key, if they are there and whole."""
-    address = storage.join(store, "statistics", f"{key}.json")
+    address = statistics_address(store, key)
     try:
         load_statistics(address)
     except (FileNotFoundError, DamagedFile):

@@ -24,6 +24,7 @@ from osft.atomic import atomic_path, write_json
 from osft.content import file_sha256
 from osft.data.record_hashes import RECORDS_FILE, Hashes, read_hashes, union, write_hashes
 from osft.evaluation.matrix import Score, negated
+from osft.origin import StoredStatistics
 from osft.tracking.registry import LINEAGE
 
 if TYPE_CHECKING:
@@ -112,6 +113,9 @@ class Lineage:
     data: DataManifest
     settings: dict[str, Any]
     factor_key: str
+    statistics: StoredStatistics | None = None
+    """What the next round has to keep: the base model and all that was learned so far (protect="activations"). They
+    stay below the storage root. None in versions from before this was recorded."""
     code_version: str
     image: str
     pipeline_run_id: str

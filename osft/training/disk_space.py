@@ -2,6 +2,7 @@
 
 models    the served weights in the dtype in which they are saved, and 2 bytes for each entry of a trained weight
           that is rounded (`osft.residual`); as many models as the settings ask for, one of the best
+          with protect="activations" also the statistics of what its layers were fed, which go to the factors
 state     the coefficients and two moments of each in float32; twice, since a new state is written beside the older
 """
 
@@ -15,6 +16,7 @@ import torch
 
 from osft.checkpoint import CheckpointReader
 from osft.config import TrainConfig
+from osft.subspace.calibration import OUTPUT_DIRECTIONS, kept_rank
 from osft.subspace.decomposition import factor_shapes
 from osft.subspace.factor_store import FactorSet
 from osft.training.mirror import MODELS
@@ -28,6 +30,8 @@ class OutputSizes:
     """The served weights."""
     exact: int
     """What lies beside them, to have the exact ones again."""
+    statistics: int
+    """What the next training starts from (protect="activations"), beside the factors."""
     models: int
     """Number of models at the end."""
     state: int
@@ -36,7 +40,7 @@ class OutputSizes:
     @property
     def total(self) -> int:
         """The most that is there at once."""
-        return self.models * (self.model + self.exact) + 2 * self.state
+        return self.models * (self.model + self.exact + self.statistics) + 2 * self.state
 
 
 def output_sizes(config: TrainConfig, model: Path, factors: FactorSet) -> OutputSizes:
@@ -58,7 +62,26 @@ def output_sizes(config: TrainConfig, model: Path, factors: FactorSet) -> Output
         exact += 2 * math.prod(shape) if trained.itemsize < 4 else 0
     final = config.num_epochs if config.checkpoint_at_epoch else int(bool(config.save_final_checkpoint))
     models = final + int(bool(config.save_best_val_loss))
-    return OutputSizes(model=served, exact=exact, models=models, state=3 * 4 * coefficients)
+    return OutputSizes(
+        model=served,
+        exact=exact,
+        statistics=_statistics_size(factors) if factors.protect == "activations" else 0,
+        models=models,
+        state=3 * 4 * coefficients,
+    )
+
+
+def _statistics_size(factors: FactorSet) -> int:
+    """Bytes of a model's statistics, but for what describes them: the bases, in float16."""
+    inputs: dict[str, int] = {}
+    outputs = 0
+    for name, weight in factors.weights.items():
+        *experts, m, n = weight["shape"]
+        if factors.split_kinds[name] == "left":
+            m, n = n, m
+        inputs[weight["file"]] = 2 * n * kept_rank((*experts, n, n)) * math.prod(experts)  # of several weights once
+        outputs += 0 if experts else 2 * m * min(m, OUTPUT_DIRECTIONS)
+    return sum(inputs.values()) + outputs
 
 
 def check_disk_space(config: TrainConfig, output: Path, model: Path, factors: FactorSet) -> None:
@@ -72,10 +95,11 @@ def check_disk_space(config: TrainConfig, output: Path, model: Path, factors: Fa
     if sizes.total <= room:
         return
     models = f"{sizes.models} models" if sizes.models != 1 else "a model"
+    known = f" and {_gb(sizes.statistics)} of statistics" if sizes.statistics else ""
     raise OSError(
         errno.ENOSPC,
         f"{output} has room for {_gb(room)}, and the run writes {_gb(sizes.total)}: {models} of {_gb(sizes.model)} "
-        f"with {_gb(sizes.exact)} of exact weights, and the training state of {_gb(sizes.state)} twice. Free "
+        f"with {_gb(sizes.exact)} of exact weights{known}, and the training state of {_gb(sizes.state)} twice. Free "
         f"{_gb(sizes.total - room)}, or give a ckpt_output_dir on a larger disk",
     )
 

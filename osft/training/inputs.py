@@ -241,13 +241,12 @@ def compute_factors(
     subspace: SubspaceConfig,
     *,
     batching: Batching,
-    carried: str | None = None,
     trust_remote_code: bool = False,
 ) -> FactorSet:
     """Split what `store` does not hold yet.
 
     With adaptive ranks, the layers' importance is measured on `data` first. With protect="activations" their inputs
-    are, or statistics are `carried` from the rounds before, a path or URI (`osft.training.statistics`).
+    are, on other text, unless the model carries its statistics (`osft.training.statistics`).
 
     With a GPU, that is done in a process of its own, which ends: a CUDA context would keep several 100 MB of the GPU
     from the training processes for as long as this one waits for them. Raises what the other process raised.
@@ -258,7 +257,6 @@ def compute_factors(
         "store": str(store),
         "subspace": asdict(subspace),
         "batching": batching.value,
-        "carried": carried,
         "trust_remote_code": trust_remote_code,
     }
     if not torch.cuda.is_available():
@@ -273,7 +271,7 @@ def compute_factors_here(work: dict[str, Any], *, device: str) -> FactorSet:
     common: dict[str, Any] = {"device": device, "trust_remote_code": work["trust_remote_code"]}
     if subspace.protect == "activations":
         batching = Batching(work["batching"])
-        address = calibrated(model, work["store"], subspace, carried=work["carried"], batching=batching, **common)
+        address = calibrated(model, work["store"], subspace, batching=batching, **common)
         file = address.removeprefix(f"{work['store']}/")
         return precompute_by_inputs(
             model, work["store"], subspace, load_statistics(address), statistics_file=file, **common

@@ -29,6 +29,7 @@ from osft.training.identity import MADE_OF
 from osft.training.loop import Position, StepMetrics, WrittenModel
 from osft.training.mirror import METRICS, MODELS, STOP_FILE, Mirror
 from osft.training.resume import metrics_sha256
+from osft.training.round_statistics import RoundStatistics
 from osft.training.saving import SavedModel, save_merged
 from osft.training.state import save_state
 from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE, STOP
@@ -47,10 +48,12 @@ class Outputs:
         samples: Samples,
         dataset: Path,
         replay: Path | None,
+        statistics: RoundStatistics | None = None,
         made_of: dict[str, str],
         rank: int,
     ) -> None:
-        self._made_of = made_of
+        """`statistics` measures what was learned before a model is written, which then names it."""
+        self._made_of, self._statistics = made_of, statistics
         self._config, self._samples, self._dataset, self._replay = config, samples, dataset, replay
         self._folder, self._mirror = mirror.folder, mirror
         self._model, self._stored, self._rank = model, stored, rank
@@ -107,11 +110,13 @@ class Outputs:
         started = time.perf_counter()
         path = f"{MODELS}/{name}"
         self._mirror.check_owner()
+        statistics = self._statistics() if self._statistics else None
 
         def files(saved: SavedModel) -> dict[str, str]:
             origin = Origin(
                 base_model=base_of(self._config, self._stored.folder),
                 trained_from=self._config.model_path,
+                statistics=statistics,
                 **{field.name: getattr(saved, field.name) for field in fields(saved)},
             )
             card = model_card(

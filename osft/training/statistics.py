@@ -3,8 +3,8 @@
     <store>/statistics/              by what they were measured on (`osft.subspace.statistics_store`)
     <store>/texts/<sha256>.jsonl     the text that a model wrote itself, by the hash of its tokens, as plain text
 
-The statistics of a lineage are handed on (`carried`): what the base model and every round knew. A model without, such
-as a base model, is measured on text that it writes itself, and on records that are given.
+Those of a lineage are handed on (`osft.training.round_statistics`): what the base model and every round knew. A model
+without, such as a base model, is measured on text that it writes itself, and on records that are given.
 """
 
 from collections.abc import Callable
@@ -35,6 +35,7 @@ from osft.subspace.statistics_store import (
 from osft.subspace.targets import select_targets
 from osft.training.identity import model_contents
 from osft.training.own_text import default_text_tokens, written_text
+from osft.training.round_statistics import carried_statistics
 
 MAX_TOKENS = 2048
 """Of a micro-batch, and of a record of calibration_data."""
@@ -45,20 +46,21 @@ def calibrated(
     store: str | Path,
     subspace: SubspaceConfig,
     *,
-    carried: str | None = None,
     batching: Batching,
     device: str,
     trust_remote_code: bool = False,
     report: Callable[[str], None] = print,
 ) -> str:
-    """The path or URI, below `store`, of the statistics for a model: those `carried`, or measured now, once.
+    """The path or URI, below `store`, of the statistics for a model: those that it carries, or measured now, once.
 
     Raises FileNotFoundError or DamagedFile for carried ones that are not what was written, DataError for bad records of
     calibration_data, ValueError for a model that writes no text.
     """
-    if carried:
+    if carried := carried_statistics(model, store, subspace, trust_remote_code=trust_remote_code, report=report):
         statistics = load_statistics(carried)
         report(f"statistics: {_described(statistics)}, carried by the model ({carried})")
+        if subspace.calibration_data:
+            report("statistics: calibration_data is not read: what a model carries is more than it is measured on anew")
         return carried if carried.startswith(f"{store}/") else save_statistics(statistics, store)
     key = statistics_key(**_made_of(model, subspace))
     if found := find_statistics(store, key):

@@ -41,6 +41,7 @@ from osft.training.parent import end_with_parent
 from osft.training.predicted_drift import DriftPrediction
 from osft.training.progress import Progress
 from osft.training.resume import metrics_sha256, model_files
+from osft.training.round_statistics import RoundStatistics
 from osft.training.sharded_model import load_sharded
 from osft.training.state import load_state, read_position
 
@@ -81,14 +82,35 @@ def train_process(work: dict[str, Any]) -> None:
         apply_liger(model)
     lock = Path(work["lock"]) if work["lock"] else None
     mirror = Mirror(config.ckpt_output_dir, output, rank=rank, lock=lock)
-    outputs = Outputs(
-        config, model, stored, mirror, samples=new, dataset=dataset, replay=replay, made_of=work["made_of"], rank=rank
-    )
     factors = load_factor_set(work["factors"], check=False)
-    prediction = None
+    statistics = prediction = None
     if work["statistics"]:
         assert factors.unit is not None, "of a set that was computed from statistics"
+        statistics = RoundStatistics(
+            config,
+            model,
+            new,
+            folder=Path(work["model"]),
+            data_uri=open_dataset(dataset).statistics["data_uri"],
+            start=work["statistics"],
+            batching=preflight.batching,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+        )
         prediction = DriftPrediction(model, unit=factors.unit, output_moments=stored_output_moments(work["statistics"]))
+    outputs = Outputs(
+        config,
+        model,
+        stored,
+        mirror,
+        samples=new,
+        dataset=dataset,
+        replay=replay,
+        statistics=statistics,
+        made_of=work["made_of"],
+        rank=rank,
+    )
     state = Path(work["state"]) if work["state"] else None
     position = Position.of(read_position(state)) if state else Position()
     loaded = time.perf_counter()
@@ -174,6 +196,7 @@ def train_process(work: dict[str, Any]) -> None:
         },
         "fitted_step": asdict(fitted) if fitted else None,
         "saved": None if origin is None else _described(origin),
+        "statistics": asdict(origin.statistics) if origin and origin.statistics else None,
         "replay": _replayed(replay),
     }
     mirror.check_owner()

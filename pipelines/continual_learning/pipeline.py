@@ -88,6 +88,8 @@ def one_round(
     model_name: str = "osft-model",
     min_new_samples: int = 1,
     unfreeze_rank_ratio: float = 0.25,
+    protect: str = "weights",
+    stiffness: float = 0.0,
     free_subspace: str = "complement",
     target_patterns: list = [],  # noqa: B006
     rank_allocation: str = "uniform",
@@ -133,12 +135,18 @@ def one_round(
         anchor_uris: Evaluation sets of what the model should not forget: chats or plain texts, as data_uri.
         model_name: Name of the model in the MLflow registry; its alias champion is what a round goes on from.
         min_new_samples: With fewer records that the champion does not know, the run ends with "nothing to learn".
-        unfreeze_rank_ratio: Share of each weight's singular directions that may be trained, in (0, 1]. Low values
-            preserve, high values adapt; 0.25 is a good start.
-        free_subspace: "complement" (all updates orthogonal to the frozen directions) or "core" (least memory).
+        unfreeze_rank_ratio: Share of each weight's directions that may be trained, in (0, 1]. Low values preserve, high
+            values adapt; 0.25 is a good start.
+        protect: What is protected: "weights" (each weight's largest singular directions) or "activations" (what the
+            layers are fed on text that the base model writes itself, and on all that earlier rounds learned).
+        stiffness: With protect "activations": how firmly the free directions are held back, each by how much the model
+            depends on it; 0 holds none back.
+        free_subspace: With protect "weights": "complement" (all updates orthogonal to the frozen directions) or "core"
+            (least memory).
         target_patterns: Regular expressions searched in the names of the linear layers, such as "q_proj"; empty
             trains all of them.
-        rank_allocation: "uniform", or "adaptive": layers that matter more keep more frozen directions.
+        rank_allocation: With protect "weights": "uniform", or "adaptive": layers that matter more keep more frozen
+            directions.
         max_seq_len: Longest sample in tokens; longer ones are dropped and counted.
         validation_fraction: Share of the prompts that is held out for evaluation; at least one prompt is.
         max_train_samples: Use at most this many training samples; 0 uses all. The default fits ten minutes on two
@@ -159,7 +167,8 @@ def one_round(
             "kueue_queue": "research"}; all of them are in docs/reference.md.
         nproc_per_node: With launcher "local": training processes; 0 starts one per GPU.
         seed: Seed of the sample order.
-        more_training_settings: Further settings of `osft train` by name, such as {"max_grad_norm": 0.5}.
+        more_training_settings: Further settings of `osft train` by name, such as {"max_grad_norm": 0.5}; those of the
+            subspace, such as {"calibration_tokens": 6144}, go to the step that computes it, too.
         max_anchor_samples: Evaluate on at most this many records of each anchor; 0 uses all.
         gate: Rules for promotion, each with bound, relative and standard_errors: least gain on the new task, most
             forgetting of an earlier one, most drift of an anchor from the base model (its metric kl, loss or
@@ -194,6 +203,7 @@ def one_round(
     )
     common = where | {"mlflow_run_id": resolved.outputs["mlflow_run_id"]}
     subspace = {
+        "protect": protect,
         "unfreeze_rank_ratio": unfreeze_rank_ratio,
         "free_subspace": free_subspace,
         "target_patterns": target_patterns,
@@ -214,6 +224,7 @@ def one_round(
         factors = precompute_svd(
             model_path=prepared.outputs["model_path"],
             data_path=prepared.outputs["data_path"],
+            more_settings=more_training_settings,
             accelerators=f"{svd_gpus} x {gpu_resource}",
             **subspace,
             **common,
@@ -233,6 +244,7 @@ def one_round(
             nproc_per_node=nproc_per_node,
             seed=seed,
             max_seq_len=max_seq_len,
+            stiffness=stiffness,
             more_settings=more_training_settings,
             launcher=launcher,
             pytorchjob=pytorchjob,

@@ -11,6 +11,7 @@ from osft import cli
 from osft.data.record_hashes import contains, read_hashes, record_hash
 from osft.data.records import read_records
 from osft.evaluation import matrix
+from osft.origin import StoredStatistics
 from osft.tracking import lineage, registry
 from osft.tracking.champion import promote
 from osft.tracking.lineage import LineageError
@@ -221,3 +222,11 @@ def test_the_command_makes_no_database_where_there_is_none(tmp_path, monkeypatch
     assert (code, "holds no mlflow/mlflow.db" in errors) == (2, True)
     assert list(tmp_path.iterdir()) == []
     assert "MLFLOW_TRACKING_URI" in invoke("m@champion")[2]
+
+
+def test_lineage_from_before_statistics_were_recorded_has_none():
+    entry = a_lineage(statistics=StoredStatistics(address="factors/statistics/k.json", sha256="k"))
+    written = asdict(entry)
+    assert lineage.parse(json.dumps(written), "it") == entry
+    del written["statistics"]
+    assert lineage.parse(json.dumps(written), "it").statistics is None

@@ -10,6 +10,7 @@ import torch
 
 from osft.config import SubspaceConfig, TrainConfig
 from osft.subspace import factor_store
+from osft.subspace.factor_store import load_factor_set
 from osft.training import loop, train
 from osft.training.disk_space import output_sizes
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -54,6 +55,23 @@ def test_sizes_are_those_of_the_written_files(save_dtype, settings, tmp_path, mo
     assert sizes.model <= measured(result.checkpoint, "*.safetensors") < sizes.model + slack
     assert sizes.exact <= measured(result.checkpoint, "exact/*.safetensors") < sizes.exact + slack
     assert sizes.state <= measured(result.output_dir, "state/*/*.distcp") < sizes.state + slack
+
+
+def test_size_of_the_statistics_is_that_of_what_a_run_adds(settings, tmp_path, monkeypatch):
+    run_in_process(monkeypatch)
+    run = dataclasses.replace(
+        settings,
+        ckpt_output_dir=str(tmp_path / "out"),
+        data_output_dir=str(tmp_path / "data"),
+        protect="activations",
+        calibration_tokens=256,
+    )
+    train(run)
+    (manifest,) = tmp_path.glob("data/factors/sets/*.json")
+    sizes = output_sizes(run, Path(run.model_path), load_factor_set(manifest))
+    files = measured(tmp_path, "data/factors/moments/*")
+    assert 2 * sizes.statistics <= files < 2 * sizes.statistics + 100_000, "of the base model, and of what it learned"
+    assert sizes.statistics > 10_000
 
 
 def test_run_that_does_not_fit_is_refused_with_numbers_and_nothing_is_removed(settings, tmp_path, monkeypatch):
