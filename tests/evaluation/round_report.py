@@ -13,6 +13,7 @@ from osft.subspace.factor_store import FORMAT, FactorSet, load_factor_set
 
 TASKS = ("sarcasm-headlines", "science-questions", "film-reviews")
 ANCHORS = ("web-text", "code-comments")
+SELF_WRITTEN = "self-written text"
 SCRIPT = "<script>alert(1)</script>"
 
 
@@ -28,6 +29,7 @@ def new_evaluation(rounds: int = 1, *, benchmarks: bool = False) -> dict[str, An
     reference = "champion" if rounds > 1 else "base"
     sets = {name: _set("anchor", name) for name in ANCHORS} | {task: _set("earlier task", task) for task in tasks}
     sets[tasks[-1]]["role"] = "new task"
+    sets[SELF_WRITTEN] = _set("self-written", "written")
     rows = [[loss(task, after) for task in range(rounds)] for after in range(-1, rounds)]
     drifts = {
         name: [3.4 * (1 + 0.002 * (i + 1) * (after + 1)) for after in range(-1, rounds)]
@@ -40,7 +42,12 @@ def new_evaluation(rounds: int = 1, *, benchmarks: bool = False) -> dict[str, An
         if model in models
     }
     changes = {
-        model: {name: _changes(results[model][name], results["candidate"][name]) for name in sets}
+        model: {name: _changes(before, results["candidate"][name]) for name, before in results[model].items()}
+        for model in models
+        if model != "candidate"
+    }
+    drift = {
+        model: {name: {"kl": 0.005 * i, "stderr": 0.0005 * i, "num_tokens": 350} for i, name in enumerate(sets, 1)}
         for model in models
         if model != "candidate"
     }
@@ -52,9 +59,10 @@ def new_evaluation(rounds: int = 1, *, benchmarks: bool = False) -> dict[str, An
         "sets": sets,
         "results": results,
         "changes": changes,
+        "drift": drift,
         "benchmarks": _benchmarks(models) if benchmarks else None,
         "matrix": _matrix(tasks, rows, drifts) if rounds > 1 else None,
-        "decision": _decision(evaluation_sets=sets, changes=changes, results=results, reference=reference),
+        "decision": _decision(sets, changes, results, drift["base"], reference),
         "examples": [
             {
                 "set": task,
@@ -132,15 +140,24 @@ def rule(name: str, subject: str, value: float, bound: float, *, passed: bool, *
 
 
 def _decision(
-    evaluation_sets: dict[str, Any], changes: dict[str, Any], results: dict[str, Any], reference: str
+    evaluation_sets: dict[str, Any],
+    changes: dict[str, Any],
+    results: dict[str, Any],
+    drift: dict[str, Any],
+    reference: str,
 ) -> dict[str, Any]:
     rules = []
     for name, described in evaluation_sets.items():
-        against = "base" if described["role"] == "anchor" else reference
+        if described["role"] in ("anchor", "self-written"):
+            moved = drift[name]
+            numbers = {"metric": "kl", "before": 0.0, "after": moved["kl"], "stderr": moved["stderr"]}
+            passed = moved["kl"] <= 0.05
+            rules.append(rule("max_drift", name, moved["kl"], 0.05, passed=passed, relative=False, **numbers))
+            continue
+        against = reference
         kind, bound, errors = {
             "new task": ("min_gain", 0.15, 0),
             "earlier task": ("max_forgetting", 0.05, 1),
-            "anchor": ("max_drift", 0.02, 0),
         }[described["role"]]
         change = changes[against][name]["loss"]
         value = -change["relative"] if kind == "min_gain" else change["relative"]
@@ -178,6 +195,7 @@ def _matrix(tasks: list[str], losses: list[list[float]], drifts: dict[str, list[
         "rounds": [{"task": task, "version": i + 1 if i + 1 < rounds else None} for i, task in enumerate(tasks)],
         "metrics": metrics,
         "anchors": anchors,
+        "drift": {name: [0.001 * (after + 1) for after in range(rounds)] for name in (*ANCHORS, SELF_WRITTEN)},
     }
 
 
@@ -249,6 +267,7 @@ def new_training(factors: FactorSet) -> dict[str, Any]:
                 "unfrozen": ranks[name],
                 "effective_rank": ranks[name] * (0.2 + 0.1 * (i % 6)),
                 "frozen_share": 0.3 + 0.01 * (i % 21),
+                "predicted_drift": 1e-4 * (i + 1),
             }
             for i, name in enumerate(factors.weights)
         },

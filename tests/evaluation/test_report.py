@@ -25,6 +25,7 @@ SECTIONS = [
     "rounds",
     "results",
     "benchmarks",
+    "drift",
     "training",
     "subspace",
     "examples",
@@ -111,10 +112,10 @@ def test_refused_page_gives_the_reason_and_the_failed_rule_first(evaluation):
     banner = html.split('class="banner bad"')[1].split("</div>")[0]
     assert "Refused" in banner
     assert "web-text lost 2.04 %" in banner
-    assert "1 of 4 rules failed" in banner
+    assert "1 of 5 rules failed" in banner
     assert "promoted" not in html.lower()
     verdicts = [row[1] for row in Page(html).rows if len(row) == 7 and row[1] in ("✓ pass", "✗ fail")]
-    assert verdicts == ["✗ fail", "✓ pass", "✓ pass", "✓ pass"]
+    assert verdicts == ["✗ fail", *["✓ pass"] * 4]
 
 
 def test_many_rules_hide_passed_ones_but_no_failed_one(evaluation):

@@ -3,6 +3,7 @@
     page.py        render_report: the parts of the page put together
     decision.py    the gate's rules in words
     results.py     the models on the evaluation sets and on public benchmarks
+    drift.py       how far the candidate's predictions moved, on each set, over all rounds, by which weights
     rounds.py      the continual-learning matrix, transfer, forgetting and drift over all rounds
     training.py    curves of the training run, and what the round cost
     subspace.py    spectra, sizes of the updates, use of the free subspace

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from osft.evaluation.report.decision import rules_in_words
+from osft.evaluation.report.drift import drift_section
 from osft.evaluation.report.formats import format_duration, format_number, format_percent
 from osft.evaluation.report.results import benchmark_rows, change_plots, examples_by_set, models, result_rows
 from osft.evaluation.report.rounds import matrix_blocks
@@ -37,12 +38,13 @@ def render_report(
     )
     environment.filters.update(number=format_number, percent=format_percent, duration=format_duration)
     rows, benchmarks, examples = result_rows(evaluation), benchmark_rows(evaluation), examples_by_set(evaluation)
-    costs = cost_of(training, metrics, cost)
+    costs, drift = cost_of(training, metrics, cost), drift_section(evaluation, training)
     sections = {
         "decision": "Decision",
         "rounds": "All rounds",
         "results": "Results",
         "benchmarks": "Benchmarks" if benchmarks else "",
+        "drift": "Drift" if drift else "",
         "training": "Training" if metrics else "",
         "subspace": "Subspace" if factors else "",
         "examples": "Examples" if examples else "",
@@ -61,6 +63,7 @@ def render_report(
         matrix_blocks=matrix_blocks(matrix) if matrix and len(matrix["rounds"]) > 1 else [],
         benchmarks=benchmarks,
         examples=examples,
+        drift=drift,
         training=training,
         training_plots=training_plots(metrics, training) if metrics else [],
         metrics=metrics,

@@ -10,7 +10,7 @@ from osft.evaluation.report.svg import BETTER, INK, MUTED, PANEL, WORSE, Plot, p
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROLES = ("new task", "earlier task", "anchor")
+ROLES = ("new task", "earlier task", "anchor", "self-written")
 HATCHES = {"new task": "", "earlier task": "////", "anchor": "||||"}
 
 

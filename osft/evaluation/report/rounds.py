@@ -259,10 +259,15 @@ def _drift_plot(drifts: dict[str, list[float | None]], metric: str) -> Plot:
     rule = "above" if metric == "loss" else "below"
     unit = "%" if metric == "loss" else "points"
     title = f"Anchors: {metric} against the base model ({unit}, {rule} 0 is worse)"
+    return line_plot(f"drift-{metric}", title, drifts, factor=100)
+
+
+def line_plot(name: str, title: str, values: dict[str, list[float | None]], *, factor: float = 1.0) -> Plot:
+    """A line for each set, times `factor`, over the rounds; None is a gap."""
     with plot_style():
-        figure, axes = _panel(max(map(len, drifts.values())))
+        figure, axes = _panel(max(map(len, values.values())))
         axes.axhline(0, color=INK, linewidth=0.8)
-        for number, (name, drift) in enumerate(drifts.items()):
-            _line(axes, drift, number, printable(name, 22), 100)
+        for number, (label, of_set) in enumerate(values.items()):
+            _line(axes, of_set, number, printable(label, 22), factor)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=7.5)
-        return to_svg(figure, f"drift-{metric}", title)
+        return to_svg(figure, name, title)

@@ -37,13 +37,13 @@ def subspace_section(factors: "FactorSet", training: dict[str, Any] | None) -> d
         "num_weights": len(spectra),
         "frozen_energy": frozen_energy / sum(energy.values()) if sum(energy.values()) else None,
         "spectra_plots": _spectra_plots(spectra, frozen),
-        "updates_plot": _by_block("updates", "Size of each update, in percent of its weight's norm", sizes, digits=2),
+        "updates_plot": by_block("updates", "Size of each update, in percent of its weight's norm", sizes, digits=2),
         "largest_update": max(sizes.items(), key=lambda item: item[1]) if sizes else None,
         "saved": training.get("saved") if training else None,
-        "frozen_plot": _by_block(
+        "frozen_plot": by_block(
             "frozen", "Share of each stored update in frozen directions, in percent", frozen_shares(layouts), high=1.0
         ),
-        "used_plot": _by_block("used", "Use of the free subspace, in percent of its directions", used, high=1.0),
+        "used_plot": by_block("used", "Use of the free subspace, in percent of its directions", used, high=1.0),
         "used": sum(used.values()) / len(used) if used else None,
         "most_used": max(used.items(), key=lambda item: item[1]) if used else None,
         "least_used": min(used.items(), key=lambda item: item[1]) if used else None,
@@ -137,7 +137,7 @@ def _spectra_plots(spectra: dict[str, Any], frozen: dict[str, int]) -> list[Plot
     return plots
 
 
-def _by_block(
+def by_block(
     name: str, title: str, shares: dict[Place, float], *, digits: int = 0, high: float | None = None
 ) -> Plot | None:
     """Heat map of percentages, kinds x blocks; `high` is the end of the scale, by default the largest."""

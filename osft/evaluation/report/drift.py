@@ -1,0 +1,61 @@
+"""How far the candidate's predictions moved: on each set, over all rounds, and by which weights."""
+
+import math
+from typing import Any
+
+from osft.evaluation.report.results import ROLES
+from osft.evaluation.report.rounds import line_plot
+from osft.evaluation.report.subspace import Place, block_and_kind, by_block
+from osft.evaluation.report.svg import Plot
+
+
+def drift_section(evaluation: dict[str, Any], training: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the section about the drift shows; None of an evaluation that did not measure it.
+
+    `rows`: of each set, the new task first, `name`, `role` and `drift`: model -> `SetDrift` or None. `predicted`: what
+    training predicted of its own update, see `predicted_drift`. `rounds_plot` is None after one round.
+    """
+    drift: dict[str, dict[str, Any]] = evaluation.get("drift") or {}
+    if not drift:
+        return None
+    sets = sorted(evaluation["sets"].items(), key=lambda item: ROLES.index(item[1]["role"]))
+    rows = [
+        {"name": name, "role": described["role"], "drift": {model: found[name] for model, found in drift.items()}}
+        for name, described in sets
+    ]
+    measured = [row for row in rows if row["role"] == "self-written" and row["drift"][evaluation["reference"]]]
+    matrix = evaluation.get("matrix") or {}
+    return {
+        "rows": rows,
+        "predicted": predicted_drift(training["rank_layout"]) if training else None,
+        "measured": measured[0]["drift"][evaluation["reference"]] if measured else None,
+        "rounds_plot": _rounds_plot(matrix["drift"]) if matrix.get("drift") and len(matrix["rounds"]) > 1 else None,
+    }
+
+
+def predicted_drift(layouts: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """`total` in nats per token, and `plot`, each weight's share, of `rank_layout`; None if not predicted."""
+    predicted = {target: layout["predicted_drift"] for target, layout in layouts.items() if "predicted_drift" in layout}
+    if not predicted:
+        return None
+    total = sum(predicted.values())
+    title = "Share of each weight in the predicted drift, in percent"
+    return {"total": total, "plot": by_block("predicted-drift", title, drift_shares(predicted), digits=1)}
+
+
+def drift_shares(predicted: dict[str, float]) -> dict[Place, float]:
+    """(block, kind) -> share of the sum over all targets; several weights of one block and kind (experts) add up.
+
+    Nothing where no update moves the model, or one by what is no number.
+    """
+    total = sum(predicted.values())
+    found: dict[Place, float] = {}
+    for target, value in predicted.items():
+        if (place := block_and_kind(target)) and total > 0 and math.isfinite(total):
+            found[place] = found.get(place, 0.0) + value / total
+    return found
+
+
+def _rounds_plot(drifts: dict[str, list[float | None]]) -> Plot:
+    """KL(base || model) on each set after each round."""
+    return line_plot("drift-kl", "Drift from the base model after each round (KL, nats per token)", drifts)
