@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
+from osft.config import SubspaceConfig
+from osft.data.packing import Batching
 from osft.evaluation.report import render_report
 from osft.evaluation.report.formats import format_duration, format_number, format_percent
 from osft.subspace.factor_store import FactorSet
+from osft.training.inputs import compute_factors
 from tests.evaluation.html_page import Page
 from tests.evaluation.round_report import (
     COST,
@@ -243,6 +246,17 @@ def test_what_rounding_did_to_the_update_is_told_with_what_it_cost(factors):
     text = Page(render_report(new_evaluation(), training=training, factors=factors)).text["subspace"]
     assert "stored in float32, which holds the update" in text
     assert "frozen directions" not in text.split("What saving did")[1].split("Use of")[0]
+
+
+def test_split_by_inputs_is_told_as_such_and_no_update_is_compared_with_an_inputs_size(tmp_path, model_folder):
+    subspace = SubspaceConfig(protect="activations", calibration_tokens=256, unfreeze_rank_ratio=0.25)
+    found = compute_factors(model_folder, "none", tmp_path, subspace, batching=Batching.PACKED)
+    html = render_report(new_evaluation(), training=new_training(found), factors=found)
+    text = Page(html).text["subspace"]
+    held = re.search(r"frozen directions hold (\d+\.\d) % of the inputs' energy", " ".join(text.split()))
+    assert 75 < float(held[1]) < 100, "the three quarters with the most"
+    assert "Size of the updates" not in text
+    assert "largest singular directions" not in text
 
 
 def test_examples_stand_side_by_side_the_new_task_first(page):

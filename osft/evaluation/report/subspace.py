@@ -26,17 +26,19 @@ def subspace_section(factors: "FactorSet", training: dict[str, Any] | None) -> d
     frozen = {target: len(values) - factors.weights[target]["rank"] for target, values in spectra.items()}
     energy = {target: float(np.sum(values**2)) for target, values in spectra.items()}
     frozen_energy = sum(float(np.sum(values[: frozen[target]] ** 2)) for target, values in spectra.items())
-    norms = {target: math.sqrt(total) for target, total in energy.items()}
+    of_weights = factors.protect == "weights"  # else the spectrum is the inputs', and says nothing of a weight's size
+    norms = {target: math.sqrt(total) for target, total in energy.items()} if of_weights else {}
     layouts = training["rank_layout"] if training else {}
     sizes = relative_update_sizes({target: layout["update_norm"] for target, layout in layouts.items()}, norms)
     used = used_shares(layouts)
     return {
         "key": factors.key,
         "unfreeze_rank_ratio": factors.unfreeze_rank_ratio,
+        "protect": factors.protect,
         "free_subspace": factors.free_subspace,
         "num_weights": len(spectra),
         "frozen_energy": frozen_energy / sum(energy.values()) if sum(energy.values()) else None,
-        "spectra_plots": _spectra_plots(spectra, frozen),
+        "spectra_plots": _spectra_plots(spectra, frozen, "Singular values" if of_weights else "Inputs"),
         "updates_plot": by_block("updates", "Size of each update, in percent of its weight's norm", sizes, digits=2),
         "largest_update": max(sizes.items(), key=lambda item: item[1]) if sizes else None,
         "saved": training.get("saved") if training else None,
@@ -112,8 +114,8 @@ def _representatives(names: Iterable[str]) -> dict[str, dict[int, str]]:
     }
 
 
-def _spectra_plots(spectra: dict[str, Any], frozen: dict[str, int]) -> list[Plot]:
-    """Singular values of representative weights and where they are split."""
+def _spectra_plots(spectra: dict[str, Any], frozen: dict[str, int], what: str) -> list[Plot]:
+    """Spectra of representative weights, or of their inputs, and where they are split."""
     from matplotlib.figure import Figure
 
     plots = []
@@ -133,7 +135,7 @@ def _spectra_plots(spectra: dict[str, Any], frozen: dict[str, int]) -> list[Plot
             log_scale(axes)
             axes.set_xlabel(f"{split} frozen | {size - split} unfrozen")
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=7.5)
-            plots.append(to_svg(figure, f"spectra-{number}", f"Singular values of {printable(kind)}"))
+            plots.append(to_svg(figure, f"spectra-{number}", f"{what} of {printable(kind)}"))
     return plots
 
 
