@@ -10,7 +10,7 @@ from benchmarks.frontier.runs import Run
 
 FULL, LORA = Method(kind="full"), Method(kind="lora")
 WEIGHTS, PEFT_OSF = Method(kind="weights", ratio=0.25), Method(kind="peft_osf", ratio=0.25)
-BEST = Method(kind="activations", ratio=0.5, stiffness=10000.0)
+BEST = Method(kind="activations", ratio=0.25, stiffness=10000.0)
 """What the screen found."""
 
 
@@ -67,7 +67,8 @@ EXPERIMENTS = {
             _activations(0.5, 3000.0): (1e-3, 3e-3, 3e-4),
             BEST: (3e-3, 1e-3, 1e-2),
             _activations(0.25, 3000.0): (1e-3, 3e-3, 3e-4),
-            _activations(0.25, 10000.0): (3e-3, 1e-3, 1e-2),
+            _activations(0.5, 10000.0): (3e-3, 1e-3, 1e-2),
+            _activations(0.5, 30000.0): (3e-3, 1e-2, 3e-2),
             _activations(1.0, 10000.0, measured_energy=False): (3e-3, 1e-3, 1e-2),
             _activations(1.0, 3000.0, measured_energy=False): (3e-3, 1e-3, 1e-2),
             Method(kind="curvature", stiffness=10000.0): (1e-3, 3e-3, 3e-4),
@@ -76,6 +77,18 @@ EXPERIMENTS = {
             Method(kind="full", replay_ratio=0.05): (3e-4, 1e-4, 1e-3),
             Method(kind="full", replay_ratio=0.01): (3e-4, 1e-4, 1e-3),
             Method(kind="lora", weight_decay=5.0): (3e-3, 1e-3, 1e-2),
+        },
+    ),
+    "reviews": Experiment(
+        title="Questions with a word as the answer, the last 8 blocks",
+        scope="screen",
+        tasks=("reviews",),
+        steps=16,
+        rates={
+            FULL: (1e-4, 3e-5, 3e-4),
+            BEST: (1e-3, 3e-4, 3e-3),
+            LORA: (1e-3, 3e-4, 3e-3),
+            WEIGHTS: (3e-4, 1e-4, 1e-3),
         },
     ),
     "whole": Experiment(
