@@ -33,14 +33,14 @@ def manual_pages(package: str, cache: Path) -> list[str]:
     if not folder.is_dir():
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            _unpack(package, temporary)
+            _unpack(package, temporary, folder)
     files = sorted(folder.glob("usr/share/man/*/*/*.gz"))
     random.Random(0).shuffle(files)
     pages = [gzip.decompress(file.read_bytes()).decode("utf-8", "replace") for file in files]
     return [plain(page) for page in pages if not page.startswith(".so")]
 
 
-def _unpack(package: str, folder: Path) -> None:
+def _unpack(package: str, folder: Path, kept: Path) -> None:
     commands = (["apt-get", "download", package], ["sh", "-c", 'dpkg-deb -x "$0"_*.deb .', package])
     for command in commands:
         try:
@@ -48,7 +48,7 @@ def _unpack(package: str, folder: Path) -> None:
         except FileNotFoundError:
             raise RuntimeError(
                 f"{package}: there is no {command[0]} here. Copy the folder that `dpkg-deb -x` makes of Debian's "
-                f"package {package} to {folder.with_name(package)}"
+                f"package {package} to {kept}"
             ) from None
         if finished.returncode:
             raise RuntimeError(

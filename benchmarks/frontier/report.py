@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,11 @@ def write_report(found: Mapping[str, Results], missing: Mapping[str, Sequence[Ru
     for experiment, results in found.items():
         plan = EXPERIMENTS[experiment]
         lines += [f"## {plan.title}", "", *_setting(plan, results), ""]
-        lines += _table(SUMMARY_COLUMNS, [_summary_row(summary) for summary in summaries[experiment]])
+        ranked = sorted(summaries[experiment], key=lambda summary: summary["relative"][OTHERS[0]][0] or inf)
+        lines += _table(SUMMARY_COLUMNS, [_summary_row(summary) for summary in ranked])
         if len(plan.tasks) > 1 or "reviews" in plan.tasks:
             lines += _table(_sequence_columns(plan), [_sequence_row(record, plan) for record in sequences[experiment]])
-        if missing.get(experiment):
-            names = "; ".join(f"{run.method} at {run.learning_rate:g}, seed {run.seed}" for run in missing[experiment])
-            lines += [f"Not run yet, {len(missing[experiment])} runs: {names}.", ""]
+        lines += _missing(missing.get(experiment, ()))
     lines += ["## How it was measured", "", *[f"- {note}" for note in _notes(machines)], ""]
     with atomic_path(folder / f"{name}.md") as temporary:
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
@@ -85,6 +85,20 @@ def _points(run: Run, result: dict[str, Any]) -> dict[str, Any]:
     return {"run": asdict(run), "base": base, "stages": stages, "train_seconds": result["train_seconds"]}
 
 
+def _missing(runs: Sequence[Run]) -> list[str]:
+    """What is not run yet, a line for each method."""
+    if not runs:
+        return []
+    rates: dict[str, dict[int, list[str]]] = {}
+    for run in runs:
+        rates.setdefault(str(run.method), {}).setdefault(run.seed, []).append(f"{run.learning_rate:g}")
+    lines = [
+        f"- {method}: " + "; ".join(f"seed {seed}: {', '.join(missing)}" for seed, missing in by_seed.items())
+        for method, by_seed in rates.items()
+    ]
+    return [f"Not run yet, {len(runs)} runs, the learning rates by seed:", "", *lines, ""]
+
+
 # ---- tables ----
 
 SUMMARY_COLUMNS = (
@@ -97,7 +111,7 @@ def _table(header: Sequence[str], rows: Sequence[Row]) -> list[str]:
     return [*("| " + " | ".join(line) + " |" for line in lines), ""]
 
 
-def _number(value: Sequence[float | None], digits: int = 4) -> str:
+def _number(value: Sequence[float | None], digits: int = 5) -> str:
     """A figure with its standard error."""
     mean, error = value
     if mean is None:

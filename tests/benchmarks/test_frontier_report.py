@@ -135,8 +135,8 @@ def test_report_is_made_of_what_is_there_and_says_what_is_missing(tmp_path):
     missing = [made_run(LORA, 1e-2)]
     write_report({"screen": made, "whole": {}}, {"screen": missing, "whole": []}, tmp_path, "cpu")
     text = (tmp_path / "frontier_cpu.md").read_text()
-    assert "| LoRA, rank 16 | 0.800 | 0.0128 ±" in text
-    assert "Not run yet, 1 runs: LoRA, rank 16 at 0.01, seed 0." in text
+    assert "| LoRA, rank 16 | 0.800 | 0.01280 ±" in text
+    assert "Not run yet, 1 runs, the learning rates by seed:\n\n- LoRA, rank 16: seed 0: 0.01\n" in text
     assert EXPERIMENTS["whole"].title not in text
     assert "LoRA, rank 16" in (tmp_path / "frontier_cpu.svg").read_text()
     assert len(json.loads((tmp_path / "frontier_cpu.json").read_text())["runs"]["screen"]) == 2
