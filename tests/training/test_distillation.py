@@ -71,7 +71,7 @@ def test_gradient_of_a_step_is_that_of_both_losses():
     with torch.no_grad():  # away from the start, where the divergence has no gradient
         for layer in layers:
             layer.coefficients.normal_(std=0.1)
-            layer.refresh_()
+            layer.refresh_(learning_rate=0.0)
     gradients = []
     optimizer = make_optimizer(model, config, fused=False)
     optimizer.register_step_pre_hook(lambda *_: gradients.extend(layer.coefficients.grad.clone() for layer in layers))
