@@ -7,10 +7,11 @@ memory for, and there are as many passes as that takes. Every process of several
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -23,10 +24,11 @@ from tqdm import tqdm
 from osft.data.chat import Sample
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.likelihood import ELEMENTS_AT_ONCE, cross_entropy, target_logits
-from osft.subspace.linear import OSFTLinear
+from osft.subspace.moment_sums import MomentSums
 from osft.subspace.second_moment import SecondMoment
 from osft.subspace.statistics import InputStatistics, Part, Statistics
 from osft.subspace.targets import Target
+from osft.subspace.watching import REMEDY, Use, watched
 from osft.subspace.weight import local
 
 PROBE_TOKENS = 16
@@ -37,21 +39,6 @@ WHOLE_UP_TO = 2048
 """Inputs of at most this width are kept whole."""
 LEADING_DIRECTIONS, EXPERT_DIRECTIONS, OUTPUT_DIRECTIONS = 1024, 128, 64
 """Directions that are kept one by one of wider inputs, of the inputs of each expert, and of outputs."""
-
-Observe = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Is told of a target's name, its input (..., n) and its output (..., m), and returns the output."""
-
-
-@dataclass(slots=True, eq=False)
-class _Sums:
-    """What is added up for one input."""
-
-    targets: tuple[str, ...]
-    transposed: bool
-    inputs: torch.Tensor | None = None
-    """(n, n), float32."""
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Target -> (m, m), float32."""
 
 
 def measure(
@@ -93,21 +80,7 @@ def measure(
         rank=rank,
         world_size=world_size,
     )
-    inputs = [
-        InputStatistics(
-            targets=sums.targets,
-            transposed=sums.transposed,
-            moment=SecondMoment.of(sums.inputs, kept_rank(tuple(sums.inputs.shape))).to("cpu"),
-            gradient_energies={
-                target: sums.gradients[target].diagonal().mean().cpu() if gradients else torch.ones(())
-                for target in sums.targets
-            },
-            output_moments={
-                target: SecondMoment.of(total, OUTPUT_DIRECTIONS).to("cpu") for target, total in sums.gradients.items()
-            },
-        )
-        for sums in measured
-    ]
+    inputs = [_statistics(sums) for sums in measured]
     part = Part(
         name=name,
         source=source,
@@ -118,6 +91,25 @@ def measure(
         mean_curvature=_mean_curvature(targets, inputs),
     )
     return Statistics([part], inputs)
+
+
+def _statistics(sums: MomentSums) -> InputStatistics:
+    assert sums.inputs is not None
+    ones = torch.ones(sums.num_experts) if sums.num_experts else torch.ones(())
+    energies, outputs = dict.fromkeys(sums.targets, ones), {}
+    for target, gradient in sums.gradients.items():
+        if sums.num_experts is None:
+            energies[target] = gradient.diagonal().mean().cpu()
+            outputs[target] = SecondMoment.of(gradient, OUTPUT_DIRECTIONS).to("cpu")
+        else:
+            energies[target] = gradient.cpu()
+    return InputStatistics(
+        targets=sums.targets,
+        transposed=sums.transposed,
+        moment=SecondMoment.of(sums.inputs, kept_rank(tuple(sums.inputs.shape))).to("cpu"),
+        gradient_energies=energies,
+        output_moments=outputs,
+    )
 
 
 def kept_rank(shape: tuple[int, ...]) -> int:
@@ -141,12 +133,13 @@ def measure_inputs(
     memory: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[_Sums]:
+) -> Iterator[MomentSums]:
     """C, and with `gradients` each S, of one input after the other, on `device`. Arguments as of `measure`."""
     if not samples:
         raise ValueError("there is no sample to measure the layers' inputs on")
     plan = _plan(samples, max_tokens, batching, world_size)[rank]
     num_tokens = sum(len(sample.input_ids) for sample in samples)
+    shapes = {target.name: target.shape for target in targets}
     with _measuring(model):
         layout = _layout(model, targets, samples, device, batching)
         passes = _passes(layout, targets, gradients, _common_memory(memory, torch.device(device), world_size))
@@ -159,14 +152,12 @@ def measure_inputs(
         ) as progress:
             for sums in passes:
                 for chosen in plan:
-                    _add(model, sums, [samples[i] for i in chosen], chosen, device, batching, gradients, seed)
+                    _add(model, targets, sums, [samples[i] for i in chosen], chosen, device, batching, gradients, seed)
                     progress.update(sum(len(samples[i].input_ids) for i in chosen))
                 while sums:
                     one = sums.pop(0)
-                    for total in [one.inputs, *one.gradients.values()]:
-                        if world_size > 1:
-                            torch.distributed.all_reduce(total)
-                        total /= num_tokens
+                    widths = {name: _widths(shapes[name], transposed=one.transposed)[1] for name in one.targets}
+                    one.finish(num_tokens, world_size, widths)
                     yield one
 
 
@@ -200,60 +191,48 @@ def _measuring(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-@contextmanager
-def _watched(model: nn.Module, targets: Sequence[str], observe: Observe) -> Iterator[None]:
-    """While this lasts, `observe` is told of each use of the targets, and gives back the output."""
-
-    def hook(name: str) -> Any:
-        return lambda _, inputs, output: observe(name, inputs[0], output)
-
-    with ExitStack() as hooks:
-        for name in targets:
-            handle = model.get_submodule(name).register_forward_hook(hook(name))
-            hooks.callback(handle.remove)
-        yield
-
-
 def _layout(
     model: nn.Module,
     targets: Sequence[Target],
     samples: Sequence[Sample],
     device: torch.device | str,
     batching: Batching,
-) -> list[_Sums]:
+) -> list[MomentSums]:
     """Which targets have the same input, in the model's order, seen in a forward pass over a few tokens."""
     seen: dict[str, list[tuple[Any, ...]]] = {target.name: [] for target in targets}
     held = []  # so that no other tensor gets the memory of one that is compared
 
-    def observe(name: str, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def observe(use: Use) -> torch.Tensor:
+        inputs = use.inputs
         held.append(inputs)
-        key = (inputs.data_ptr(), inputs._version, inputs.shape, inputs.stride())
-        seen[name].append((key, _is_transposed(model.get_submodule(name))))
-        return output
+        key = (inputs.data_ptr(), inputs._version, inputs.shape, inputs.stride(), use.transposed, use.expert)
+        seen[use.target].append(key)
+        return use.outputs
 
     first = samples[0].input_ids[:PROBE_TOKENS]
-    with torch.no_grad(), _watched(model, list(seen), observe):
+    with torch.no_grad(), watched(model, targets, observe):
         target_logits(model, _batch([Sample(first, first)], batching, device))
     layout: dict[tuple[Any, ...], list[str]] = {}
     for name, uses in seen.items():
         if not uses:
-            raise ValueError(
-                f"no input reached {name}, so that nothing is known of it. Leave it out with target_patterns, or "
-                "split by the weights with protect='weights'"
-            )
+            raise ValueError(f"no input reached {name}, so that nothing is known of it. {REMEDY}")
         layout.setdefault(tuple(uses), []).append(name)
-    return [_Sums(tuple(names), uses[0][1]) for uses, names in layout.items()]
+    experts = {target.name: target.shape[0] if len(target.shape) == 3 else None for target in targets}
+    return [MomentSums(tuple(names), uses[0][-2], experts[names[0]]) for uses, names in layout.items()]
 
 
-def _passes(layout: Sequence[_Sums], targets: Sequence[Target], gradients: bool, memory: int) -> list[list[_Sums]]:
+def _passes(
+    layout: Sequence[MomentSums], targets: Sequence[Target], gradients: bool, memory: int
+) -> list[list[MomentSums]]:
     """The inputs that are measured in each pass; at least one."""
     shapes = {target.name: target.shape for target in targets}
-    passes: list[list[_Sums]] = []
+    passes: list[list[MomentSums]] = []
     free = 0
     for sums in layout:
-        n = shapes[sums.targets[0]][-2 if sums.transposed else -1]
-        outputs = [shapes[target][-1 if sums.transposed else -2] for target in sums.targets] if gradients else []
-        needed = 4 * (n**2 + sum(m**2 for m in outputs))
+        inputs, _ = _widths(shapes[sums.targets[0]], transposed=sums.transposed)
+        needed = 4 * (sums.num_experts or 1) * inputs**2
+        if gradients and sums.num_experts is None:
+            needed += 4 * sum(_widths(shapes[target], transposed=sums.transposed)[1] ** 2 for target in sums.targets)
         if not passes or needed > free:
             passes.append([])
             free = memory
@@ -262,9 +241,16 @@ def _passes(layout: Sequence[_Sums], targets: Sequence[Target], gradients: bool,
     return passes
 
 
+def _widths(shape: tuple[int, ...], *, transposed: bool) -> tuple[int, int]:
+    """in_features and out_features of a weight, or of each in a stack."""
+    first, second = shape[-2:]
+    return (first, second) if transposed else (second, first)
+
+
 def _add(
     model: nn.Module,
-    sums: Sequence[_Sums],
+    targets: Sequence[Target],
+    sums: Sequence[MomentSums],
     samples: Sequence[Sample],
     positions: Sequence[int],
     device: torch.device | str,
@@ -273,37 +259,25 @@ def _add(
     seed: int,
 ) -> None:
     """Add what some samples contribute; none of them for a process that has nothing to do but go along."""
-    owner = {target: one for one in sums for target in one.targets}
+    owner = {name: one for one in sums for name in one.targets}
+    chosen = [target for target in targets if target.name in owner]
     leaves: list[torch.Tensor] = []
 
-    def squares(into: torch.Tensor | None, vectors: torch.Tensor) -> torch.Tensor:
-        flat = vectors.detach().flatten(0, -2)[: None if samples else 0].float()
-        if into is None:
-            into = flat.new_zeros(flat.shape[1], flat.shape[1])
-        return into.addmm_(flat.T, flat)
-
-    def observe(name: str, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        one = owner[name]
-        if name == one.targets[0]:
-            one.inputs = squares(one.inputs, inputs)
+    def observe(use: Use) -> torch.Tensor:
+        one, outputs = owner[use.target], use.outputs
+        one.add_inputs(use, counts=bool(samples))
         if not gradients:
-            return output
-        if not output.requires_grad:  # what comes before needs no gradient
-            leaves.append(output.detach().requires_grad_())
-            output = leaves[-1].clone()  # a leaf could not be changed in place
-
-        one.gradients[name] = squares(one.gradients.get(name), output[..., :0, :])
-
-        def add(gradient: torch.Tensor) -> None:
-            squares(one.gradients[name], gradient)
-
-        output.register_hook(add)
-        return output
+            return outputs
+        if not outputs.requires_grad:  # what comes before needs no gradient
+            leaves.append(outputs.detach().requires_grad_())
+            outputs = leaves[-1].clone()  # a leaf could not be changed in place
+        outputs.register_hook(one.gradient_hook(use, counts=bool(samples)))
+        return outputs
 
     batch = _batch(samples, batching, device)
-    with torch.set_grad_enabled(gradients), _watched(model, list(owner), observe):
+    with torch.set_grad_enabled(gradients), watched(model, chosen, observe):
         logits = target_logits(model, batch)
-        if gradients:
+        if leaves:
             drawn = sample_tokens(logits.detach(), _uniforms(samples, positions, seed).to(device))
             torch.autograd.backward(cross_entropy(logits, drawn).sum(), inputs=leaves)
 
@@ -344,10 +318,6 @@ def text_sha256(samples: Sequence[Sample]) -> str:
     return hashlib.sha256(json.dumps([sample.input_ids for sample in samples]).encode()).hexdigest()
 
 
-def _is_transposed(layer: nn.Module) -> bool:
-    return layer.transposed if isinstance(layer, OSFTLinear) else not isinstance(layer, nn.Linear)
-
-
 def _common_memory(memory: int | None, device: torch.device, world_size: int) -> int:
     """Bytes that every process can spare."""
     if memory is None:
@@ -381,8 +351,7 @@ def _mean_curvature(targets: Sequence[Target], inputs: Sequence[InputStatistics]
     total, entries = 0.0, 0
     for each in inputs:
         for target in each.targets:
-            shape = shapes[target]
-            outputs = shape[-1 if each.transposed else -2]
+            outputs = _widths(shapes[target], transposed=each.transposed)[1]
             total += float((each.gradient_energies[target] * each.moment.trace()).sum()) * outputs
-            entries += int(np.prod(shape))
+            entries += math.prod(shapes[target])
     return total / entries

@@ -1,0 +1,120 @@
+"""Sums over a text of what one input of a model's layers is, and of the gradients of the outputs that are made of it.
+
+An expert's inputs are summed over the tokens that are sent to it, zeros for all others. One that saw few tokens would
+seem to need no protection, so each counts as if it had seen FLOOR_TOKENS more, of the mean energy of all experts'
+inputs, the same in every direction.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from osft.subspace.watching import Use
+
+FLOOR_TOKENS = 16
+
+
+@dataclass(slots=True, eq=False)
+class MomentSums:
+    """What is added up for one input."""
+
+    targets: tuple[str, ...]
+    transposed: bool
+    """Whether the weights are stored (in_features, out_features)."""
+    num_experts: int | None = None
+    """Of a stack."""
+    inputs: torch.Tensor | None = None
+    """(n, n), or (num_experts, n, n), float32: the sum, and once it is finished the mean C."""
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Target -> (m, m), float32: the sum, and once it is finished the mean S. Of experts the sum of |g|^2, and once it
+    is finished s, (num_experts,)."""
+    tokens: torch.Tensor | None = None
+    """(num_experts,): how many were sent to each."""
+
+    def add_inputs(self, use: Use, *, counts: bool) -> None:
+        """Add the inputs of a use. Without `counts` zeros: for a process that only keeps the others company."""
+        if use.target != self.targets[0]:
+            return
+        if self.num_experts is None:
+            self.inputs = _add_squares(self.inputs, use.inputs, counts=counts)
+            return
+        if self.inputs is None or self.tokens is None:
+            n = use.inputs.shape[-1]
+            self.inputs = use.inputs.new_zeros(self.num_experts, n, n, dtype=torch.float32)
+            self.tokens = use.inputs.new_zeros(self.num_experts, dtype=torch.float32)
+        experts, each = _by_expert(use, use.inputs)
+        if counts:
+            self.inputs[experts] += each.mT @ each
+            self.tokens[experts] += each.any(-1).sum(-1)
+
+    def gradient_hook(self, use: Use, *, counts: bool) -> Callable[[torch.Tensor], None]:
+        """What adds the gradient of a use's outputs, told of it."""
+        if self.num_experts is None:
+            total = self.gradients[use.target] = _add_squares(self.gradients.get(use.target), use.outputs, counts=False)
+
+            def add_squares(gradient: torch.Tensor) -> None:
+                _add_squares(total, gradient, counts=counts)
+
+            return add_squares
+        zeros = use.outputs.new_zeros(self.num_experts, dtype=torch.float32)
+        energies = self.gradients.setdefault(use.target, zeros)
+        experts, each = _by_expert(use, use.inputs)
+        reached = each.any(-1)  # where all experts compute at once, the tokens of others are zeros
+
+        def add_energies(gradient: torch.Tensor) -> None:
+            if counts:
+                energies[experts] += (_by_expert(use, gradient)[1].square().sum(-1) * reached).sum(-1)
+
+        return add_energies
+
+    def finish(self, num_tokens: int, world_size: int, outputs: dict[str, int]) -> None:
+        """Turn the sums of all processes into means over the text of `num_tokens` tokens; outputs: target -> m.
+
+        Raises ValueError, with a target's name, for a stack of which no expert got a token.
+        """
+        assert self.inputs is not None
+        if world_size > 1:
+            for total in self._all():
+                torch.distributed.all_reduce(total)
+        if self.tokens is None:
+            self.inputs /= num_tokens
+            for gradient in self.gradients.values():
+                gradient /= num_tokens
+            return
+        n, seen = self.inputs.shape[-1], self.tokens.sum()
+        if not seen:
+            raise ValueError(f"no token reached an expert of {self.targets[0]}. Give more text, or other text")
+        diagonal = self.inputs.diagonal(dim1=-2, dim2=-1)
+        diagonal += FLOOR_TOKENS * diagonal.sum() / (n * seen)
+        self.inputs /= num_tokens
+        for target, energies in self.gradients.items():
+            mean = energies.sum() / seen
+            energies += FLOOR_TOKENS * mean
+            energies /= (self.tokens + FLOOR_TOKENS) * outputs[target]
+
+    def _all(self) -> Iterator[torch.Tensor]:
+        assert self.inputs is not None
+        yield self.inputs
+        yield from self.gradients.values()
+        if self.tokens is not None:
+            yield self.tokens
+
+
+def _by_expert(use: Use, vectors: torch.Tensor) -> tuple[slice, torch.Tensor]:
+    """The experts of a use of a stack, and its vectors (experts, tokens, n), float32."""
+    detached = vectors.detach().float()
+    if use.expert is None:
+        return slice(None), detached.flatten(1, -2)
+    return slice(use.expert, use.expert + 1), detached.reshape(1, -1, vectors.shape[-1])
+
+
+def _add_squares(total: torch.Tensor | None, vectors: torch.Tensor, *, counts: bool) -> torch.Tensor:
+    """Add v v^T of each of the vectors (..., n) to (n, n), or to zeros."""
+    n = vectors.shape[-1]
+    if total is None:
+        total = torch.zeros(n, n, device=vectors.device)
+    if counts:
+        flat = vectors.detach().reshape(-1, n).float()
+        total.addmm_(flat.T, flat)
+    return total
