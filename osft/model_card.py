@@ -48,7 +48,15 @@ def model_card(
     licence = metadata.get("license_name") or metadata.get("license")
     files = [("file", "SHA-256"), *((f"`{file}`", f"`{digest}`") for file, digest in dataset.get("files", {}).items())]
     settings = (
-        *("unfreeze_rank_ratio", "free_subspace", "rank_allocation", "target_patterns", "learning_rate"),
+        *(
+            "unfreeze_rank_ratio",
+            "protect",
+            "stiffness",
+            "free_subspace",
+            "rank_allocation",
+            "target_patterns",
+            "learning_rate",
+        ),
         *("lr_scheduler", "warmup_steps", "effective_batch_size", "num_epochs", "max_steps", "max_seq_len"),
         *("weight_decay", "seed", "dtype", "save_dtype"),
     )
@@ -74,7 +82,7 @@ def model_card(
         "## How",
         _table([("setting", "value"), *((f"`{key}`", f"`{getattr(config, key)!r}`") for key in settings)]),
         "## What was frozen",
-        f"In {len(origin.weights)} weights of the transformer blocks the directions with the largest singular values, "
+        f"In {len(origin.weights)} weights of the transformer blocks {_frozen(config)}, "
         f"{1 - config.unfreeze_rank_ratio:.0%} of them on average; embeddings, norms and the head as a whole. The "
         "update is orthogonal to what is frozen.",
         _rounding_text(origin),
@@ -112,6 +120,12 @@ def _licence_text(licence: Any, base: str) -> str:
     if licence:
         return f"The base model's licence, {licence}, holds for this model too."
     return f"The folder of the base model does not say under which licence it is: look it up where `{base}` came from."
+
+
+def _frozen(config: "TrainConfig") -> str:
+    if config.protect == "weights":
+        return "the directions with the largest singular values"
+    return "the directions of the layers' inputs that carry most energy on what the model knew"
 
 
 def _replay_text(replay: Mapping[str, Any] | None) -> list[str]:

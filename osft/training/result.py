@@ -91,7 +91,7 @@ class TrainResult:
 
     @property
     def rank_layout(self) -> dict[str, dict[str, Any]]:
-        """Target weight -> `shape`, number of `unfrozen` and `frozen` singular directions, `update_norm`.
+        """Target weight -> `shape`, number of `unfrozen` and `frozen` directions, `update_norm`, `weight_norm`.
 
         Also the `effective_rank` of the update: how many of the unfrozen directions it is spread over.
         """

@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from osft.errors import noted
 from osft.origin import Origin, read_origin
 from osft.preflight import Preflight
 from osft.sealed import write_sealed
+from osft.subspace.decomposition import SplitKind
 from osft.subspace.effective_rank import effective_rank
 from osft.subspace.factor_store import load_factor_set
 from osft.subspace.model import osft_layers
@@ -156,7 +157,8 @@ def train_process(work: dict[str, Any]) -> None:
     if rank == 0 and fitted:
         print(f"train: {fitted.line()}", flush=True)
 
-    update_norms = {name: _norm(layer.coefficients) for name, layer in osft_layers(model)}
+    # Of an update, the norm is that of its coefficients, because the bases are orthonormal.
+    norms = {name: (_norm(layer.base_weight), _norm(layer.coefficients)) for name, layer in osft_layers(model)}
     effective_ranks = _effective_ranks(model, rank, world_size)
     predicted = prediction.by_target() if prediction else {}
     history = [metrics.to_dict() for metrics in steps]
@@ -189,7 +191,7 @@ def train_process(work: dict[str, Any]) -> None:
         "save_seconds": outputs.seconds,
         "peak_memory_bytes": _peak_memory(device),
         "rank_layout": {
-            name: _layout(described["shape"], described["rank"], update_norms[name], effective_ranks[name])
+            name: _layout(described, factors.split_kinds[name], *norms[name], effective_ranks[name])
             | ({"predicted_drift": predicted[name]} if predicted else {})
             | (asdict(origin.weights[name]) if origin else {})
             for name, described in factors.weights.items()
@@ -244,15 +246,19 @@ def _described(origin: Origin) -> dict[str, Any]:
     return {name: getattr(origin, name) for name in names} | asdict(origin.total)
 
 
-def _layout(shape: list[int], rank: int, update_norm: float, effective_rank: float) -> dict[str, Any]:
+def _layout(
+    described: Mapping[str, Any], split_kind: SplitKind, weight_norm: float, update_norm: float, effective_rank: float
+) -> dict[str, Any]:
     """How one weight is split, and what the update made of it; `effective_rank` is at most `unfrozen`.
 
-    `shape` is (m, n), or (experts, m, n) with a split for each.
+    `shape` is (m, n), or (experts, m, n) with a split for each. Norms are Frobenius'.
     """
+    m, n = described["shape"][-2:]
     return {
-        "shape": shape,
-        "unfrozen": rank,
-        "frozen": min(shape[-2:]) - rank,
+        "shape": described["shape"],
+        "unfrozen": described["rank"],
+        "frozen": {"right": n, "left": m}.get(split_kind, min(m, n)) - described["rank"],
+        "weight_norm": weight_norm,
         "update_norm": update_norm,
         "effective_rank": effective_rank,
     }
@@ -306,9 +312,8 @@ def _device() -> torch.device:
     return torch.device("cpu")
 
 
-def _norm(coefficients: torch.Tensor) -> float:
-    """Frobenius norm of a layer's update: that of its coefficients, because the bases are orthonormal."""
-    return _whole(torch.linalg.vector_norm(coefficients.detach())).item()
+def _norm(tensor: torch.Tensor) -> float:
+    return _whole(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)).item()
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

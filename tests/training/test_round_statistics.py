@@ -134,6 +134,15 @@ def test_model_names_what_it_started_from_and_what_it_learned_added_up(learn, ba
         assert torch.allclose(added.moment.dense(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_layout_counts_directions_of_the_inputs_and_norms_of_the_weights(learn, base, tasks):
+    model = learn(base, tasks[0], max_steps=1)
+    layout = json.loads((model.parents[1] / "training.json").read_text())["rank_layout"]
+    wide = layout["model.layers.0.mlp.down_proj"]
+    assert (wide["shape"], wide["unfrozen"], wide["frozen"]) == ([96, 192], 96, 96)
+    weight = AutoModelForCausalLM.from_pretrained(base).get_parameter("model.layers.0.mlp.down_proj.weight")
+    assert wide["weight_norm"] == pytest.approx(weight.norm().item(), rel=1e-4)
+
+
 def test_each_round_adds_what_it_learned(learn, base, tasks):
     model: Path = base
     for number in range(3):

@@ -27,8 +27,10 @@ def subspace_section(factors: "FactorSet", training: dict[str, Any] | None) -> d
     energy = {target: float(np.sum(values**2)) for target, values in spectra.items()}
     frozen_energy = sum(float(np.sum(values[: frozen[target]] ** 2)) for target, values in spectra.items())
     of_weights = factors.protect == "weights"  # else the spectrum is the inputs', and says nothing of a weight's size
-    norms = {target: math.sqrt(total) for target, total in energy.items()} if of_weights else {}
     layouts = training["rank_layout"] if training else {}
+    norms = {target: layout["weight_norm"] for target, layout in layouts.items() if "weight_norm" in layout}
+    if of_weights and not norms:  # of an older release
+        norms = {target: math.sqrt(total) for target, total in energy.items()}
     sizes = relative_update_sizes({target: layout["update_norm"] for target, layout in layouts.items()}, norms)
     used = used_shares(layouts)
     return {

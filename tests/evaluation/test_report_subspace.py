@@ -1,0 +1,35 @@
+"""What the report says of updates in a split by inputs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from osft.config import SubspaceConfig
+from osft.data.chat import Sample
+from osft.evaluation.report.subspace import subspace_section
+from osft.models import load_model
+from osft.subspace import select_targets
+from osft.subspace.calibration import measure
+from osft.subspace.factor_store import FactorSet, precompute_by_inputs
+
+
+@pytest.fixture(scope="module")
+def factors(model_folder: Path, tmp_path_factory) -> FactorSet:
+    model: Any = load_model(model_folder, dtype=torch.float32)
+    sample = Sample(list(range(40)), list(range(40)))
+    statistics = measure(model, select_targets(model), [sample], device="cpu")
+    subspace = SubspaceConfig(unfreeze_rank_ratio=0.25, protect="activations")
+    store = tmp_path_factory.mktemp("store")
+    return precompute_by_inputs(model_folder, store, subspace, statistics, statistics_file="statistics/k.json")
+
+
+def test_size_of_an_update_is_relative_to_its_weight_whatever_it_is_split_by(factors):
+    layouts = {name: {"update_norm": 1.0, "weight_norm": 4.0, "unfrozen": 8} for name in factors.weights}
+    section = subspace_section(factors, {"rank_layout": layouts})
+    assert section["largest_update"][1] == pytest.approx(0.25)
+    for layout in layouts.values():
+        del layout["weight_norm"]
+    assert subspace_section(factors, {"rank_layout": json.loads(json.dumps(layouts))})["largest_update"] is None
