@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from osft.config import SubspaceConfig
+from osft.config import DEFAULT_STIFFNESS, SubspaceConfig
 from osft.subspace.decomposition import SplitKind, decompose, split_by_inputs, unfrozen_rank
 from osft.subspace.experts import OSFTExperts
 from osft.subspace.linear import OSFTLinear
@@ -63,7 +63,7 @@ def inject(
     *,
     importance: Mapping[str, float] | None = None,
     statistics: Statistics | None = None,
-    stiffness: float = 0.0,
+    stiffness: float = DEFAULT_STIFFNESS,
 ) -> nn.Module:
     """Split the target weights of a loaded model and make them trainable in their free subspace, in place.
 

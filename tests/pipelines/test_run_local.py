@@ -41,6 +41,7 @@ def arguments(storage: Path, model_folder: Path, chats: Path) -> list[str]:
         "anchor_uris": json.dumps([str(text), str(task)]),
         "effective_batch_size": 8,
         "learning_rate": 0.02,
+        "stiffness": 10.0,  # in a random model no direction is free of use
         "gate": json.dumps({"max_drift": None}),
         "model_name": "tiny",
         "nproc_per_node": 2,
