@@ -65,8 +65,6 @@ def _prompts(samples: Samples) -> Iterator[bytes]:
 
 
 def _prompt_sha256(input_ids: Sequence[int], labels: Sequence[int]) -> bytes:
-    counted = np.asarray(labels) != IGNORE
-    counted[0] = False  # has nothing before it, and so is never predicted
-    first = int(counted.argmax())
+    first = int((np.asarray(labels) != IGNORE).argmax())
     tokens = input_ids[:first] if first > 1 else input_ids
     return hashlib.sha256(np.asarray(tokens, np.int64).tobytes()).digest()

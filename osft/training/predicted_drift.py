@@ -7,8 +7,11 @@ For a layer with inputs x, C = E[x x^T], gradients of its outputs g, S = E[g g^T
 (`osft.subspace.statistics`). Of a split by inputs D = X R^T, with R of eigenvectors of C with the energies c_j, that is
 1/2 sum_j c_j x_j^T S x_j over the columns of X. With S as its leading directions U and the same energy in all others,
 it takes one product U^T X and the norms of X: far less than the step that made X. Statistics of several texts add up:
-then it is the sum of the divergences on each of them. What the layers do together, and with larger updates, is not in
-it.
+then it is the sum of the divergences on each of them.
+
+Measured on SmolLM2-135M (all targets, ratio 0.5, stiffness 3,000, 5 steps of 512 tokens, statistics of 2,048 tokens):
+32 directions give 0.985 of what 64 give and cost 1.0 % of a step, 16 give 0.968, none 0.50. What the layers do together
+is not in the sum: predicted were 6.0e-5 nats per token, measured on the same text 1.4e-4.
 """
 
 from collections.abc import Iterable
@@ -23,7 +26,7 @@ from osft.subspace.statistics import SecondMoment
 from osft.subspace.weight import OSFTWeight, local
 from osft.training.sharded_model import local_rows
 
-OUTPUT_DIRECTIONS = 32
+OUTPUT_DIRECTIONS = 16
 """Directions of S that are known one by one."""
 
 
