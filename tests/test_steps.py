@@ -264,6 +264,20 @@ def test_statistics_elsewhere_than_below_the_storage_root_keep_their_address():
     assert below_the_root(None, "s3://b/osft") is None
 
 
+def test_curve_of_the_step_is_metrics_of_each_part_that_was_tried():
+    from osft.steps.training import curve_of_the_step
+
+    tried = [
+        {"scale": scale, "loss": 2 - scale, "gain": scale, "standard_error": 0.1, "drift": scale**2}
+        for scale in (0.25, 1.0)
+    ]
+    found = curve_of_the_step({"fitted_step": {"scale": 1.0, "tried": tried}})
+    assert (found["fitted_step/gain_at_0.25"], found["fitted_step/drift_at_0.25"]) == (0.25, 0.0625)
+    assert found["fitted_step/loss_at_1"] == 1.0
+    assert len(found) == 8
+    assert curve_of_the_step({"fitted_step": None}) == curve_of_the_step({}) == {}
+
+
 def test_replay_is_of_the_earlier_rounds_whose_data_is_still_there(tmp_path, capsys):
     round = steps.Round(storage_root=str(tmp_path), pipeline_run_id="third")
     there, gone = tmp_path / "data" / "there", tmp_path / "data" / "gone"

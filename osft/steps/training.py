@@ -73,10 +73,21 @@ def train_osft(round: Round, where: LauncherSettings, *, manifest_file: str | Pa
         step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
         saved = summary.get("saved") or {}
         step.log_metrics({f"saved/{k}": v for k, v in saved.items() if isinstance(v, float)})
+        step.log_metrics(curve_of_the_step(summary))
         replayed = summary.get("replay") or {}
         step.log_metrics({f"replay/{k}": v for k, v in replayed.items() if isinstance(v, int)})
         step.log_artifact(storage.local(storage.join(folder, "training.json")))
     return summary | {"checkpoint": storage.join(folder, summary["checkpoints"][-1])}
+
+
+def curve_of_the_step(summary: dict[str, Any]) -> dict[str, float]:
+    """What fit_step tried, as metrics: loss, gain and drift at each part of the update; none of a run without."""
+    fitted = summary.get("fitted_step") or {"tried": []}
+    return {
+        f"fitted_step/{name}_at_{tried['scale']:g}": tried[name]
+        for tried in fitted["tried"]
+        for name in ("loss", "gain", "standard_error", "drift")
+    }
 
 
 def replay_settings(round: Round, settings: Mapping[str, Any]) -> dict[str, Any]:
