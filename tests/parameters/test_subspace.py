@@ -92,7 +92,8 @@ def factor_file(result):
 
 @pytest.mark.covers("protect", "calibration_tokens")
 def test_updates_are_zero_on_the_inputs_that_carry_most_energy(call, model_folder):
-    result = activations(call, save_final_checkpoint=True, save_dtype="float32")
+    # Not held back: of a small update, the float32 of the weights that are written leaves a part everywhere.
+    result = activations(call, save_final_checkpoint=True, save_dtype="float32", stiffness=0.0)
     statistics = statistics_of(result)
     assert [part.num_tokens for part in statistics.parts] == [256]
     base, tuned = CheckpointReader(model_folder), CheckpointReader(result.checkpoint)
