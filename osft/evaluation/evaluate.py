@@ -9,6 +9,7 @@ from typing import Any
 from osft.checkpoint import CheckpointReader
 from osft.data.files import data_name
 from osft.data.records import DataError, Record, read_records
+from osft.evaluation.drift import drift_dtype
 from osft.evaluation.measure import MeasuredModel
 from osft.evaluation.score_store import ScoreStore
 from osft.evaluation.scoring import RecordScores, changes, describe_accuracy
@@ -62,8 +63,8 @@ def evaluate(
     """Measure the models on every set and benchmark, and compare the candidate with the others.
 
     models: "base", "champion" (may be absent) and "candidate" -> folder, URI or Hugging Face id. One model is in
-    memory at a time, and for the drift the candidate with one of the others, on one device; and only if `score_store`
-    (a path or URI) lacks one of their numbers.
+    memory at a time, and for the drift the candidate with one of the others, on one device in float32 (in bfloat16 if a
+    GPU has no room for both); and only if `score_store` (a path or URI) lacks one of their numbers.
     benchmarks: names of lm-evaluation-harness tasks, groups or tags (`osft.evaluation.benchmarks`), those in the YAML
     files of `benchmark_folder` among them, with the first `max_benchmark_samples` questions of each (0: all).
     num_examples: of the new task and of each earlier one, how many records are shown with the models' answers.
@@ -78,8 +79,8 @@ def evaluate(
       the candidate keeps none
     - `changes[model][set]`: the candidate against this model, see `scoring.changes`; not of self-written text
     - `drift[model][set]`: how far the candidate's predictions moved from this model's, the fields of `SetDrift`: `kl`,
-      KL(model || candidate) in nats per token over the whole vocabulary, `stderr` and `num_tokens`; None where the two
-      read the records as different tokens
+      KL(model || candidate) in nats per token over the whole vocabulary, `stderr`, `num_tokens` and `dtype`; None where
+      the two read the records as different tokens
     - `benchmarks`: None, or `tasks[name]` and `results[model][name]`, see `benchmarks.Benchmarks`
     - `examples`: `set`, `prompt`, `reference` and `answers[model]`
 
@@ -99,25 +100,24 @@ def evaluate(
     scored = [s for s in sets if s.role != "self-written"]
     shown = {s.name: _chats(s.records)[:num_examples] for s in sets if s.role in ("new task", "earlier task")}
 
-    def measured(name: str, *, exact: bool = False) -> MeasuredModel:
-        return MeasuredModel(
-            folders[name], store, max_tokens=max_tokens, trust_remote_code=trust_remote_code, exact=exact
-        )
+    def measured(name: str, **how: Any) -> MeasuredModel:
+        return MeasuredModel(folders[name], store, max_tokens=max_tokens, trust_remote_code=trust_remote_code, **how)
 
     scores: dict[str, dict[str, RecordScores]] = {}
     answers: dict[str, dict[str, list[str]]] = {}
     benchmark_results: dict[str, dict[str, Any]] = {}
-    candidate = measured("candidate")
     for name in present:
-        model = candidate if name == "candidate" else measured(name)
+        model = measured(name)
         scores[name] = {s.name: model.scores(s.records, f"{name} on {s.name}") for s in scored}
         answers[name] = {key: model.answers(records) for key, records in shown.items() if records}
         if public is not None:
             benchmark_results[name] = model.benchmarks(public, f"{name} on benchmarks")
         del model  # the next one needs its memory
     drift: dict[str, dict[str, Any]] = {}
+    dtype = drift_dtype(list(folders.values()))
+    candidate = measured("candidate", dtype=dtype)
     for name in present[:-1]:
-        reference = measured(name)
+        reference = measured(name, dtype=dtype)
         found = {s.name: candidate.drift(reference, s.records, f"{name} to candidate on {s.name}") for s in sets}
         drift[name] = {key: of_set and of_set.summary().to_dict() for key, of_set in found.items()}
         del reference

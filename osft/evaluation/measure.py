@@ -31,12 +31,19 @@ if TYPE_CHECKING:
 class MeasuredModel:
     """A model folder to be measured. The model is loaded when the first number is missing, and lives as long as this.
 
-    On a GPU it is computed in bfloat16, else in float32. `exact`: with the exact weights that its folder keeps, in
-    float32, instead of those that are served.
+    On a GPU it is computed in bfloat16, else in float32; or in `dtype`. `exact`: with the exact weights that its folder
+    keeps, in float32, instead of those that are served.
     """
 
     def __init__(
-        self, folder: Path, store: ScoreStore, *, max_tokens: int, trust_remote_code: bool, exact: bool = False
+        self,
+        folder: Path,
+        store: ScoreStore,
+        *,
+        max_tokens: int,
+        trust_remote_code: bool,
+        exact: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._folder = folder
         self._store = store
@@ -44,7 +51,7 @@ class MeasuredModel:
         self._trust_remote_code = trust_remote_code
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._exact = exact
-        self._dtype = torch.bfloat16 if self._device == "cuda" and not exact else torch.float32
+        self._dtype = dtype or (torch.bfloat16 if self._device == "cuda" and not exact else torch.float32)
 
     def scores(self, records: Sequence[Record], description: str) -> RecordScores:
         """Of each record; `description` is what the progress bar shows."""
@@ -71,8 +78,7 @@ class MeasuredModel:
     def drift(self, reference: "MeasuredModel", records: Sequence[Record], description: str) -> RecordDrift | None:
         """How far this model is from another one on each record: see `measure_drift`, also for None.
 
-        Both models are in memory, in the dtype that they are scored in. In bfloat16 the rounding of the activations
-        adds to what is found; one that is the same file for file is not loaded twice, and has moved by exactly 0.
+        Both models are in memory. One that is the same file for file is not loaded twice, and has moved by exactly 0.
         """
         if reference._content == self._content:
             reference = self

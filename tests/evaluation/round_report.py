@@ -47,7 +47,10 @@ def new_evaluation(rounds: int = 1, *, benchmarks: bool = False) -> dict[str, An
         if model != "candidate"
     }
     drift = {
-        model: {name: {"kl": 0.005 * i, "stderr": 0.0005 * i, "num_tokens": 350} for i, name in enumerate(sets, 1)}
+        model: {
+            name: {"kl": 0.005 * i, "stderr": 0.0005 * i, "num_tokens": 350, "dtype": "float32"}
+            for i, name in enumerate(sets, 1)
+        }
         for model in models
         if model != "candidate"
     }

@@ -13,7 +13,7 @@ from osft.config import SubspaceConfig
 from osft.data.chat import IGNORE, tokenize
 from osft.data.packing import Batching
 from osft.data.records import Record
-from osft.evaluation.drift import RecordDrift, measure_drift
+from osft.evaluation.drift import RecordDrift, dtype_that_fits, measure_drift
 from osft.evaluation.evaluate import EvaluationSet, evaluate, load_set
 from osft.training.inputs import compute_factors
 from osft.training.statistics import self_written_text
@@ -79,11 +79,18 @@ def test_drift_does_not_depend_on_what_is_batched_together(max_tokens, batching)
 
 
 def test_summary_is_the_mean_over_tokens_with_the_error_of_a_ratio():
-    found = RecordDrift([0.2, 0.0, 1.0], [2, 1, 3]).summary()
-    assert (found.kl, found.num_tokens) == (pytest.approx(0.2), 6)
+    found = RecordDrift([0.2, 0.0, 1.0], [2, 1, 3], "float32").summary()
+    assert (found.kl, found.num_tokens, found.dtype) == (pytest.approx(0.2), 6, "float32")
     residuals = [0.2 - 2 * 0.2, 0.0 - 0.2, 1.0 - 3 * 0.2]
     assert found.stderr == pytest.approx(math.sqrt(3 / 2 * sum(value**2 for value in residuals)) / 6)
-    assert RecordDrift([0.2], [2]).summary().stderr is None
+    assert RecordDrift([0.2], [2], "float32").summary().stderr is None
+
+
+def test_both_models_are_compared_in_float32_where_they_fit():
+    parameters, memory = 2 * 8_000_000_000, 80 * 2**30
+    assert dtype_that_fits(parameters, memory) == torch.float32
+    assert dtype_that_fits(2 * parameters, memory) == torch.bfloat16
+    assert measure_drift(base().bfloat16(), base().bfloat16(), TOKENIZERS, chats(1)).dtype == "bfloat16"
 
 
 def test_models_that_read_other_tokens_or_predict_others_cannot_be_compared():

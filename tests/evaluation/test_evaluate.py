@@ -137,8 +137,8 @@ def test_first_round_compares_with_the_base_model(models):
 
 def test_models_are_loaded_one_after_the_other_and_beside_the_candidate_for_the_drift(models, loaded, in_memory):
     evaluate(models, SETS, num_examples=1)
-    assert loaded == [*models.values(), models["base"], models["champion"]]
-    assert in_memory == [0, 0, 0, 1, 1]
+    assert loaded == [*models.values(), models["base"], models["candidate"], models["champion"]]
+    assert in_memory == [0, 0, 0, 0, 1, 1]
 
 
 def test_what_is_in_the_store_loads_no_model(evaluation, models, store, loaded):
@@ -152,7 +152,7 @@ def test_only_the_model_that_is_new_is_loaded(evaluation, models, store, loaded,
     byte_tokenizer().save_pretrained(tmp_path)
     next_round = {"base": models["base"], "champion": models["candidate"], "candidate": str(tmp_path)}
     found = evaluate(next_round, SETS, num_examples=2, score_store=store)
-    assert loaded == [str(tmp_path), models["base"], models["candidate"]]
+    assert loaded == [str(tmp_path), models["base"], str(tmp_path), models["candidate"]]
     assert found["results"]["champion"] == evaluation["results"]["candidate"]
 
 
@@ -167,7 +167,10 @@ def test_only_the_model_that_is_new_is_loaded(evaluation, models, store, loaded,
 )
 def test_other_records_or_settings_are_measured(evaluation, models, store, loaded, changed, compared, tmp_path):
     evaluate(models, **({"sets": SETS, "num_examples": 2, "score_store": store} | changed))
-    assert loaded == [*models.values(), *([models["base"], models["champion"]] if compared else [])]
+    assert loaded == [
+        *models.values(),
+        *([models["base"], models["candidate"], models["champion"]] if compared else []),
+    ]
 
 
 def test_other_tokenizer_is_another_model(evaluation, models, store, loaded, tmp_path):
@@ -181,7 +184,7 @@ def test_other_tokenizer_is_another_model(evaluation, models, store, loaded, tmp
 
 def test_same_model_in_two_roles_is_measured_once(models, loaded):
     evaluate(models | {"champion": models["base"]}, SETS, num_examples=1)
-    assert loaded == [models["base"], models["candidate"], models["base"]]
+    assert loaded == [models["base"], models["candidate"], models["base"], models["candidate"]]
 
 
 def test_killed_evaluation_keeps_the_sets_that_were_measured(models, loaded, tmp_path, monkeypatch):
@@ -229,11 +232,11 @@ def test_benchmarks_are_measured_once_and_compared(models, loaded, tmp_path):
         "num_examples": 0,
     }
     found = evaluate(models, SETS, **settings)
-    assert len(loaded) == 5
+    assert len(loaded) == 6
     assert found["benchmarks"]["tasks"] == {"larger": {"metric": "acc", "higher_is_better": True, "num_samples": 8}}
     assert list(found["benchmarks"]["results"]) == list(models)
     assert evaluate(models, SETS, **settings)["benchmarks"] == found["benchmarks"]
-    assert len(loaded) == 5
+    assert len(loaded) == 6
     (rule,) = [rule for rule in decide(found, GateRules())["rules"] if rule["subject"] == "larger"]
     assert rule["after"] == found["benchmarks"]["results"]["candidate"]["larger"]["value"]
 

@@ -37,6 +37,12 @@ def test_drift_that_could_not_be_measured_is_a_dash(evaluation):
     assert drift_rows(render_report(evaluation))["web-text anchor"] == ["–", "0.00500 ± 0.00050", "–"]
 
 
+def test_comparison_in_bfloat16_tells_its_own_error(evaluation):
+    assert "rounding alone" not in render_report(evaluation)
+    evaluation["drift"]["base"]["web-text"]["dtype"] = "bfloat16"
+    assert "compared in bfloat16, whose rounding alone counts" in Page(render_report(evaluation)).text["drift"]
+
+
 def test_evaluation_of_an_earlier_release_has_no_such_section(evaluation):
     del evaluation["drift"], evaluation["matrix"]["drift"]
     assert 'id="drift"' not in render_report(evaluation)
@@ -51,7 +57,12 @@ def test_drift_after_each_round_is_drawn_for_every_set(evaluation):
 
 def test_predicted_drift_stands_beside_the_measured_one(evaluation, tmp_path):
     training = new_training(new_factors(tmp_path))
-    evaluation["drift"]["champion"][SELF_WRITTEN] = {"kl": 0.0024, "stderr": 0.0002, "num_tokens": 3000}
+    evaluation["drift"]["champion"][SELF_WRITTEN] = {
+        "kl": 0.0024,
+        "stderr": 0.0002,
+        "num_tokens": 3000,
+        "dtype": "float32",
+    }
     html = render_report(evaluation, training=training)
     text = Page(html).text["drift"]
     assert "predicted a drift of 0.00210 nats per token from the champion" in text

@@ -13,7 +13,8 @@ def drift_section(evaluation: dict[str, Any], training: dict[str, Any] | None) -
     """What the section about the drift shows; None of an evaluation that did not measure it.
 
     `rows`: of each set, the new task first, `name`, `role` and `drift`: model -> `SetDrift` or None. `predicted`: what
-    training predicted of its own update, see `predicted_drift`. `rounds_plot` is None after one round.
+    training predicted of its own update, see `predicted_drift`. `imprecise`: the dtype that adds an error of its own.
+    `rounds_plot` is None after one round.
     """
     drift: dict[str, dict[str, Any]] = evaluation.get("drift") or {}
     if not drift:
@@ -23,10 +24,12 @@ def drift_section(evaluation: dict[str, Any], training: dict[str, Any] | None) -
         {"name": name, "role": described["role"], "drift": {model: found[name] for model, found in drift.items()}}
         for name, described in sets
     ]
+    dtypes = {found["dtype"] for of_sets in drift.values() for found in of_sets.values() if found}
     measured = [row for row in rows if row["role"] == "self-written" and row["drift"][evaluation["reference"]]]
     matrix = evaluation.get("matrix") or {}
     return {
         "rows": rows,
+        "imprecise": ", ".join(sorted(dtypes - {"float32"})),
         "predicted": predicted_drift(training["rank_layout"]) if training else None,
         "measured": measured[0]["drift"][evaluation["reference"]] if measured else None,
         "rounds_plot": _rounds_plot(matrix["drift"]) if matrix.get("drift") and len(matrix["rounds"]) > 1 else None,
