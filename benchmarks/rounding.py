@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -35,8 +34,9 @@ from osft import examples
 from osft.atomic import write_json
 from osft.config import SubspaceConfig
 from osft.rounding import Rounding, generator_of, round_weight
-from osft.subspace import inject, merge, osft_layers, refresh
-from osft.subspace.moments import input_moments
+from osft.subspace import inject, merge, osft_layers, refresh, select_targets
+from osft.subspace.moment_sums import MomentSums
+from osft.subspace.watching import Use, watched
 
 MODEL, PAGES = "example:smollm2-135m-instruct", "manpages-de"
 RESULTS = Path(__file__).parent / "results"
@@ -147,6 +147,25 @@ class LastBlocks:
             layer.weight.copy_(weights[name])
 
 
+def input_moments(model: LastBlocks, text: str) -> dict[str, torch.Tensor]:
+    """C = E[x x^T], (n, n) float32, of the inputs of each linear layer over a text."""
+    targets = select_targets(model.model)
+    sums = {target.name: MomentSums((target.name,), transposed=False) for target in targets}
+
+    def observe(use: Use) -> torch.Tensor:
+        sums[use.target].add_inputs(use, counts=True)
+        return use.outputs
+
+    with watched(model.model, targets, observe):
+        model.loss(text)
+    found = {}
+    for name, one in sums.items():
+        one.finish(model.texts[text].targets.numel(), world_size=1, outputs={})
+        assert one.inputs is not None, f"no input reached {name}"
+        found[name.removeprefix("model.layers.")] = one.inputs
+    return found
+
+
 def train(model: LastBlocks, learning_rate: float, seed: int, settings: Settings) -> dict[str, torch.Tensor]:
     """The exact weights after a training by OSFT: AdamW, cosine."""
     inject(model.model, SubspaceConfig(unfreeze_rank_ratio=settings.unfreeze_rank_ratio))
@@ -235,10 +254,7 @@ def measure(
     progress("the blocks that are not trained")
     model = LastBlocks(whole.eval().requires_grad_(False), tokens, settings.blocks)
     base = {name: layer.weight.detach().clone() for name, layer in model.linear_layers().items()}
-    moments = {
-        name: input_moments(model.linear_layers(), partial(model.loss, name))
-        for name in ("the training text", "web text")
-    }
+    moments = {name: input_moments(model, name) for name in ("the training text", "web text")}
     measured = Measure(model, base, settings.unfreeze_rank_ratio)
     records = []
     for rate in settings.learning_rates:

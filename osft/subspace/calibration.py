@@ -148,6 +148,7 @@ def measure_inputs(
             desc="measure",
             unit="token",
             mininterval=2.0,
+            delay=5.0,  # seconds; a few samples need no line
             disable=rank > 0,
         ) as progress:
             for sums in passes:

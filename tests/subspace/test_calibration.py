@@ -1,9 +1,13 @@
 """Statistics measured on samples, compared with what a direct computation gives."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from osft.config import SubspaceConfig
@@ -156,3 +160,33 @@ def test_predicted_drift_of_each_layer_is_the_measured_one():
             predicted = 0.5 * ((outputs @ update.T @ each.moment.dense()) * update.T).sum().item()
             error = 0.35 if target.endswith("c_attn") else 0.1
             assert predicted == pytest.approx(kl_per_token(model, changed, samples), rel=error), target
+
+
+def _rank(rank: int, folder: Path, sharded: bool) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model = tiny_llama()
+    targets = select_targets(model)
+    if sharded:
+        inject(model, SubspaceConfig(unfreeze_rank_ratio=0.5))
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    statistics = measure(model, targets, texts(), device="cpu", max_tokens=15, rank=rank, world_size=2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    torch.save((moments(statistics), statistics.parts[0].weight_rms), folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_processes_with_unequal_shares_get_the_statistics_of_one(tmp_path, sharded):
+    """Five samples in three micro-batches of each of two processes: one has nothing to do in the last of them."""
+    multiprocessing.spawn(_rank, args=(tmp_path, sharded), nprocs=2)
+    alone = measured(tiny_llama())
+    for rank in range(2):
+        found, weight_rms = torch.load(tmp_path / f"{rank}.pt")
+        assert weight_rms == pytest.approx(alone.parts[0].weight_rms, rel=1e-6)
+        for target, expected in moments(alone).items():
+            for value, direct in zip(found[target], expected, strict=True):
+                assert (value - direct).norm() <= 1e-5 * direct.norm()
