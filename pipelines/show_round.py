@@ -21,6 +21,7 @@ def show_round(console: Console, folder: Path) -> None:
         return
     evaluation, registered = _read(folder / "evaluation.json"), _read(folder / "version.json")
     console.print(_scores(evaluation))
+    console.print(f"drift:   {_drift(evaluation)}", soft_wrap=True)
     decision = evaluation["decision"]
     console.print(f"gate:    {'passed' if decision['promote'] else 'refused'}")
     for rule in decision["rules"]:
@@ -106,6 +107,20 @@ def _saved(saved: dict[str, Any], evaluation: dict[str, Any]) -> str:
     )
 
 
+def _drift(evaluation: dict[str, Any]) -> str:
+    """How far the model moved from the base model on what it should keep, in words."""
+    roles = {name: described["role"] for name, described in evaluation["sets"].items()}
+    drifts = evaluation.get("drift", {}).get("base", {})
+    kept = {name: found for name, found in drifts.items() if found and roles[name] in ("anchor", "self-written")}
+    if not kept:
+        return "not measured"
+    amounts = [
+        f"{name} {found['kl']:.4f}" + ("" if found["stderr"] is None else f" ± {found['stderr']:.4f}")
+        for name, found in kept.items()
+    ]
+    return f"{', '.join(amounts)} nats per token (KL) from the base model"
+
+
 def _amount(rule: dict[str, Any], key: str) -> str:
     in_percent = rule["relative"] or rule["metric"] == "accuracy"
     return f"{100 * rule[key]:.2f} %" if in_percent else f"{rule[key]:.4f}"
@@ -117,14 +132,10 @@ def _scores(evaluation: dict[str, Any]) -> Table:
     table = Table(title=f"{evaluation['task']}: {reference} -> candidate, on held-out data")
     for column in ("evaluation set", "role"):
         table.add_column(column, no_wrap=True)
-    for column in ("loss", "change", "accuracy", "KL from base"):
+    for column in ("loss", "change", "accuracy"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, described in evaluation["sets"].items():
-        moved = evaluation["drift"]["base"][name]
-        drift = "-" if moved is None else f"{moved['kl']:.4f}"
-        if name not in evaluation["results"]["candidate"]:
-            table.add_row(name, described["role"], "-", "-", "-", drift)
-            continue
+    for name in evaluation["results"]["candidate"]:
+        described = evaluation["sets"][name]
         scores = [evaluation["results"][model][name] for model in models]
         change = evaluation["changes"][reference][name]["loss"]["relative"]
         accuracy = "-"
@@ -132,7 +143,7 @@ def _scores(evaluation: dict[str, Any]) -> Table:
             accuracy = " -> ".join(f"{score['accuracy']:.0%}" for score in scores)
             accuracy += f" ± {scores[-1]['accuracy_stderr']:.0%}"
         losses = " -> ".join(f"{score['loss']:.3f}" for score in scores)
-        table.add_row(name, described["role"], losses, "-" if change is None else f"{change:+.1%}", accuracy, drift)
+        table.add_row(name, described["role"], losses, "-" if change is None else f"{change:+.1%}", accuracy)
     return table
 
 

@@ -81,6 +81,14 @@ def test_rule_that_takes_an_error_off_says_what_it_compared(page):
     ]
 
 
+def test_rule_on_the_divergence_says_how_far_the_model_moved(page):
+    (row,) = [row for row in Page(page).rows if row[0].startswith("Drift") and "web-text" in row[2]]
+    assert row[1:] == [
+        *("✓ pass", "web-text kl", "base", "0.0000 → 0.0050"),
+        *("moved by 0.0050 ± 0.0005", "move at most 0.0500"),
+    ]
+
+
 def test_rule_that_needs_an_error_that_is_unknown_says_so(evaluation):
     unknown = rule("min_gain", "news", 0.2, 0.15, passed=False, stderr=None, standard_errors=2)
     evaluation["decision"]["rules"] = [unknown]

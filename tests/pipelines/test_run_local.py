@@ -85,7 +85,16 @@ def test_storage_that_is_a_file_is_refused(model_folder, chats):
 def test_run_ends_with_table_version_and_report(promoted, storage):
     assert promoted.returncode == 0, promoted.stdout[-5000:] + promoted.stderr[-5000:]
     end = promoted.stdout[promoted.stdout.rindex("base -> candidate") :]
-    for word in ("larger-number", "new task", "prose", "other-numbers", "anchor", "gate:    passed", "tiny 1"):
+    for word in (
+        "larger-number",
+        "new task",
+        "prose",
+        "other-numbers",
+        "anchor",
+        "drift:   prose ",
+        "gate:    passed",
+        "tiny 1",
+    ):
         assert word in end
     (folder,) = (storage / "rounds").iterdir()
     assert str(folder / "report.html") in end

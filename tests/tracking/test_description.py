@@ -44,6 +44,15 @@ def test_refusal_names_the_rule_the_numbers_and_the_bound():
     assert "- max_forgetting on mails: loss 2.0000 → 2.5000, at most 5.0% lost wanted" in described
 
 
+def test_refusal_for_drift_gives_its_unit():
+    evaluation = an_evaluation(refused=True)
+    (rule,) = evaluation["decision"]["rules"]
+    rule |= {"rule": "max_drift", "metric": "kl", "before": 0.0, "after": 0.08, "relative": False}
+    assert "- max_drift on mails: kl 0.0000 → 0.0800, at most 0.05 nats per token wanted" in describe_version(
+        evaluation, parent_version=2
+    )
+
+
 @pytest.mark.parametrize("lacking", ["benchmarks", "matrix", "decision"])
 def test_what_was_not_measured_is_left_out(lacking):
     assert "Learned film-reviews" in describe_version(an_evaluation() | {lacking: None}, parent_version=2)
