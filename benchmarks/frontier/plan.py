@@ -18,6 +18,19 @@ def _activations(ratio: float, stiffness: float = 0.0, *, measured_energy: bool 
     return Method(kind="activations", ratio=ratio, stiffness=stiffness, measured_energy=measured_energy)
 
 
+PICTURED = (
+    FULL,
+    LORA,
+    WEIGHTS,
+    PEFT_OSF,
+    Method(kind="full", replay_ratio=0.05),
+    Method(kind="full", distill_weight=1.0),
+    _activations(0.25),
+    BEST,
+)
+"""What the picture shows."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
     """Runs that are compared with each other."""

@@ -12,11 +12,12 @@ import numpy as np
 from benchmarks.frontier.bench import SCREENED_BLOCKS
 from benchmarks.frontier.curves import TARGET, Curve, best_gain, mean_and_error, read_off
 from benchmarks.frontier.materials import BLOCK_TOKENS, HELD_OUT_BLOCKS, OTHERS, REVIEWS_PER_STEP
-from benchmarks.frontier.plan import EXPERIMENTS, Experiment
+from benchmarks.frontier.methods import Method
+from benchmarks.frontier.plan import EXPERIMENTS, PICTURED, Experiment
 from benchmarks.frontier.runs import Run
 from benchmarks.frontier.summary import Results, curves_by_method, forgetting, summarize
 from osft.atomic import atomic_path, write_json
-from osft.evaluation.report.svg import LINES, plot_style
+from osft.evaluation.report.svg import LINES, log_scale, plot_style
 
 Row = list[str]
 
@@ -202,27 +203,30 @@ def plot(found: Mapping[str, Results], file: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    methods = list(dict.fromkeys(str(run.method) for results in found.values() for run in results))
-    styles: dict[str, Any] = {method: LINES[place % len(LINES)] for place, method in enumerate(methods)}
-    markers = {method: ("", "o", "s", "^", "D", "v")[place // len(LINES) % 6] for place, method in enumerate(methods)}
+    curves = {experiment: curves_by_method(results) for experiment, results in found.items()}
+    compared = {experiment: by_method for experiment, by_method in curves.items() if len(by_method) > 1}
+    drawn = compared or curves
+    methods = [method for method in PICTURED if any(method in curves for curves in drawn.values())]
+    styles: dict[Method, Any] = {method: LINES[place % len(LINES)] for place, method in enumerate(methods)}
+    markers = {method: ("", "o")[place // len(LINES)] for place, method in enumerate(methods)}
     with plot_style():
-        figure = Figure(figsize=(max(6.0, 4.6 * len(found)), 4.6), layout="constrained")
-        panels = figure.subplots(1, len(found), squeeze=False)[0]
-        for axes, (experiment, results) in zip(panels, found.items(), strict=True):
-            for method, curves in curves_by_method(results).items():
-                color, line = styles[str(method)]
-                marker = markers[str(method)]
-                gains, drifts = envelope(curves)
-                axes.plot(gains, drifts, color=color, linestyle=line, marker=marker, markersize=3, linewidth=1.2)
-            axes.set_yscale("log")
+        figure = Figure(figsize=(max(6.0, 4.4 * len(drawn)), 4.6), layout="constrained")
+        panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+        for axes, (experiment, by_method) in zip(panels, drawn.items(), strict=True):
+            for method in methods:
+                if method in by_method:
+                    color, line = styles[method]
+                    gains, drifts = envelope(by_method[method])
+                    axes.plot(gains, drifts, color=color, linestyle=line, marker=markers[method], markersize=3)
+            log_scale(axes)
             axes.set_title(EXPERIMENTS[experiment].title, fontsize=9)
-            axes.set_xlabel("fall of the tasks' loss, nats per token (right is better)")
-            axes.set_ylabel("KL(base || tuned) on web text, nats per token (down is better)")
+            axes.set_xlabel("learned: fall of the loss, nats per token")
+        panels[0].set_ylabel("drift on web text: KL, nats per token")
         handles = [
-            Line2D([], [], color=color, linestyle=line, marker=markers[method], markersize=3, label=method)
+            Line2D([], [], color=color, linestyle=line, marker=markers[method], markersize=3, label=str(method))
             for method, (color, line) in styles.items()
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
         with atomic_path(file) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
 
@@ -231,7 +235,8 @@ def envelope(curves: Sequence[Curve]) -> tuple[list[float], list[float]]:
     """Gains, and the least drift on web text with which each is reached, the mean over the seeds that all reach it."""
     seeds = {curve.seed for curve in curves}
     gains, drifts = [], []
-    for gain in np.linspace(0, best_gain(curves), PICTURED_GAINS + 1)[1:]:
+    best = best_gain(curves)
+    for gain in np.linspace(0.2 * best, best, PICTURED_GAINS):
         read = [read_off([curve for curve in curves if curve.seed == seed], gain, OTHERS[0]) for seed in seeds]
         known = [reading.drift for reading in read if reading is not None]
         if len(known) == len(seeds):
