@@ -269,10 +269,13 @@ def _add(
         one.add_inputs(use, counts=bool(samples))
         if not gradients:
             return outputs
-        if not outputs.requires_grad:  # what comes before needs no gradient
+        # A block that turns gradients off, to choose tokens to attend to, has none: its energy stays 0.
+        if not outputs.requires_grad and torch.is_grad_enabled():  # what comes before needs no gradient
             leaves.append(outputs.detach().requires_grad_())
             outputs = leaves[-1].clone()  # a leaf could not be changed in place
-        outputs.register_hook(one.gradient_hook(use, counts=bool(samples)))
+        add_gradient = one.gradient_hook(use, counts=bool(samples))
+        if outputs.requires_grad:
+            outputs.register_hook(add_gradient)
         return outputs
 
     batch = _batch(samples, batching, device)

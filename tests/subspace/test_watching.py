@@ -205,3 +205,14 @@ def test_weight_that_a_block_reads_is_followed(compute):
 def test_weight_that_cannot_be_followed_is_refused_by_name_with_the_remedy(compute):
     with pytest.raises(ValueError, match=r"block.0.layer: .* cannot be followed .*protect='weights'"):
         seen(compute)
+
+
+def test_layer_that_computes_without_gradients_has_no_energy():
+    """As the layers that choose which tokens are attended to: what they compute is no differentiable cause."""
+    model = build("qwen3_moe")
+    attention = model.model.layers[0].self_attn
+    attention.forward = torch.no_grad()(attention.forward)
+    measured = measure(model, select_targets(model, ["q_proj", "down_proj"]), texts(), device="cpu")
+    energies = {name: value for each in measured.inputs() for name, value in each.gradient_energies.items()}
+    assert energies["model.layers.0.self_attn.q_proj"] == 0
+    assert (energies["model.layers.0.mlp.experts.down_proj"] > 0).all()
