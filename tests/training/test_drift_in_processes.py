@@ -18,6 +18,7 @@ def test_two_processes_hold_fit_and_predict_as_one(chats, model_folder, tmp_path
         protect="activations",
         unfreeze_rank_ratio=0.5,
         calibration_tokens=400,
+        stiffness=1.0,  # so that there is a drift to compare
         distill_weight=3.0,
         distill_tokens=100,
         fit_step=True,
