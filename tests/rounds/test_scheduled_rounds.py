@@ -57,6 +57,7 @@ class Night:
             "max_tokens_per_gpu": 512,
             "effective_batch_size": 8,
             "learning_rate": 0.02,
+            "protect": "weights",  # which forgets: the gate has something to refuse
             "nproc_per_node": 1,
             "validation_fraction": 0.25,
             "storage_root": str(self.root),
