@@ -39,6 +39,7 @@ def parameters(storage: Path, model_folder: Path, chats: Path) -> str:
         "model_name": "notebook",
         "effective_batch_size": 8,
         "learning_rate": 0.02,
+        "stiffness": 10.0,  # in a random model no direction is free of use
         "num_epochs": 8,
         "nproc_per_node": 1,
         "gate": json.dumps({"max_drift": {"bound": 10}, "max_forgetting": {"bound": 10}}),
@@ -63,10 +64,11 @@ def test_records_are_shown(notebook):
 
 
 def test_decision_has_the_number_of_each_rule(notebook):
-    promoted, gain, drift = shown(notebook, "decision").splitlines()
+    promoted, gain, drift, own_drift = shown(notebook, "decision").splitlines()
     assert promoted == "promoted"
     assert gain.startswith("passed min_gain of larger-number (loss, against base)")
     assert drift.startswith("passed max_drift of prose (kl, against base)")
+    assert own_drift.startswith("passed max_drift of self-written text (kl, against base)")
 
 
 def test_report_of_the_round_is_shown(notebook, storage):
