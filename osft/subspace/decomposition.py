@@ -57,14 +57,25 @@ class Factors:
     frozen: torch.Tensor | None = None
 
 
-def unfrozen_rank(shape: tuple[int, ...], unfreeze_rank_ratio: float, split: SplitKind = "complement") -> int:
-    """Number of unfrozen directions of a weight (m, n), or of each in a stack: `round(ratio * n)`.
+def split_of_inputs(*, transposed: bool) -> SplitKind:
+    """The split by inputs of a weight, stored (in, out) if `transposed`."""
+    return "left" if transposed else "right"
 
-    n is min(m, n) of a split by singular vectors, and the number of the layer's inputs of one by inputs.
+
+def num_directions(shape: tuple[int, ...], split: SplitKind) -> int:
+    """The directions, frozen and free, of a weight (m, n), or of each in a stack."""
+    *_, m, n = shape
+    return {"right": n, "left": m}.get(split, min(m, n))
+
+
+def unfrozen_rank(shape: tuple[int, ...], unfreeze_rank_ratio: float, split: SplitKind = "complement") -> int:
+    """Number of unfrozen directions of a weight (m, n), or of each in a stack: the ratio of all of them, rounded.
+
+    All are min(m, n) of a split by singular vectors, and the number of the layer's inputs of one by inputs.
 
     Raises ValueError where that is 0: the weight is too small for so small a ratio.
     """
-    size = {"right": shape[-1], "left": shape[-2]}.get(split, min(shape[-2:]))
+    size = num_directions(shape, split)
     rank = round(unfreeze_rank_ratio * size)
     if rank == 0:
         raise ValueError(

@@ -45,6 +45,7 @@ from osft.subspace.decomposition import (
     decompose,
     factor_shapes,
     split_by_inputs,
+    split_of_inputs,
     unfrozen_rank,
 )
 from osft.subspace.rank_allocation import allocate_ranks, allocation_settings
@@ -217,7 +218,7 @@ def precompute_by_inputs(
     shapes = {target.name: target.shape for target in targets}
     unit = statistics.unit
     for inputs in statistics.inputs():
-        split_kind: SplitKind = "left" if inputs.transposed else "right"
+        split_kind = split_of_inputs(transposed=inputs.transposed)
         digest = _moment_sha256(inputs)
         for name in set(inputs.targets) & set(shapes):
             rank = unfrozen_rank(shapes[name], config.unfreeze_rank_ratio, split_kind)

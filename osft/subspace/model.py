@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from osft.config import DEFAULT_STIFFNESS, SubspaceConfig
-from osft.subspace.decomposition import SplitKind, decompose, split_by_inputs, unfrozen_rank
+from osft.subspace.decomposition import SplitKind, decompose, split_by_inputs, split_of_inputs, unfrozen_rank
 from osft.subspace.experts import OSFTExperts
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.rank_allocation import allocate_ranks
@@ -84,9 +84,7 @@ def inject(
     measured = {name: inputs for inputs in statistics.inputs() for name in inputs.targets}
     if missing := [target.name for target in targets if target.name not in measured]:
         raise ValueError(f"the statistics are those of other weights: they have none of {missing[0]}")
-    split_kinds: dict[str, SplitKind] = {
-        target.name: "left" if measured[target.name].transposed else "right" for target in targets
-    }
+    split_kinds = {target.name: split_of_inputs(transposed=measured[target.name].transposed) for target in targets}
     ranks = {
         target.name: unfrozen_rank(target.shape, config.unfreeze_rank_ratio, split_kinds[target.name])
         for target in targets

@@ -19,7 +19,7 @@ from osft.data.packing import Batching, collate
 from osft.data.selection import selection_size
 from osft.models import empty_model, model_folder
 from osft.preflight import Preflight
-from osft.subspace.decomposition import SplitKind, unfrozen_rank
+from osft.subspace.decomposition import SplitKind, split_of_inputs, unfrozen_rank
 from osft.subspace.model import inject_empty, osft_layers
 from osft.subspace.rank_allocation import allocate_ranks
 from osft.subspace.targets import Target, select_targets
@@ -249,7 +249,7 @@ def _planned_split(
     split_kinds: dict[str, SplitKind] = {}
     for target in targets:
         is_transposed = target.name != target.tensor and isinstance(model.get_submodule(target.name), Conv1D)
-        split_kinds[target.name] = "left" if is_transposed else "right"
+        split_kinds[target.name] = split_of_inputs(transposed=is_transposed)
     return {
         target.name: unfrozen_rank(target.shape, config.unfreeze_rank_ratio, split_kinds[target.name])
         for target in targets

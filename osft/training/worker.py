@@ -26,7 +26,7 @@ from osft.errors import noted
 from osft.origin import Origin, read_origin
 from osft.preflight import Preflight
 from osft.sealed import write_sealed
-from osft.subspace.decomposition import SplitKind
+from osft.subspace.decomposition import SplitKind, num_directions
 from osft.subspace.effective_rank import effective_rank
 from osft.subspace.factor_store import load_factor_set
 from osft.subspace.model import osft_layers
@@ -253,11 +253,10 @@ def _layout(
 
     `shape` is (m, n), or (experts, m, n) with a split for each. Norms are Frobenius'.
     """
-    m, n = described["shape"][-2:]
     return {
         "shape": described["shape"],
         "unfrozen": described["rank"],
-        "frozen": {"right": n, "left": m}.get(split_kind, min(m, n)) - described["rank"],
+        "frozen": num_directions(described["shape"], split_kind) - described["rank"],
         "weight_norm": weight_norm,
         "update_norm": update_norm,
         "effective_rank": effective_rank,
