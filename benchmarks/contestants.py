@@ -1,10 +1,12 @@
 """The methods that `benchmarks.step` compares, each on the same random Llama, stepped by the same loop."""
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,6 +27,7 @@ METHODS = {
     "full": "full fine-tuning, every parameter",
     "full_targets": "full fine-tuning of the same weights",
     "peft_osf": "PEFT OSF",
+    "lora": "PEFT LoRA, rank 16",
 }
 RATIO = 0.25
 STIFFNESS = 1.0
@@ -51,29 +54,36 @@ class Settings:
     repetitions: int = 5
     threads: int = 2
     seed: int = 0
+    dtype: Literal["auto", "float32"] = "auto"
+    """Of the computation, for every method; "auto" is bfloat16 on CUDA, float32 on CPUs."""
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the computation, for every method."""
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        return torch.bfloat16 if self.device == "cuda" and self.dtype == "auto" else torch.float32
 
 
 def give_spectrum_(weight: torch.Tensor, generator: torch.Generator) -> None:
     """Random singular vectors, and singular values as trained weights have them: a steep head, a long falling tail.
 
     s_i = (1 + 50 i / k)^-1/2 (1 - 0.9 i / k), i = 0 .. k - 1, scaled to entries of root mean square 0.02.
+    `generator` is on the weight's device.
     """
     m, n = weight.shape
-    k = min(m, n)
-    i = torch.arange(k) / k
+    k, device = min(m, n), weight.device
+    i = torch.arange(k, device=device) / k
     singular_values = (1 + 50 * i).rsqrt() * (1 - 0.9 * i)
     singular_values *= 0.02 * (m * n) ** 0.5 / singular_values.norm()
-    left, right = (torch.linalg.qr(torch.randn(size, k, generator=generator))[0] for size in (m, n))
+    left, right = (torch.linalg.qr(torch.randn(size, k, generator=generator, device=device))[0] for size in (m, n))
     weight.copy_(left * singular_values @ right.T)
 
 
-def prepare(folder: Path, settings: Settings) -> None:
-    """Save the random model in bfloat16, as checkpoints come, its factors for each kind of `ours`, the settings."""
+def prepare(folder: Path, settings: Settings) -> dict[str, float]:
+    """Save the random model in bfloat16, as checkpoints come, its factors for each kind of `ours`, the settings.
+
+    Returns the seconds that the statistics ("statistics") and the factors of each kind take; reading the weights and
+    writing the factors are part of them.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
@@ -89,30 +99,54 @@ def prepare(folder: Path, settings: Settings) -> None:
         max_position_embeddings=max(settings.tokens, 2048),
         tie_word_embeddings=False,
     )
-    model: Any = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.device(settings.device):
+        model: Any = LlamaForCausalLM(config)
+    generator = torch.Generator(device=settings.device).manual_seed(settings.seed)
     with torch.no_grad():
         for target in select_targets(model):
             give_spectrum_(model.get_submodule(target.name).weight, generator)
-    statistics = measure(
-        model.to(settings.device),
-        select_targets(model),
-        [random_sample(settings, settings.tokens, generator) for _ in range(CALIBRATION_SAMPLES)],
-        device=settings.device,
-    )
+    samples = [random_sample(settings, settings.tokens, generator) for _ in range(CALIBRATION_SAMPLES)]
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "statistics", settings.device):
+        statistics = measure(
+            model, select_targets(model), samples, device=settings.device, max_tokens=max(settings.tokens, 2048)
+        )
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     del model
     manifests = {}
-    store: dict[str, Any] = {"store": folder / "factors", "device": settings.device, "report": lambda _: None}
     for method, subspace in subspaces().items():
-        if subspace.protect == "weights":
-            made = factor_store.precompute(folder / "model", config=subspace, **store)
-        else:
-            made = factor_store.precompute_by_inputs(
-                folder / "model", config=subspace, statistics=statistics, statistics_file="", **store
-            )
+        # A store for each: factors that two kinds share are otherwise computed once.
+        store: dict[str, Any] = {
+            "store": folder / "factors" / method,
+            "device": settings.device,
+            "report": lambda _: None,
+        }
+        with _timed(seconds, method, settings.device):
+            if subspace.protect == "weights":
+                made = factor_store.precompute(folder / "model", config=subspace, **store)
+            else:
+                made = factor_store.precompute_by_inputs(
+                    folder / "model", config=subspace, statistics=statistics, statistics_file="", **store
+                )
         manifests[method] = str(made.path)
     write_json(folder / "prepared.json", {"settings": asdict(settings), "factors": manifests})
+    return seconds
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str, device: str) -> Iterator[None]:
+    """Note how long the block takes, until the GPU is done with it."""
+    synchronize(device)
+    started = time.perf_counter()
+    yield
+    synchronize(device)
+    seconds[what] = time.perf_counter() - started
+
+
+def synchronize(device: str) -> None:
+    """Wait for the GPU, where there is one."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def subspaces() -> dict[str, SubspaceConfig]:
@@ -124,7 +158,7 @@ def subspaces() -> dict[str, SubspaceConfig]:
     }
 
 
-def train_config(folder: Path, method: str, learning_rate: float = 1e-5) -> TrainConfig:
+def train_config(folder: Path, method: str, settings: Settings, learning_rate: float = 1e-5) -> TrainConfig:
     """The training worker's configuration; methods other than `ours` take their optimizer settings from it."""
     method = method if method in subspaces() else "ours"
     return TrainConfig(
@@ -133,9 +167,10 @@ def train_config(folder: Path, method: str, learning_rate: float = 1e-5) -> Trai
         factors=json.loads((folder / "prepared.json").read_text())["factors"][method],
         ckpt_output_dir="unused",
         effective_batch_size=1,
-        max_tokens_per_gpu=2048,
-        max_seq_len=2048,
+        max_tokens_per_gpu=settings.tokens,
+        max_seq_len=max(settings.tokens, 2),
         learning_rate=learning_rate,
+        dtype=settings.dtype,
         stiffness=STIFFNESS if method == "ours_activations" else 0.0,
         **asdict(subspaces()[method]),
     )
@@ -149,10 +184,10 @@ def build(method: str, folder: Path, settings: Settings) -> Any:
     logging.disable_progress_bar()
     device = torch.device(settings.device)
     if method in subspaces():
-        config = train_config(folder, method)
+        config = train_config(folder, method, settings)
         assert config.factors is not None
         return load_sharded(config, config.model_path, config.factors, device=device)[0].train()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=settings.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=settings.torch_dtype)
     model.to(device)
     targets = [target.name for target in select_targets(model)]
     if method == "full_targets":
@@ -163,10 +198,47 @@ def build(method: str, folder: Path, settings: Settings) -> Any:
         from peft import OSFConfig, get_peft_model
 
         # Its rank is the frozen one.
-        model = get_peft_model(
-            model, OSFConfig(effective_rank=1 - RATIO, target_modules=targets, task_type="CAUSAL_LM")
+        osf = OSFConfig(effective_rank=1 - RATIO, target_modules=targets, task_type="CAUSAL_LM")
+        with _svd_by_eigenvectors() if settings.device == "cuda" else nullcontext():
+            model = get_peft_model(model, osf)
+    elif method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM", inference_mode=False
         )
+        model = get_peft_model(model, lora)
     return model.train()
+
+
+@contextmanager
+def _svd_by_eigenvectors() -> Iterator[None]:
+    """Let PEFT find its factors sooner: CUDA's own SVD of a wide weight takes far longer than all the steps.
+
+    How a method gets its factors is not part of what is measured of it. Float64, so no less exact than the other.
+    """
+    original = torch.linalg.svd
+
+    def svd(weight: torch.Tensor, full_matrices: bool = True) -> tuple[torch.Tensor, ...]:
+        if weight.shape[0] < weight.shape[1]:
+            u, values, vh = svd(weight.T, full_matrices)
+            return vh.T, values, u.T
+        exact = weight.double()
+        eigenvalues, vectors = torch.linalg.eigh(exact.T @ exact)
+        vectors = vectors.flip(-1)
+        left, triangle = torch.linalg.qr(exact @ vectors)
+        left = left * triangle.diagonal().sign()  # Householder's reflections choose signs of their own
+        return (
+            left.to(weight.dtype),
+            eigenvalues.flip(-1).clamp_min(0).sqrt().to(weight.dtype),
+            vectors.T.to(weight.dtype),
+        )
+
+    torch.linalg.svd = svd
+    try:
+        yield
+    finally:
+        torch.linalg.svd = original
 
 
 def random_batches(settings: Settings, *, count: int, tokens: int, seed: int) -> list[MicroBatch]:
@@ -177,20 +249,16 @@ def random_batches(settings: Settings, *, count: int, tokens: int, seed: int) ->
 
 def random_sample(settings: Settings, tokens: int, generator: torch.Generator) -> Sample:
     """Random tokens, all of them in the loss."""
-    row = torch.randint(settings.vocab_size, (tokens,), generator=generator).tolist()
+    row = torch.randint(settings.vocab_size, (tokens,), generator=generator, device=generator.device).tolist()
     return Sample(row, row)
 
 
-def stepper(model: nn.Module, config: TrainConfig, settings: Settings) -> Callable[[int, int], None]:
-    """A function that does one training step on so many micro-batches of so many new random tokens."""
+def stepper(model: nn.Module, config: TrainConfig) -> Callable[[Sequence[MicroBatch]], None]:
+    """A function that does one training step on some micro-batches."""
     # As the worker does: the fused kernel, on a single process.
     optimizer = make_optimizer(model, config, fused=True)
-    steps = 0
 
-    def step(micro_batches: int, tokens: int) -> None:
-        nonlocal steps
-        steps += 1
-        batches = random_batches(settings, count=micro_batches, tokens=tokens, seed=settings.seed + steps)
+    def step(batches: Sequence[MicroBatch]) -> None:
         loss_tokens = sum(len(batch.targets) for batch in batches)
         train_step(model, optimizer, batches, num_loss_tokens=loss_tokens, max_grad_norm=config.max_grad_norm)
 

@@ -1,13 +1,13 @@
-"""One training step of OSFT, against full fine-tuning and PEFT's OSF: seconds, memory, and what leaks.
+"""One training step of OSFT, against full fine-tuning, LoRA and PEFT's OSF: seconds, memory, and what leaks.
 
-    python -m benchmarks.step                       # CPU, about four minutes on two cores
-    python -m benchmarks.step --device cuda --hidden-size 4096 --intermediate-size 14336 --tokens 8192
+    python -m benchmarks.step                       # CPU, about five minutes on two cores
+    python -m benchmarks.step --device cuda --hidden-size 4096 --intermediate-size 14336 --num-layers 2 --tokens 8192
     python -m benchmarks.step --vocab-size 32000    # full fine-tuning then mostly trains embeddings
 
 The same loop (`osft.training.loop.train_step`, AdamW) steps every method on the same random Llama and tokens.
 Seconds: all methods live in one process and take turns, so that a disturbance hits them alike. Memory: one fresh
 process each. Leak: the largest share of the update that lies in the frozen directions, after training a smaller
-model, against an independent float64 SVD.
+model in float32, against an independent float64 SVD. Preparation: what comes once before the first step.
 """
 
 import json
@@ -26,7 +26,18 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.contestants import METHODS, RATIO, Settings, build, prepare, stepper, train_config
+from benchmarks.contestants import (
+    CALIBRATION_SAMPLES,
+    METHODS,
+    RATIO,
+    Settings,
+    build,
+    prepare,
+    random_batches,
+    stepper,
+    synchronize,
+    train_config,
+)
 from benchmarks.machine import (
     allocated_memory,
     describe_machine,
@@ -51,16 +62,19 @@ def measure_seconds(folder: Path, settings: Settings, progress: Callable[[str], 
     for method in METHODS:
         progress(f"build {METHODS[method]}")
         models[method] = build(method, folder, settings)
-    config = train_config(folder, "ours")
-    steps = {method: stepper(model, config, settings) for method, model in models.items()}
+    config = train_config(folder, "ours", settings)
+    steps = {method: stepper(model, config) for method, model in models.items()}
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     for repetition in range(settings.repetitions + 1):  # the first one warms up
+        batches = random_batches(
+            settings, count=settings.micro_batches, tokens=settings.tokens, seed=settings.seed + repetition
+        )
         for method, step in steps.items():
             progress(f"step {repetition}/{settings.repetitions} {METHODS[method]}")
+            synchronize(settings.device)
             started = time.perf_counter()
-            step(settings.micro_batches, settings.tokens)
-            if settings.device == "cuda":
-                torch.cuda.synchronize()
+            step(batches)
+            synchronize(settings.device)
             if repetition:
                 seconds[method].append(time.perf_counter() - started)
     return {
@@ -92,13 +106,13 @@ def measure_memory(method: str, folder: Path, settings: Settings) -> dict[str, i
     before = allocated_memory(settings.device)
     files_before = 0 if cuda else resident()["RssFile"]
     model = build(method, folder, settings)
-    config = train_config(folder, method)
-    step = stepper(model, config, settings)
-    step(1, 64)  # puts the optimizer's moments in place
+    step = stepper(model, train_config(folder, method, settings))
+    step(random_batches(settings, count=1, tokens=64, seed=settings.seed))  # puts the optimizer's moments in place
     return_freed_memory()
     reset_peak_memory(settings.device)
     at_rest = allocated_memory(settings.device)
-    step(settings.micro_batches, settings.tokens)
+    step(random_batches(settings, count=settings.micro_batches, tokens=settings.tokens, seed=settings.seed + 1))
+    synchronize(settings.device)
     peak = peak_memory(settings.device)
     files = 0 if cuda else resident()["RssFile"] - files_before
     return {"peak_bytes": peak - before, "at_rest_bytes": at_rest - before, "mapped_file_bytes": files}
@@ -132,6 +146,7 @@ def measure_leak(settings: Settings, progress: Callable[[str], None]) -> dict[st
         vocab_size=1024,
         tokens=LEAK_TOKENS,
         seed=settings.seed,
+        dtype="float32",  # rounded to bfloat16, the update of any method leaks
     )
     leaks = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -143,10 +158,10 @@ def measure_leak(settings: Settings, progress: Callable[[str], None]) -> dict[st
         for method in METHODS:
             progress(f"leak of {METHODS[method]}")
             model = build(method, folder, small)
-            step = stepper(model, train_config(folder, method, LEAK_LEARNING_RATE), small)
-            for _ in range(LEAK_STEPS):
-                step(1, LEAK_TOKENS)
-            if method == "peft_osf":
+            step = stepper(model, train_config(folder, method, small, LEAK_LEARNING_RATE))
+            for number in range(LEAK_STEPS):
+                step(random_batches(small, count=1, tokens=LEAK_TOKENS, seed=small.seed + 1 + number))
+            if method in ("peft_osf", "lora"):
                 model = model.merge_and_unload()
             left, right = [], []
             for name in targets:
@@ -219,6 +234,16 @@ def table_rows(methods: dict[str, dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
+def per_layer(result: dict[str, Any]) -> dict[str, float]:
+    """The seconds of the preparation divided by the layers, by what they are for."""
+    settings, seconds = result["settings"], result["preparation_seconds"]
+    tokens = CALIBRATION_SAMPLES * settings["tokens"]
+    names = {"statistics": f"statistics on {tokens:,} tokens"} | {
+        method: f"factors of {name}" for method, name in METHODS.items()
+    }
+    return {names[what]: value / settings["num_layers"] for what, value in seconds.items()}
+
+
 def report(result: dict[str, Any], folder: Path) -> None:
     """Print the table, and write it as JSON and as Markdown."""
     from rich.console import Console
@@ -235,6 +260,7 @@ def report(result: dict[str, Any], folder: Path) -> None:
     console.print(table)
 
     dtype = "bfloat16" if settings["device"] == "cuda" else "float32"
+    preparation = "; ".join(f"{what} {seconds:.2f}" for what, seconds in per_layer(result).items())
     targets = [
         f"{name}: {target['value']:.2f}, {'met' if target['met'] else 'NOT met'}"
         for name, target in result["targets"].items()
@@ -252,11 +278,13 @@ def report(result: dict[str, Any], folder: Path) -> None:
         "memory: peak of a step above the process before the model was built, initialization excluded; the "
         "allocator returns freed blocks at once; mapped files count",
         f"leak: median over the weights after {LEAK_STEPS} steps at learning rate {LEAK_LEARNING_RATE:g}, on 2 layers "
-        "of hidden size 256; full fine-tuning shows what no constraint gives",
+        "of hidden size 256 in float32; full fine-tuning shows what no constraint gives",
+        f"preparation, once before the first step, seconds per layer: {preparation}",
     ]
     for line in [*notes, *targets]:
         console.print(f"- {line}", highlight=False)
 
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"step_{settings['device']}.json", result)
     lines = [
         "# One training step",
@@ -295,7 +323,7 @@ def main(
     measure_memory_of: Annotated[str | None, typer.Option("--measure-memory", hidden=True)] = None,
     prepared: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Compare one training step of OSFT with full fine-tuning and with PEFT's OSF.
+    """Compare one training step of OSFT with full fine-tuning, with LoRA and with PEFT's OSF.
 
     Prints a table of seconds, ratios, peak memory, trainable parameters and leak, and writes it to --results.
     """
@@ -327,7 +355,7 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         progress("random model and its factors")
-        prepare(folder, settings)
+        preparation = prepare(folder, settings)
         memory = {}
         for method in METHODS:
             progress(f"memory of {METHODS[method]}")
@@ -341,6 +369,7 @@ def main(
         "date": date.today().isoformat(),
         "machine": describe_machine(settings.device),
         "settings": {**asdict(settings), "unfreeze_rank_ratio": RATIO, "leak_steps": LEAK_STEPS},
+        "preparation_seconds": preparation,
         "methods": methods,
         "targets": targets,
         "total_seconds": time.perf_counter() - started,
