@@ -27,7 +27,7 @@ REPORT  ?=
 # Test processes side by side; each takes about 1.5 GB.
 JOBS    ?= 2
 
-.PHONY: help setup run rounds frontier test test-slow test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench ui images sbom clean
+.PHONY: help setup run rounds frontier test test-slow test-gpu test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench ui images sbom clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -59,6 +59,9 @@ test: setup ## Run the tests: JOBS=2 side by side
 
 test-slow: setup ## Run the tests that `make test` leaves out: several nodes, many processes
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup ## Compare training on a CUDA GPU with training on the CPU
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 test-cluster: setup ## Run the training step on a stand-in cluster whose pods are real processes, and break it
 	$(BIN)/python -m pytest -m cluster
