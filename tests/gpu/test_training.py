@@ -137,7 +137,7 @@ def test_packed_samples_do_not_see_each_other(settings, device, family):
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_peak_memory_is_that_of_the_dry_run(device, tmp_path, gradient_checkpointing):
-    tokens, folder = 4096 if device.type == "cuda" else 256, tmp_path / "model"
+    tokens, folder = 4096 if device.type == "cuda" else 32, tmp_path / "model"
     model = tiny_llama(
         hidden_size=512, intermediate_size=1536, num_hidden_layers=4, vocab_size=8192, max_position_embeddings=tokens
     )
