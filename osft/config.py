@@ -203,8 +203,9 @@ class TrainConfig(SubspaceConfig):
     """With protect="activations": how much the free directions are held back, each by the energy that it carries. After
     each optimizer step a coefficient of direction j is divided by 1 + learning_rate * stiffness * c_j, with c_j its
     curvature as a multiple of the model's mean and in units of the weights' size, so that one value serves all models:
-    a direction of mean curvature can move a weight by about 1 / stiffness of its size. 0: not at all. The default was
-    best of 1,000, 3,000, 10,000 and 30,000 in benchmarks/results/frontier_cpu.md, and the optimum is broad."""
+    a direction of mean curvature can move a weight by about 1 / stiffness of its size. The mean is over all that is
+    protected, which shares it: a later round learns as easily as the first. 0: not at all. The default was best of
+    1,000, 3,000, 10,000 and 30,000 in benchmarks/results/frontier_cpu.md, and the optimum is broad."""
 
     max_grad_norm: Annotated[float, Bounds(low=0.0)] = 1.0
     """Clip the gradient's global 2-norm to this; 0 turns clipping off."""

@@ -110,7 +110,8 @@ def without_gradients(statistics: Statistics) -> Statistics:
         for output in each.output_moments.values():
             curvature += float(each.moment.trace()) * output.size
             entries += each.moment.size * output.size
+    each_part = curvature / entries / len(statistics.parts)
     return Statistics(
-        [replace(part, mean_curvature=curvature / entries) for part in statistics.parts],
+        [replace(part, mean_curvature=each_part) for part in statistics.parts],
         [replace(each, gradient_energies={name: torch.ones(()) for name in each.targets}) for each in inputs],
     )

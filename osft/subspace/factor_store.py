@@ -54,7 +54,8 @@ from osft.subspace.targets import Target, select_targets
 
 FORMAT = 2
 """Part of every key: raise it when what is stored, or how it is computed, changes."""
-
+BY_INPUTS_FORMAT = 3
+"""Of the sets of protect="activations", whose bases stay: raise it when a set's `unit` is computed in another way."""
 
 _SPECTRA = ("singular_values", "energies")
 """What a file of factors holds beside the bases."""
@@ -245,7 +246,7 @@ def precompute_by_inputs(
 
     computed = _complete(store, weights, compute, report)
     manifest = {
-        "format": FORMAT,
+        "format": BY_INPUTS_FORMAT,
         "protect": "activations",
         "unfreeze_rank_ratio": config.unfreeze_rank_ratio,
         "free_subspace": config.free_subspace,
@@ -368,8 +369,11 @@ def load_factor_set(path: str | Path, *, check: bool = True) -> FactorSet:
 def _read_factor_set(path: Path, computed: int) -> FactorSet:
     remedy = "Remove it and run `precompute_svd` again, which writes it again"
     manifest = read_sealed(path, remedy)
-    if manifest.get("format") != FORMAT:
-        raise FactorsMismatchError(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}")
+    expected = BY_INPUTS_FORMAT if manifest.get("protect") == "activations" else FORMAT
+    if manifest.get("format") != expected:
+        raise FactorsMismatchError(
+            f"{path} has format {manifest.get('format')}, this version reads {expected}. Run `precompute_svd` again"
+        )
     try:
         return FactorSet(
             path=path,

@@ -170,10 +170,13 @@ class Statistics:
 
     @property
     def unit(self) -> float:
-        """What a stiffness is measured in: the parts' mean curvature times the root mean square of their weights."""
-        count = len(self.parts)
-        curvature = sum(part.mean_curvature for part in self.parts) / count
-        return curvature * sum(part.weight_rms for part in self.parts) / count
+        """What a stiffness is measured in: the mean curvature times the root mean square of the weights.
+
+        The curvatures of the parts add up, as tr(S) tr(C) does. So the more parts there are, the less each of them is
+        protected, and all together as much as one.
+        """
+        curvature = sum(part.mean_curvature for part in self.parts)
+        return curvature * sum(part.weight_rms for part in self.parts) / len(self.parts)
 
     def __add__(self, other: "Statistics") -> "Statistics":
         """Both texts'. Raises ValueError, with the target's name, for statistics of other targets or shapes.

@@ -54,10 +54,11 @@ def test_sum_keeps_the_product_of_traces():
     torch.testing.assert_close(total.moment.trace() * total.gradient_energies["k"], expected)
 
 
-def test_unit_is_the_mean_of_the_parts():
+def test_unit_adds_up_the_curvatures_of_the_parts():
+    """As the moments do: however many texts are carried, all together are protected as much as one."""
     (each,) = statistics().inputs()
     both = Statistics([part("a", 2.0, 0.5), part("b", 4.0, 0.7)], [each])
-    assert both.unit == pytest.approx(3.0 * 0.6)
+    assert both.unit == pytest.approx(6.0 * 0.6)
 
 
 @pytest.mark.parametrize(
