@@ -82,8 +82,8 @@ class Bench:
         if method.kind != "activations":
             return None
         tokens = self.task(task).text.tokens[samples[:CARRIED_SAMPLES]].tolist()
-        learned = statistics_of(self.network.model, tokens, task, self.network.device)
-        return (carried or self.knowledge.statistics()) + learned
+        before = carried or self.knowledge.statistics()
+        return statistics_of(self.network.model, tokens, task, self.network.device, before)
 
     def base_reference(self, names: list[str]) -> Reference:
         """The base on held-out texts. The network must hold the base's weights when a name is new."""

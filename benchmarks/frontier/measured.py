@@ -96,10 +96,12 @@ class Knowledge:
         return model.to(self._device).eval()
 
 
-def statistics_of(model: Any, samples: Sequence[Sequence[int]], name: str, device: str) -> Statistics:
-    """The statistics of all layers of a whole model on samples of tokens."""
+def statistics_of(
+    model: Any, samples: Sequence[Sequence[int]], name: str, device: str, onto: Statistics | None = None
+) -> Statistics:
+    """The statistics of all layers of a whole model on samples of tokens, added to others."""
     targets = select_targets(model)
-    return measure(model, targets, as_samples(samples), device=device, max_tokens=MAX_TOKENS, name=name)
+    return measure(model, targets, as_samples(samples), device=device, max_tokens=MAX_TOKENS, name=name, onto=onto)
 
 
 def without_gradients(statistics: Statistics) -> Statistics:

@@ -25,8 +25,7 @@ from osft.data.chat import Sample
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.likelihood import ELEMENTS_AT_ONCE, cross_entropy, target_logits
 from osft.subspace.moment_sums import MomentSums
-from osft.subspace.second_moment import SecondMoment
-from osft.subspace.statistics import InputStatistics, Part, Statistics
+from osft.subspace.statistics import Part, Statistics
 from osft.subspace.targets import Target
 from osft.subspace.watching import REMEDY, Use, watched
 from osft.subspace.weight import local
@@ -35,10 +34,6 @@ PROBE_TOKENS = 16
 """Tokens that show which layers have the same input."""
 SHARE_OF_FREE_MEMORY = 0.25
 """What the sums of a pass may take."""
-WHOLE_UP_TO = 2048
-"""Inputs of at most this width are kept whole."""
-LEADING_DIRECTIONS, EXPERT_DIRECTIONS, OUTPUT_DIRECTIONS = 1024, 128, 64
-"""Directions that are kept one by one of wider inputs, of the inputs of each expert, and of outputs."""
 
 
 def measure(
@@ -55,6 +50,7 @@ def measure(
     gradients: bool = True,
     seed: int = 0,
     memory: int | None = None,
+    onto: Statistics | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Statistics:
@@ -64,9 +60,18 @@ def measure(
     `gradients` only forward passes are made, and every s is 1. `seed` is that of the tokens that the model samples;
     those of a sample depend on its position in `samples` only. `memory`: bytes that the sums of a pass may take.
 
-    Raises ValueError without samples, for a sample of more than `max_tokens` tokens, and for a target that no token
-    reached.
+    `onto`: statistics of the same targets over other texts, to which these are added before anything is decomposed; one
+    input of them is read at a time. Of several processes only rank 0 decomposes, and needs `onto`: what the others get
+    has no inputs.
+
+    Raises ValueError without samples, for a sample of more than `max_tokens` tokens, for a target that no token
+    reached, and, with the target's name, for statistics of other targets or shapes to add to.
     """
+    shapes = {target.name: target.shape for target in targets}
+    if onto is not None:
+        before = {name for names in onto.layout for name in names}
+        if different := sorted(before ^ shapes.keys()):
+            raise ValueError(f"statistics of different targets do not add up: only one of them has {different[0]}")
     measured = measure_inputs(
         model,
         targets,
@@ -80,7 +85,12 @@ def measure(
         rank=rank,
         world_size=world_size,
     )
-    inputs = [_statistics(sums) for sums in measured]
+    inputs = []
+    curvature = 0.0
+    for sums in measured:
+        curvature += _curvature(sums, shapes)
+        if rank == 0:
+            inputs.append(sums.statistics(onto.of(sums.targets) if onto is not None else None))
     part = Part(
         name=name,
         source=source,
@@ -88,36 +98,9 @@ def measure(
         text_sha256=text_sha256(samples),
         model_sha256=model_sha256,
         weight_rms=_weight_rms(model, targets),
-        mean_curvature=_mean_curvature(targets, inputs),
+        mean_curvature=curvature / sum(math.prod(shape) for shape in shapes.values()),
     )
-    return Statistics([part], inputs)
-
-
-def _statistics(sums: MomentSums) -> InputStatistics:
-    assert sums.inputs is not None
-    ones = torch.ones(sums.num_experts) if sums.num_experts else torch.ones(())
-    energies, outputs = dict.fromkeys(sums.targets, ones), {}
-    for target, gradient in sums.gradients.items():
-        if sums.num_experts is None:
-            energies[target] = gradient.diagonal().mean().cpu()
-            outputs[target] = SecondMoment.of(gradient, OUTPUT_DIRECTIONS).to("cpu")
-        else:
-            energies[target] = gradient.cpu()
-    return InputStatistics(
-        targets=sums.targets,
-        transposed=sums.transposed,
-        moment=SecondMoment.of(sums.inputs, kept_rank(tuple(sums.inputs.shape))).to("cpu"),
-        gradient_energies=energies,
-        output_moments=outputs,
-    )
-
-
-def kept_rank(shape: tuple[int, ...]) -> int:
-    """How many directions are kept of inputs with a moment of `shape`, (n, n) or (num_experts, n, n)."""
-    n = shape[-1]
-    if len(shape) == 3:
-        return min(n, EXPERT_DIRECTIONS)
-    return n if n <= WHOLE_UP_TO else LEADING_DIRECTIONS
+    return Statistics([*(onto.parts if onto is not None else ()), part], inputs)
 
 
 def measure_inputs(
@@ -350,12 +333,10 @@ def _weight_rms(model: nn.Module, targets: Sequence[Target]) -> float:
     return float(total / sum(weight.numel() for weight in weights)) ** 0.5
 
 
-def _mean_curvature(targets: Sequence[Target], inputs: Sequence[InputStatistics]) -> float:
-    shapes = {target.name: target.shape for target in targets}
-    total, entries = 0.0, 0
-    for each in inputs:
-        for target in each.targets:
-            outputs = _widths(shapes[target], transposed=each.transposed)[1]
-            total += float((each.gradient_energies[target] * each.moment.trace()).sum()) * outputs
-            entries += math.prod(shapes[target])
-    return total / entries
+def _curvature(sums: MomentSums, shapes: dict[str, tuple[int, ...]]) -> float:
+    """Sum of s * c over all entries of the weights that read an input."""
+    trace = sums.trace()
+    return sum(
+        float((energy * trace).sum()) * _widths(shapes[target], transposed=sums.transposed)[1]
+        for target, energy in sums.gradient_energies().items()
+    )

@@ -10,9 +10,23 @@ from dataclasses import dataclass, field
 
 import torch
 
+from osft.subspace.second_moment import SecondMoment
+from osft.subspace.statistics import InputStatistics
 from osft.subspace.watching import Use
 
 FLOOR_TOKENS = 16
+WHOLE_UP_TO = 2048
+"""Inputs of at most this width are kept whole."""
+LEADING_DIRECTIONS, EXPERT_DIRECTIONS, OUTPUT_DIRECTIONS = 1024, 128, 64
+"""Directions that are kept one by one of wider inputs, of the inputs of each expert, and of outputs."""
+
+
+def kept_rank(shape: tuple[int, ...]) -> int:
+    """How many directions are kept of inputs with a moment of `shape`, (n, n) or (num_experts, n, n)."""
+    n = shape[-1]
+    if len(shape) == 3:
+        return min(n, EXPERT_DIRECTIONS)
+    return n if n <= WHOLE_UP_TO else LEADING_DIRECTIONS
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +106,65 @@ class MomentSums:
             mean = energies.sum() / seen
             energies += FLOOR_TOKENS * mean
             energies /= (self.tokens + FLOOR_TOKENS) * outputs[target]
+
+    def trace(self) -> torch.Tensor:
+        """tr(C), () or (num_experts,), on the CPU."""
+        assert self.inputs is not None
+        return self.inputs.diagonal(dim1=-2, dim2=-1).sum(-1).cpu()
+
+    def gradient_energies(self) -> dict[str, torch.Tensor]:
+        """As `InputStatistics` has them."""
+        ones = torch.ones(self.num_experts) if self.num_experts else torch.ones(())
+        found = dict.fromkeys(self.targets, ones)
+        for target, gradient in self.gradients.items():
+            found[target] = (gradient.diagonal().mean() if self.num_experts is None else gradient).cpu()
+        return found
+
+    def statistics(self, onto: InputStatistics | None = None) -> InputStatistics:
+        """The statistics, on the CPU, of the finished sums, which are overwritten; added to those of another text.
+
+        Raises ValueError, with a target's name, if the others are of weights of another shape.
+        """
+        assert self.inputs is not None
+        energies = self.gradient_energies()
+        matrices = {} if self.num_experts else self.gradients
+        rank = kept_rank(tuple(self.inputs.shape))
+        if onto is None:
+            moment = SecondMoment.of(self.inputs, rank)
+            outputs = {target: SecondMoment.of(matrix, OUTPUT_DIRECTIONS) for target, matrix in matrices.items()}
+        else:
+            self._check_shape(onto)
+            before, here = onto.moment.trace(), self.trace()
+            share = torch.where(before + here > 0, before / (before + here), 0.5)
+            energies = {
+                target: share * onto.gradient_energies[target] + (1 - share) * energies[target]
+                for target in self.targets
+            }
+            moment = onto.moment.plus(self.inputs, rank)
+            outputs = {
+                target: known.scaled(share).plus(matrices[target].mul_(1 - share), OUTPUT_DIRECTIONS)
+                for target, known in onto.output_moments.items()
+                if target in matrices
+            }
+        return InputStatistics(
+            targets=self.targets,
+            transposed=self.transposed,
+            moment=moment.to("cpu"),
+            gradient_energies=energies,
+            output_moments={target: outputs[target].to("cpu") for target in self.targets if target in outputs},
+        )
+
+    def _check_shape(self, onto: InputStatistics) -> None:
+        assert self.inputs is not None
+        before, here = tuple(onto.moment.basis.shape[:-1]), tuple(self.inputs.shape[:-1])
+        if before != here or onto.transposed != self.transposed:
+            shapes = [
+                f"{shape}, weights stored {'(in, out)' if transposed else '(out, in)'}"
+                for shape, transposed in ((before, onto.transposed), (here, self.transposed))
+            ]
+            raise ValueError(
+                f"statistics of the inputs of {self.targets[0]} are of different shapes: {' and '.join(shapes)}"
+            )
 
     def _all(self) -> Iterator[torch.Tensor]:
         assert self.inputs is not None

@@ -107,40 +107,21 @@ class SecondMoment:
         """The same on `device`."""
         return SecondMoment(**{name: getattr(self, name).to(device) for name in self.tensor_names()})
 
-    def _expert(self, index: int) -> "SecondMoment":
-        return SecondMoment(**{name: getattr(self, name)[index] for name in self.tensor_names()})
+    def plus(self, matrix: torch.Tensor, max_rank: int) -> "SecondMoment":
+        """The sum with the moment with the matrix (n, n) or (num_experts, n, n), float32, which is overwritten by it.
 
-    def __add__(self, other: "SecondMoment") -> "SecondMoment":
-        """The sum, with the larger rank of the two; exact where both are whole.
-
-        The leading directions of a sum of compressed moments are those of the sum of what was kept. Added up in
-        another order they differ by what was left out, and `error_bound` says how much that is.
+        On the matrix's device, of `max_rank` directions or as many as this moment has; exact where that is all. The
+        leading directions of the sum are those of what was kept: `error_bound` adds up.
         """
-        if self.basis.ndim == 3:
-            experts = range(len(self.basis))
-            return SecondMoment.stack([self._expert(index) + other._expert(index) for index in experts])
-        rank, known = max(self.rank, other.rank), self.rank + other.rank
-        if known >= self.size:
-            total = SecondMoment.of(self.dense() + other.dense(), rank)
-        else:  # in the span of both bases; outside of it the sum is that of the rests
-            rest = self.rest + other.rest
-            span = torch.linalg.qr(torch.cat([self.basis, other.basis], dim=1).double())[0]
-            within = torch.zeros(known, known, dtype=torch.float64, device=span.device)
-            for side in (self, other):
-                part = span.T @ side.basis.double()
-                within += (part * side._above().double()) @ part.T
-            values, vectors = torch.linalg.eigh(within)
-            above, vectors = values.flip(-1)[:rank], vectors.flip(-1)[:, :rank]
-            left_out = values.flip(-1)[rank:]
-            mean = (left_out.sum() / (self.size - rank)).float()
-            error = torch.maximum((left_out - mean).abs().max(), mean.abs()).float()
-            total = SecondMoment(
-                basis=(span @ vectors).float().contiguous(),
-                energies=(above.float() + rest).clamp_min(0),
-                rest=(rest + mean).clamp_min(0),
-                error_bound=error,
-            )
-        return replace(total, error_bound=total.error_bound + self.error_bound + other.error_bound)
+        known = self.to(matrix.device)
+        scaled = known.basis * known._above()[..., None, :]
+        if matrix.ndim == 3:
+            matrix.baddbmm_(scaled, known.basis.mT)
+        else:
+            matrix.addmm_(scaled, known.basis.mT)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(known.rest[..., None])
+        total = SecondMoment.of(matrix, max(max_rank, self.rank))
+        return replace(total, error_bound=total.error_bound + known.error_bound)
 
 
 def _leading(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,6 @@ tr(S) tr(C) adds up.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -39,30 +38,6 @@ class InputStatistics:
     """Target -> s, the mean diagonal of S, () or (num_experts,); 1 where no gradients were measured."""
     output_moments: dict[str, SecondMoment]
     """Target -> S = E[g g^T]; without experts, and empty where no gradients were measured."""
-
-    def __add__(self, other: "InputStatistics") -> "InputStatistics":
-        """Both texts'. Raises ValueError for statistics of other targets or shapes."""
-        if (self.targets, self.transposed) != (other.targets, other.transposed):
-            raise ValueError(f"statistics of the inputs of {self.targets} and of {other.targets} do not add up")
-        if self.moment.size != other.moment.size or self.moment.rest.shape != other.moment.rest.shape:
-            shapes = " and ".join(str(tuple(each.moment.basis.shape[:-1])) for each in (self, other))
-            raise ValueError(f"statistics of the inputs of {self.targets[0]} are of different shapes: {shapes}")
-        mine, others = self.moment.trace(), other.moment.trace()
-        share = torch.where(mine + others > 0, mine / (mine + others), 0.5)
-        outputs = {}
-        for target in self.output_moments.keys() & other.output_moments.keys():
-            mine_there, others_there = self.output_moments[target], other.output_moments[target]
-            outputs[target] = mine_there.scaled(share) + others_there.scaled(1 - share)
-        return InputStatistics(
-            targets=self.targets,
-            transposed=self.transposed,
-            moment=self.moment + other.moment,
-            gradient_energies={
-                target: share * self.gradient_energies[target] + (1 - share) * other.gradient_energies[target]
-                for target in self.targets
-            },
-            output_moments={target: outputs[target] for target in self.targets if target in outputs},
-        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored of it, by name: all tensors, on the CPU, the bases in float16.
@@ -158,8 +133,14 @@ class Statistics:
         self._sha256 = sha256
 
     def inputs(self) -> Iterator[InputStatistics]:
-        """One at a time, in the model's order. Of stored statistics, and of their sums, one at a time is in memory."""
+        """One at a time, in the model's order. Of stored statistics one at a time is in memory."""
         return iter(self._inputs)
+
+    def of(self, targets: tuple[str, ...]) -> InputStatistics:
+        """Those of the input that these targets share. Raises ValueError if they, and no others, do not share one."""
+        if targets not in self.layout:
+            raise ValueError(f"statistics do not add up: {', '.join(targets)} share an input in one of them only")
+        return self._inputs[self.layout.index(targets)]
 
     @property
     def sha256(self) -> str:
@@ -178,40 +159,7 @@ class Statistics:
         curvature = sum(part.mean_curvature for part in self.parts)
         return curvature * sum(part.weight_rms for part in self.parts) / len(self.parts)
 
-    def __add__(self, other: "Statistics") -> "Statistics":
-        """Both texts'. Raises ValueError, with the target's name, for statistics of other targets or shapes.
-
-        What is in memory is added up now, what is stored each time that it is read: store a sum to read it again.
-        """
-        names = [{target for targets in side.layout for target in targets} for side in (self, other)]
-        if names[0] != names[1]:
-            name = sorted(names[0] ^ names[1])[0]
-            raise ValueError(f"statistics of different targets do not add up: only one of them has {name}")
-        for targets in self.layout:
-            if targets not in other.layout:
-                raise ValueError(f"statistics do not add up: {', '.join(targets)} share an input in one of them only")
-        order = [other.layout.index(targets) for targets in self.layout]
-        total: Sequence[InputStatistics] = _Sum(self._inputs, other._inputs, order)
-        if isinstance(self._inputs, list | tuple) and isinstance(other._inputs, list | tuple):
-            total = list(total)
-        return Statistics(self.parts + other.parts, total, self.layout)
-
 
 def content_sha256(parts: Sequence[Part], inputs: Sequence[str]) -> str:
     """Hash of statistics of `parts` whose inputs have these hashes."""
     return named_sha256({repr(part): "" for part in parts} | {str(i): digest for i, digest in enumerate(inputs)})
-
-
-class _Sum(Sequence[InputStatistics]):
-    """The inputs of two statistics, added up when they are asked for."""
-
-    def __init__(
-        self, first: Sequence[InputStatistics], second: Sequence[InputStatistics], order: Sequence[int]
-    ) -> None:
-        self._first, self._second, self._order = first, second, order
-
-    def __len__(self) -> int:
-        return len(self._first)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._first[index] + self._second[self._order[index]]

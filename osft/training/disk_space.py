@@ -16,9 +16,9 @@ import torch
 
 from osft.checkpoint import CheckpointReader
 from osft.config import TrainConfig
-from osft.subspace.calibration import OUTPUT_DIRECTIONS, kept_rank
 from osft.subspace.decomposition import factor_shapes
 from osft.subspace.factor_store import FactorSet
+from osft.subspace.moment_sums import OUTPUT_DIRECTIONS, kept_rank
 from osft.training.mirror import MODELS
 
 

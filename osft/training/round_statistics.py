@@ -121,18 +121,18 @@ class RoundStatistics:
 
     def __call__(self) -> StoredStatistics | None:
         """Measure the model as it is now, add and store. On rank 0 the sum, else None."""
-        learned = measure(
+        total = measure(
             self._model,
             self._targets,
             self._samples,
             name=data_name(self._data_uri),
             source=self._data_uri,
             seed=self._seed,
+            onto=None if self._how["rank"] else load_statistics(self._start),
             **self._how,
         )
         if self._how["rank"]:
             return None
-        total = load_statistics(self._start) + learned
         address = save_statistics(total, self._start.rsplit("/", 2)[0])
         return StoredStatistics(address=address, sha256=load_statistics(address).sha256)
 

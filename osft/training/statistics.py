@@ -124,8 +124,10 @@ def _measured(
     if subspace.calibration_data:
         given = _given(subspace.calibration_data, tokenizer, num_tokens or default, report)
         texts["calibration_data"] = (subspace.calibration_data, given)
-    parts = [
-        measure(
+    weights = model_contents(folder)["weights"]
+    statistics: Statistics | None = None
+    for name, (source, samples) in texts.items():
+        statistics = measure(
             model,
             targets,
             samples,
@@ -134,11 +136,11 @@ def _measured(
             batching=batching,
             name=name,
             source=source,
-            model_sha256=model_contents(folder)["weights"],
+            model_sha256=weights,
+            onto=statistics,
         )
-        for name, (source, samples) in texts.items()
-    ]
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    assert statistics is not None, "without tokens of its own text there is calibration_data"
+    return statistics
 
 
 def _given(uri: str, tokenizer: Any, num_tokens: int, report: Callable[[str], None]) -> list[Sample]:

@@ -1,5 +1,6 @@
 """The frontier's runs, on a random model of three blocks and random text."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from benchmarks.frontier import bench as bench_module
 from benchmarks.frontier import runs
 from benchmarks.frontier.bench import Bench
 from benchmarks.frontier.materials import Materials
-from benchmarks.frontier.measured import Knowledge
+from benchmarks.frontier.measured import Knowledge, statistics_of, without_gradients
 from benchmarks.frontier.methods import Method
 from benchmarks.frontier.network import Network, Text, measure, reference
 from benchmarks.frontier.runs import Run, execute, execute_missing, finished
 from benchmarks.frontier.training import pieces_before, samples_of_steps
+from osft.subspace import select_targets
+from osft.subspace.statistics import Statistics
 from tests.conftest import tiny_llama
 
 LENGTH = 24
@@ -157,3 +160,17 @@ def test_seeds_take_different_samples(bench):
 def test_replayed_tokens_are_the_given_share():
     assert pieces_before(16, 0.01, 512, 64) == 1
     assert pieces_before(16, 0.05, 512, 64) == 6
+
+
+def test_unit_without_gradients_is_the_mean_energy_of_all_that_is_carried():
+    model = tiny_llama().eval()
+    both: Statistics | None = None
+    for seed in (0, 1):
+        both = statistics_of(model, random_text(seed).tokens.tolist(), "text", "cpu", both)
+    assert both is not None
+    targets = {target.name: math.prod(target.shape) for target in select_targets(model)}
+    energy = sum(
+        float(each.moment.trace()) * targets[name] / each.moment.size for each in both.inputs() for name in each.targets
+    )
+    expected = energy / sum(targets.values()) * both.parts[0].weight_rms
+    assert without_gradients(both).unit == pytest.approx(expected, rel=1e-5)

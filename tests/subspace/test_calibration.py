@@ -174,7 +174,7 @@ def _rank(rank: int, folder: Path, sharded: bool) -> None:
         fully_shard(model, mesh=mesh)
     statistics = measure(model, targets, texts(), device="cpu", max_tokens=15, rank=rank, world_size=2)
     assert all(parameter.grad is None for parameter in model.parameters())
-    torch.save((moments(statistics), statistics.parts[0].weight_rms), folder / f"{rank}.pt")
+    torch.save((moments(statistics), statistics.parts[0]), folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -184,9 +184,11 @@ def test_processes_with_unequal_shares_get_the_statistics_of_one(tmp_path, shard
     """Five samples in three micro-batches of each of two processes: one has nothing to do in the last of them."""
     multiprocessing.spawn(_rank, args=(tmp_path, sharded), nprocs=2)
     alone = measured(tiny_llama())
-    for rank in range(2):
-        found, weight_rms = torch.load(tmp_path / f"{rank}.pt")
-        assert weight_rms == pytest.approx(alone.parts[0].weight_rms, rel=1e-6)
-        for target, expected in moments(alone).items():
-            for value, direct in zip(found[target], expected, strict=True):
-                assert (value - direct).norm() <= 1e-5 * direct.norm()
+    (found, part), (others, same) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    assert part == same
+    assert part.weight_rms == pytest.approx(alone.parts[0].weight_rms, rel=1e-6)
+    assert part.mean_curvature == pytest.approx(alone.parts[0].mean_curvature, rel=1e-5)
+    assert not others, "only rank 0 decomposes"
+    for target, expected in moments(alone).items():
+        for value, direct in zip(found[target], expected, strict=True):
+            assert (value - direct).norm() <= 1e-5 * direct.norm()

@@ -24,8 +24,8 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=258, n_embd=32, n_layer=2, n_head=4, n_positions=64))
 
 
-def measured(model: torch.nn.Module) -> Statistics:
-    return measure(model, select_targets(model, None), SAMPLES, device="cpu")
+def measured(model: torch.nn.Module, samples=SAMPLES, onto: Statistics | None = None) -> Statistics:
+    return measure(model, select_targets(model, None), samples, device="cpu", onto=onto)
 
 
 def moved(model: torch.nn.Module, statistics: Statistics, size: float, ratio: float = 0.5) -> torch.nn.Module:
@@ -44,10 +44,13 @@ def prediction(model: torch.nn.Module, statistics: Statistics) -> DriftPredictio
     return DriftPrediction(model, unit=statistics.unit, output_moments=moments)
 
 
+@pytest.mark.parametrize("num_parts", [1, 2])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_it_is_the_formula(make, monkeypatch):
+def test_it_is_the_formula(make, num_parts, monkeypatch):
     monkeypatch.setattr(predicted_drift, "OUTPUT_DIRECTIONS", 1000)
     statistics = measured(make())
+    if num_parts == 2:
+        statistics = measured(make(), SAMPLES[:40], onto=statistics)
     model = moved(make(), statistics, size=0.1)
     found = prediction(model, statistics).by_target()
     layers = dict(osft_layers(model))
