@@ -46,7 +46,7 @@ from osft.training.inputs import (
 )
 from osft.training.liger import liger_wanted
 from osft.training.mirror import SETTINGS, SUMMARY, fetch_models, fill, output_folder
-from osft.training.own_text import own_text
+from osft.training.own_text import needs_own_text, own_text
 from osft.training.result import TrainResult
 from osft.training.resume import check_state_is_of, clear, finished_run, run_uri, state_to_resume
 from osft.training.state import read_position
@@ -104,7 +104,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
         factors = factor_set(config, model, data, found.batching)
         made_of["factors"] = factors.bases_sha256
         text = own_text(config, model, factor_store(config))
-        if text:
+        if text and needs_own_text(config):
             made_of["own_text"] = file_sha256(text)
         if state:
             check_state_is_of(state, config, made_of, output)

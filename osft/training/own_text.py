@@ -65,18 +65,27 @@ def written_text(
     return texts
 
 
-def own_text(config: TrainConfig, model: Path, store: str | Path) -> Path | None:
-    """The file with the text of the model in a folder, written if it is not in the store; None if the run needs none.
+def needs_own_text(config: TrainConfig) -> bool:
+    """Whether what is trained depends on it."""
+    return bool(config.distill_weight or config.fit_step)
 
-    Raises as `written_text`, and ValueError for a text that no micro-batch can hold.
+
+def own_text(config: TrainConfig, model: Path, store: str | Path) -> Path | None:
+    """The file with the text of the model in a folder; None if the run has no use for it.
+
+    It is written if it is not in the store and the run needs it. A run with protect="activations" that does not samples
+    its drift on it, if it is there. Raises as `written_text`, and ValueError for a text that is needed and that no
+    micro-batch can hold.
     """
-    if not (config.distill_weight or config.fit_step):
+    if not (needs_own_text(config) or config.protect == "activations"):
         return None
     trust = config.trust_remote_code
     targets = select_targets(empty_model(model, trust_remote_code=trust), config.target_patterns)
     num_tokens = config.calibration_tokens or default_text_tokens(targets)
     address = _address(model, store, config.subspace, num_tokens)
     if storage.find(address) is None:
+        if not needs_own_text(config):
+            return None
         work = {"model": str(model), "store": str(store), "num_tokens": num_tokens, "trust_remote_code": trust}
         work |= {"subspace": asdict(config.subspace)}
         if torch.cuda.is_available():
@@ -86,6 +95,8 @@ def own_text(config: TrainConfig, model: Path, store: str | Path) -> Path | None
     file = storage.fetch(address)
     longest = max(read_own_text(file).lengths)
     if longest > config.max_tokens_per_gpu:
+        if not needs_own_text(config):
+            return None
         raise ValueError(
             f"the model's own text has sequences of {longest} tokens, more than "
             f"max_tokens_per_gpu={config.max_tokens_per_gpu}. Raise that, or give distill_weight=0 and fit_step=False"

@@ -21,6 +21,7 @@ from osft.checkpoint import tensor_sha256
 from osft.config import TrainConfig
 from osft.conversion import ModelWeights
 from osft.data.dataset_folder import load_split, open_dataset
+from osft.data.packing import Feeding
 from osft.data.samples import JoinedSamples, SampleList, Samples, SubsetOfSamples
 from osft.errors import noted
 from osft.origin import Origin, read_origin
@@ -43,6 +44,7 @@ from osft.training.predicted_drift import DriftPrediction
 from osft.training.progress import Progress
 from osft.training.resume import metrics_sha256, model_files
 from osft.training.round_statistics import RoundStatistics
+from osft.training.sampled_drift import sample_drift_of_run
 from osft.training.sharded_model import load_sharded
 from osft.training.state import load_state, read_position
 
@@ -114,6 +116,7 @@ def train_process(work: dict[str, Any]) -> None:
     )
     state = Path(work["state"]) if work["state"] else None
     position = Position.of(read_position(state)) if state else Position()
+    text = read_own_text(Path(work["text"])) if work["text"] else None
     loaded = time.perf_counter()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for name, p in model.named_parameters() if name in stored)
@@ -143,7 +146,7 @@ def train_process(work: dict[str, Any]) -> None:
             device=device,
             on_step=on_step,
             validation=validation,
-            text=read_own_text(Path(work["text"])) if work["text"] else None,
+            text=text,
             selection=selection,
             prediction=prediction,
             saving=outputs,
@@ -161,6 +164,14 @@ def train_process(work: dict[str, Any]) -> None:
     norms = {name: (_norm(layer.base_weight), _norm(layer.coefficients)) for name, layer in osft_layers(model)}
     effective_ranks = _effective_ranks(model, rank, world_size)
     predicted = prediction.by_target() if prediction else {}
+    feeding = Feeding(
+        max_tokens=config.max_tokens_per_gpu,
+        device=device,
+        batching=preflight.batching,
+        rank=rank,
+        world_size=world_size,
+    )
+    sampled = sample_drift_of_run(model, text, feeding, trained_tokens=position.tokens, seed=config.seed)
     history = [metrics.to_dict() for metrics in steps]
     if rank == 0:  # the steps before this call, too
         history = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
@@ -193,10 +204,12 @@ def train_process(work: dict[str, Any]) -> None:
         "rank_layout": {
             name: _layout(described, factors.split_kinds[name], *norms[name], effective_ranks[name])
             | ({"predicted_drift": predicted[name]} if predicted else {})
+            | ({"sampled_drift": sampled.by_target[name]} if sampled else {})
             | (asdict(origin.weights[name]) if origin else {})
             for name, described in factors.weights.items()
         },
         "fitted_step": asdict(fitted) if fitted else None,
+        "sampled_drift": sampled.described() if sampled else None,
         "saved": None if origin is None else _described(origin),
         "statistics": asdict(origin.statistics) if origin and origin.statistics else None,
         "replay": _replayed(replay),

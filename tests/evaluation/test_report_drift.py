@@ -76,6 +76,30 @@ def test_predicted_drift_stands_beside_the_measured_one(evaluation, tmp_path):
     assert "What training predicted" not in render_report(evaluation, training=training)
 
 
+def test_shares_are_of_the_sampled_drift_where_there_is_one(evaluation, tmp_path):
+    training = new_training(new_factors(tmp_path))
+    assert (
+        "as a percentage of the sum, by the formula."
+        in Page(render_report(evaluation, training=training)).text["drift"]
+    )
+    first, *others = training["rank_layout"].values()
+    first["sampled_drift"] = 1e-3
+    for layout in others:
+        layout["sampled_drift"] = 0.0
+    training["sampled_drift"] = {"draws": 200, "relative_error": 0.1}
+    html = render_report(evaluation, training=training)
+    text = Page(html).text["drift"]
+    assert "predicted a drift of 0.00210" in text
+    assert "sampled at the end of training on text that the model wrote, each ± 10 % of itself" in text
+    (plot,) = re.findall(r"<svg[^>]*predicted-drift-title.*?</svg>", html, re.DOTALL)
+    assert max(float(found) for found in re.findall(r">(\d+\.\d)</text>", plot)) == 100.0
+    for layout in training["rank_layout"].values():
+        del layout["predicted_drift"]
+    text = Page(render_report(evaluation, training=training)).text["drift"]
+    assert "predicted a drift" not in text, "of a split by the weights"
+    assert "each ± 10 % of itself" in text
+
+
 def test_shares_of_experts_add_up_and_what_is_in_no_block_counts_in_the_sum():
     predicted = {"layers.0.experts.0.up": 1.0, "layers.0.experts.1.up": 2.0, "layers.1.up": 4.0, "head": 1.0}
     assert drift_shares(predicted) == {(0, "up"): 0.375, (1, "up"): 0.5}

@@ -13,7 +13,7 @@ def drift_section(evaluation: dict[str, Any], training: dict[str, Any] | None) -
     """What the section about the drift shows; None of an evaluation that did not measure it.
 
     `rows`: of each set, the new task first, `name`, `role` and `drift`: model -> `SetDrift` or None. `predicted`: what
-    training predicted of its own update, see `predicted_drift`. `imprecise`: the dtype that adds an error of its own.
+    training found of its own update, see `predicted_drift`. `imprecise`: the dtype that adds an error of its own.
     `rounds_plot` is None after one round.
     """
     drift: dict[str, dict[str, Any]] = evaluation.get("drift") or {}
@@ -30,20 +30,30 @@ def drift_section(evaluation: dict[str, Any], training: dict[str, Any] | None) -
     return {
         "rows": rows,
         "imprecise": ", ".join(sorted(dtypes - {"float32"})),
-        "predicted": predicted_drift(training["rank_layout"]) if training else None,
+        "predicted": predicted_drift(training["rank_layout"], training.get("sampled_drift")) if training else None,
         "measured": measured[0]["drift"][evaluation["reference"]] if measured else None,
         "rounds_plot": _rounds_plot(matrix["drift"]) if matrix.get("drift") and len(matrix["rounds"]) > 1 else None,
     }
 
 
-def predicted_drift(layouts: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """`total` in nats per token, and `plot`, each weight's share, of `rank_layout`; None if not predicted."""
-    predicted = {target: layout["predicted_drift"] for target, layout in layouts.items() if "predicted_drift" in layout}
-    if not predicted:
+def predicted_drift(layouts: dict[str, dict[str, Any]], sampled: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the update of each weight does, of `rank_layout`; None if nothing was predicted or sampled.
+
+    `total`: the sum of the formula in nats per token, None without. `plot`: each weight's share, of the sampled drift
+    where there is one (`sampled`: how well it is known), else of the formula. `error`: of each sampled one, in percent.
+    """
+    formula, draws = (
+        {target: layout[key] for target, layout in layouts.items() if key in layout}
+        for key in ("predicted_drift", "sampled_drift")
+    )
+    if not (formula or draws):
         return None
-    total = sum(predicted.values())
-    title = "Share of each weight in the predicted drift, in percent"
-    return {"total": total, "plot": by_block("predicted-drift", title, drift_shares(predicted), digits=1)}
+    title = f"Share of each weight in the {'sampled' if draws else 'predicted'} drift, in percent"
+    return {
+        "total": sum(formula.values()) if formula else None,
+        "plot": by_block("predicted-drift", title, drift_shares(draws or formula), digits=1),
+        "error": 100 * sampled["relative_error"] if draws and sampled else None,
+    }
 
 
 def drift_shares(predicted: dict[str, float]) -> dict[Place, float]:

@@ -1,0 +1,123 @@
+"""How far the update of each weight moves the model by itself, without what the Kronecker form assumes.
+
+For the update D of one weight, all others staying as they were, and the gradient G of the log-likelihood of a text
+whose every next token the start draws itself, given the tokens before it,
+
+    KL(start || start + D) = 1/2 E[<G, D>^2]      nats, over all positions of the text, to second order
+
+(the Fisher information along D). Tokens that are drawn apart have scores that are uncorrelated, so the square of the
+whole sum is right; G is a sum over the text's tokens, and their cross terms are in it, as is what inputs and gradients
+of a token have to do with each other. Both are what tr(S D C D^T) leaves out (`osft.training.predicted_drift`).
+In the coordinates of the free subspace <G, D> is the product of X with its own gradient: a forward and a backward pass
+give it of all weights at once.
+
+A draw is one sum <G, D>, about normal, so n draws have a relative standard error of sqrt(2 / n). Unlike a difference of
+two models' predictions, which drowns in bfloat16's rounding, it is as good as any gradient in any dtype.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from osft.data.packing import Feeding
+from osft.data.samples import Samples
+from osft.likelihood import cross_entropy, target_logits
+from osft.subspace.calibration import sample_tokens
+from osft.subspace.model import osft_layers
+from osft.subspace.weight import local
+
+DRAWS = 200
+"""A relative standard error of 10 %."""
+FEWEST_DRAWS = 50
+"""20 %; with fewer, nothing is said."""
+SHARE_OF_TRAINING = 0.25
+"""Of the tokens that were trained on, those that may be read for it, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledDrift:
+    """What was found."""
+
+    by_target: dict[str, float]
+    """KL(start || start + the update of this target alone), nats per token of the text."""
+    draws: int
+
+    @property
+    def relative_error(self) -> float:
+        """Standard error of each value as a share of it."""
+        return math.sqrt(2 / self.draws)
+
+    def described(self) -> dict[str, Any]:
+        """How well it is known, for the summary of a run."""
+        return {"draws": self.draws, "relative_error": self.relative_error}
+
+
+def sampled_drift(
+    model: nn.Module, text: Samples, feeding: Feeding, *, seed: int = 0, draws: int = DRAWS
+) -> SampledDrift:
+    """The drift by each weight of a model in training, over `text` that the start wrote. Call it on all ranks.
+
+    Each sample is read until there are at least `draws` draws. The model's update is as before when it returns.
+    """
+    layers = dict(osft_layers(model))
+    updates = {name: local(layer.coefficients).detach().clone() for name, layer in layers.items()}
+    few = replace(feeding, max_tokens=max(text.lengths))  # a micro-batch is a draw
+    squares = torch.zeros(len(layers), dtype=torch.float64, device=feeding.device)
+    done = repeats = 0
+    _set_(model, {name: torch.zeros_like(update) for name, update in updates.items()})
+    model.eval()
+    while done < draws:
+        for indices, batch in few.batches(text):
+            logits = target_logits(model, batch)
+            # Each rank draws for its own samples.
+            uniforms = np.random.default_rng([seed, repeats, *indices]).random(len(batch.targets))
+            drawn = sample_tokens(logits.detach(), torch.from_numpy(uniforms).to(feeding.device))
+            cross_entropy(logits, drawn).sum().backward()
+            products = torch.stack([_product(layer.coefficients, updates[name]) for name, layer in layers.items()])
+            if feeding.world_size > 1:
+                torch.distributed.all_reduce(products)
+                products *= feeding.world_size  # FSDP2 averages gradients over processes
+            squares += products.square()
+            done += 1
+        repeats += 1
+    _set_(model, updates)
+    model.train()
+    drift = squares / (2 * repeats * sum(text.num_loss_tokens))
+    return SampledDrift(by_target=dict(zip(layers, drift.tolist(), strict=True)), draws=done)
+
+
+def affordable_draws(text: Samples, trained_tokens: int) -> int:
+    """How many draws cost a share of the training; 0 where they are too few to say anything."""
+    draws = min(DRAWS, int(SHARE_OF_TRAINING * trained_tokens) // max(text.lengths))
+    return draws if draws >= FEWEST_DRAWS else 0
+
+
+def sample_drift_of_run(
+    model: nn.Module, text: Samples | None, feeding: Feeding, *, trained_tokens: int, seed: int
+) -> SampledDrift | None:
+    """`sampled_drift` with as many draws as are affordable, if all ranks have one text. Call it on all of them."""
+    draws = affordable_draws(text, trained_tokens) if text else 0
+    if feeding.world_size > 1:  # nodes without a shared folder may have written other texts, or have none
+        mine, everyone = text.lengths if text else None, [None] * feeding.world_size
+        torch.distributed.all_gather_object(everyone, mine)
+        draws = draws if all(lengths == mine for lengths in everyone) else 0
+    return sampled_drift(model, text, feeding, seed=seed, draws=draws) if text and draws else None
+
+
+def _product(coefficients: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
+    """<G, D> of this rank's part of a weight, (), float64; takes the gradient away."""
+    gradient, coefficients.grad = coefficients.grad, None
+    if gradient is None:  # of an expert that no token reached
+        return torch.zeros((), dtype=torch.float64, device=update.device)
+    return (local(gradient) * update).sum(dtype=torch.float64)
+
+
+@torch.no_grad()
+def _set_(model: nn.Module, updates: dict[str, torch.Tensor]) -> None:
+    for name, layer in osft_layers(model):
+        local(layer.coefficients).copy_(updates[name])
+        layer.recompute_()
