@@ -93,7 +93,9 @@ class TrainResult:
     def rank_layout(self) -> dict[str, dict[str, Any]]:
         """Target weight -> `shape`, number of `unfrozen` and `frozen` directions, `update_norm`, `weight_norm`.
 
-        Also the `effective_rank` of the update: how many of the unfrozen directions it is spread over.
+        Also the `effective_rank` of the update: how many of the unfrozen directions it is spread over; with
+        protect="activations" its `predicted_drift`, and where the run had text to measure it on, its `sampled_drift`
+        (`osft.training.sampled_drift`), in nats per token.
         """
         layout: dict[str, dict[str, Any]] = self.summary["rank_layout"]
         return layout

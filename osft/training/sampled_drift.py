@@ -11,11 +11,26 @@ of a token have to do with each other. Both are what tr(S D C D^T) leaves out (`
 In the coordinates of the free subspace <G, D> is the product of X with its own gradient: a forward and a backward pass
 give it of all weights at once.
 
-A draw is one sum <G, D>, about normal, so n draws have a relative standard error of sqrt(2 / n). Unlike a difference of
+A draw is one sum <G, D>. Were they normal, n draws would have a relative standard error of sqrt(2 / n); their tails are
+heavier, of queries and keys up to twice that, so it is measured. Unlike a difference of
 two models' predictions, which drowns in bfloat16's rounding, it is as good as any gradient in any dtype.
+
+Over the measured KL of each weight's update alone, on SmolLM2-135M (5 steps of 512 tokens of German manual pages, ratio
+0.25, stiffness 10,000, learning rate 1e-3; the 35 weights of blocks 0, 8, 15, 22 and 29, measured on 512 tokens of web
+text; statistics of 2,048 tokens, these among them):
+
+                                                            ratio to the measured    weights within 10 %   20 %
+    1/2 tr(S D C D^T), Kronecker form                       0.45 to 6.8, median 0.89          23 %          54 %
+    the same, times the ratio of the first step's update    0.45 to 1.4, median 0.98          69 %          86 %
+    1/2 Var_p(change of the logits), exact                  1.00                             100 %         100 %
+    sampled, 60 draws                                       0.69 to 1.43, median 1.05         43 %          66 %
+    sampled, 120 draws                                      0.81 to 1.33, median 1.02         57 %          89 %
+
+The exact form takes a forward pass for each weight, 210 there, and float32. A draw of 128 tokens took 2.6 s of a core
+for all weights together. The first and the second half of the text differ by 0.5 to 2.2, 29 % as a root mean square:
+that is how well any of these numbers is known of another text.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,9 +46,9 @@ from osft.subspace.model import osft_layers
 from osft.subspace.weight import local
 
 DRAWS = 200
-"""A relative standard error of 10 %."""
+"""A relative standard error of about 10 %."""
 FEWEST_DRAWS = 50
-"""20 %; with fewer, nothing is said."""
+"""About 20 %; with fewer, nothing is said."""
 SHARE_OF_TRAINING = 0.25
 """Of the tokens that were trained on, those that may be read for it, at most."""
 
@@ -45,11 +60,8 @@ class SampledDrift:
     by_target: dict[str, float]
     """KL(start || start + the update of this target alone), nats per token of the text."""
     draws: int
-
-    @property
-    def relative_error(self) -> float:
-        """Standard error of each value as a share of it."""
-        return math.sqrt(2 / self.draws)
+    relative_error: float
+    """Standard error of each value as a share of it, root mean square over the targets."""
 
     def described(self) -> dict[str, Any]:
         """How well it is known, for the summary of a run."""
@@ -67,8 +79,9 @@ def sampled_drift(
     updates = {name: local(layer.coefficients).detach().clone() for name, layer in layers.items()}
     few = replace(feeding, max_tokens=max(text.lengths))  # a micro-batch is a draw
     squares = torch.zeros(len(layers), dtype=torch.float64, device=feeding.device)
+    fourth_powers = torch.zeros_like(squares)
     done = repeats = 0
-    _set_(model, {name: torch.zeros_like(update) for name, update in updates.items()})
+    _set_(model, updates, 0.0)
     model.eval()
     while done < draws:
         for indices, batch in few.batches(text):
@@ -82,12 +95,18 @@ def sampled_drift(
                 torch.distributed.all_reduce(products)
                 products *= feeding.world_size  # FSDP2 averages gradients over processes
             squares += products.square()
+            fourth_powers += products**4
             done += 1
         repeats += 1
-    _set_(model, updates)
+    _set_(model, updates, 1.0)
     model.train()
     drift = squares / (2 * repeats * sum(text.num_loss_tokens))
-    return SampledDrift(by_target=dict(zip(layers, drift.tolist(), strict=True)), draws=done)
+    variances = done * fourth_powers / squares.square().clamp_min(1e-300) - 1  # of a draw's square, relative
+    return SampledDrift(
+        by_target=dict(zip(layers, drift.tolist(), strict=True)),
+        draws=done,
+        relative_error=(variances.clamp_min(0).mean().item() / done) ** 0.5,
+    )
 
 
 def affordable_draws(text: Samples, trained_tokens: int) -> int:
@@ -117,7 +136,7 @@ def _product(coefficients: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _set_(model: nn.Module, updates: dict[str, torch.Tensor]) -> None:
+def _set_(model: nn.Module, updates: dict[str, torch.Tensor], scale: float) -> None:
     for name, layer in osft_layers(model):
-        local(layer.coefficients).copy_(updates[name])
+        torch.mul(updates[name], scale, out=local(layer.coefficients))
         layer.recompute_()

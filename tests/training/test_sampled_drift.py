@@ -84,34 +84,52 @@ def divergence(model: LlamaForCausalLM, text: SampleList) -> float:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
-def test_sampled_drift_of_each_weight_is_the_measured_one():
-    text = own_text(24)
-    model, formula = trained(text)
+def measured_alone(model: LlamaForCausalLM, text: SampleList) -> dict[str, float]:
+    """The drift by each weight's update, all others being as they were."""
     layers = dict(osft_layers(model))
     updates = {name: layer.coefficients.detach().clone() for name, layer in layers.items()}
-    found = sampled_drift(model, text, FEEDING, draws=2000)
-    assert found.draws >= 2000
-    for name, layer in layers.items():
-        assert torch.equal(layer.coefficients, updates[name]), "the update is as it was"
-        assert layer.coefficients.grad is None
-    wrong = 0
+    found = {}
     for chosen in layers:
         for name, layer in layers.items():
             layer.coefficients.data.copy_(updates[name] * (name == chosen))
             layer.recompute_()
-        expected = divergence(model, text)
-        assert found.by_target[chosen] == pytest.approx(expected, rel=0.1), chosen
-        wrong += formula[chosen] != pytest.approx(expected, rel=0.1)
-    assert wrong > len(layers) / 2, "the Kronecker form is not as good"
+        found[chosen] = divergence(model, text)
+    return found
 
 
-def test_error_falls_with_the_draws():
+@pytest.mark.slow
+def test_sampled_drift_of_each_weight_is_the_measured_one():
+    text = own_text(24)
+    model, formula = trained(text)
+    found = sampled_drift(model, text, FEEDING, draws=6000)
+    for name, expected in measured_alone(model, text).items():
+        assert found.by_target[name] == pytest.approx(expected, rel=0.1), name
+        assert formula[name] != pytest.approx(expected, rel=0.1), "the Kronecker form is not as good"
+
+
+def test_sampled_drift_is_about_the_measured_one_and_changes_nothing():
+    text = own_text(24)
+    model, formula = trained(text)
+    updates = {name: layer.coefficients.detach().clone() for name, layer in osft_layers(model)}
+    found = sampled_drift(model, text, FEEDING, draws=600)
+    assert found.draws == 600
+    for name, layer in osft_layers(model):
+        assert torch.equal(layer.coefficients, updates[name])
+        assert layer.coefficients.grad is None
+    expected = measured_alone(model, text)
+    assert found.by_target == pytest.approx(expected, rel=0.4)
+    assert sum(found.by_target.values()) == pytest.approx(sum(expected.values()), rel=0.15)
+    assert sum(formula.values()) < 0.85 * sum(expected.values())
+
+
+def test_error_is_what_seeds_differ_by():
     text = own_text(24)
     model, _ = trained(text)
-    name = "model.layers.0.mlp.up_proj"
-    by_seed = [sampled_drift(model, text, FEEDING, seed=seed, draws=24) for seed in range(12)]
-    values = torch.tensor([found.by_target[name] for found in by_seed])
-    assert values.std() / values.mean() == pytest.approx(by_seed[0].relative_error, rel=0.5)
+    by_seed = [sampled_drift(model, text, FEEDING, seed=seed, draws=48) for seed in range(12)]
+    values = torch.tensor([list(found.by_target.values()) for found in by_seed])
+    spread = (values.std(0) / values.mean(0)).square().mean().sqrt().item()
+    errors = torch.tensor([found.relative_error for found in by_seed])
+    assert errors.mean().item() == pytest.approx(spread, rel=0.35)
 
 
 def test_draws_take_a_share_of_the_training_or_are_left_out():
