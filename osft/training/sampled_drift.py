@@ -12,8 +12,8 @@ In the coordinates of the free subspace <G, D> is the product of X with its own 
 give it of all weights at once.
 
 A draw is one sum <G, D>. Were they normal, n draws would have a relative standard error of sqrt(2 / n); their tails are
-heavier, of queries and keys up to twice that, so it is measured. Unlike a difference of
-two models' predictions, which drowns in bfloat16's rounding, it is as good as any gradient in any dtype.
+heavier, of queries and keys up to twice that, so it is measured. Unlike a difference of two models' predictions, which
+drowns in bfloat16's rounding, it is as good as any gradient in any dtype.
 
 Over the measured KL of each weight's update alone, on SmolLM2-135M (5 steps of 512 tokens of German manual pages, ratio
 0.25, stiffness 10,000, learning rate 1e-3; the 35 weights of blocks 0, 8, 15, 22 and 29, measured on 512 tokens of web
@@ -28,7 +28,8 @@ text; statistics of 2,048 tokens, these among them):
 
 The exact form takes a forward pass for each weight, 210 there, and float32. A draw of 128 tokens took 2.6 s of a core
 for all weights together. The first and the second half of the text differ by 0.5 to 2.2, 29 % as a root mean square:
-that is how well any of these numbers is known of another text.
+no better is any of these numbers known of another text, and a part of what the Kronecker form misses is that its
+statistics are of more text.
 """
 
 from dataclasses import dataclass, replace
