@@ -64,7 +64,7 @@ def main(
             execute_missing(chosen, materials, storage, device, progress)
         found = {name: finished(runs, materials, storage) for name, runs in plans.items()}
         missing = {name: [run for run in runs if run not in found[name]] for name, runs in plans.items()}
-        write_report(found, missing, results, device)
+        write_report(found, missing, results)
 
 
 def _print_plan(runs: list[Run], done: dict[Run, float]) -> None:

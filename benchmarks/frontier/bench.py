@@ -79,7 +79,7 @@ class Bench:
 
     def carry(self, method: Method, carried: Statistics | None, task: str, samples: list[int]) -> Statistics | None:
         """The statistics after a task, measured on some of its training samples."""
-        if method.kind != "activations":
+        if method.kind != "activations" or not method.memory:
             return None
         tokens = self.task(task).text.tokens[samples[:CARRIED_SAMPLES]].tolist()
         before = carried or self.knowledge.statistics()

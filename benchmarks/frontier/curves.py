@@ -2,7 +2,8 @@
 
 A run gives a curve: the points W0 + a D of its update D. Along it drift grows like a^2, so its root is interpolated
 linearly between points, from the base (a = 0) on. Of a method's curves, one for each learning rate, the one with the
-least drift counts.
+least drift counts. What an earlier task lost since it was learned is known of whole updates only: there the points of
+one curve are a method's runs by rising learning rate.
 
 Standard errors are the jackknife's over the held-out samples (the i-th of every text is left out at a time), as all
 methods are measured on the same ones: a ratio is surer than the figures that it is of.
@@ -28,6 +29,8 @@ class Point:
     """(tasks, samples): the fall of each task's loss from the base on, nats per token."""
     drift: dict[str, np.ndarray]
     """KL(base || model) by text, (samples,), nats per token."""
+    moved: np.ndarray | None = None
+    """KL(model after the task || model), the mean over the earlier tasks of a sequence, (samples,); of a = 1 only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,9 @@ def curve_of(result: dict[str, Any]) -> Curve:
             drift = {name: np.array(values["base"]) for name, values in measured.items() if name not in tasks}
             samples = min(map(len, drift.values()))
             gain = np.array([_in_groups(fall(base, measured, task), samples) for task in tasks])
-            points.append(Point(stage["scale"], gain, drift))
+            own = [measured[task]["own"] for task in tasks if "own" in measured[task]]
+            moved = np.mean(own, axis=0) if own and stage["scale"] == 1.0 else None
+            points.append(Point(stage["scale"], gain, drift, moved))
     points.sort(key=lambda point: point.scale)
     return Curve(result["run"]["learning_rate"], result["run"]["seed"], tuple(points))
 
@@ -88,10 +93,27 @@ def read_off(curves: Sequence[Curve], gain: float, text: str, left_out: int | No
     return min(found, key=lambda reading: reading.drift, default=None)
 
 
+def read_moved(curves: Sequence[Curve], gain: float, left_out: int | None = None) -> float | None:
+    """How far the earlier tasks were moved at the least learning rate that reaches a gain; None if none does."""
+    points = [
+        (_mean(point.gain, left_out), _mean(point.moved, left_out))
+        for curve in sorted(curves, key=lambda curve: curve.learning_rate)
+        for point in curve.points
+        if point.moved is not None
+    ]
+    return _interpolated(points, gain)
+
+
 def _drift_at(curve: Curve, gain: float, text: str, left_out: int | None) -> float | None:
+    points = [(_mean(point.gain, left_out), _mean(point.drift[text], left_out)) for point in curve.points]
+    return _interpolated(points, gain)
+
+
+def _interpolated(points: Sequence[tuple[float, float]], gain: float) -> float | None:
+    """The KL where the line from (0, 0) through points (gain, root of KL) first reaches a gain."""
     before = (0.0, 0.0)
-    for point in curve.points:
-        here = _mean(point.gain, left_out), sqrt(max(0.0, _mean(point.drift[text], left_out)))
+    for reached, divergence in points:
+        here = reached, sqrt(max(0.0, divergence))
         if here[0] >= gain > before[0]:
             share = (gain - before[0]) / (here[0] - before[0])
             return float((before[1] + share * (here[1] - before[1])) ** 2)

@@ -33,7 +33,7 @@ REPLAYED_TOKENS = 64
 """Of a piece of replayed text."""
 TRAIN_BLOCKS = 48
 """Of each language: seeds take different ones."""
-HELD_OUT_BLOCKS = 5
+HELD_OUT_BLOCKS = 8
 TRAIN_REVIEWS, HELD_OUT_REVIEWS, REVIEW_TOKENS = 512, 96, 96
 REVIEWS_PER_STEP = 16
 OUT_OF = 3

@@ -13,27 +13,27 @@ from benchmarks.frontier.bench import SCREENED_BLOCKS
 from benchmarks.frontier.curves import TARGET, Curve, best_gain, mean_and_error, read_off
 from benchmarks.frontier.materials import BLOCK_TOKENS, HELD_OUT_BLOCKS, OTHERS, REVIEWS_PER_STEP
 from benchmarks.frontier.methods import Method
-from benchmarks.frontier.plan import EXPERIMENTS, PICTURED, Experiment
+from benchmarks.frontier.plan import BEST, EXPERIMENTS, LIMITS, PICTURED, Experiment
 from benchmarks.frontier.runs import Run
-from benchmarks.frontier.summary import Results, curves_by_method, forgetting, summarize
+from benchmarks.frontier.summary import EARLIER, FULL, Results, curves_by_method, forgetting, summarize
 from osft.atomic import atomic_path, write_json
 from osft.evaluation.report.svg import LINES, log_scale, plot_style
 
 Row = list[str]
 
 
-def write_report(found: Mapping[str, Results], missing: Mapping[str, Sequence[Run]], folder: Path, device: str) -> None:
-    """Write `frontier_DEVICE.json`, `.md` and `.svg`.
+def write_report(found: Mapping[str, Results], missing: Mapping[str, Sequence[Run]], folder: Path) -> None:
+    """Write `frontier_DEVICE.json`, `.md` and `.svg`, of the device that the runs were made on.
 
     found, missing: by the experiment's name, its finished runs and those that are still to do.
     """
-    name = f"frontier_{device}"
     found = {experiment: results for experiment, results in found.items() if results}
     if not found:
         return
     summaries = {experiment: summarize(results) for experiment, results in found.items()}
     sequences = {experiment: forgetting(results) for experiment, results in found.items()}
     machines = [result["machine"] for results in found.values() for result in results.values()]
+    name = f"frontier_{'cuda' if any(machine['gpu'] for machine in machines) else 'cpu'}"
     write_json(
         folder / f"{name}.json",
         {
@@ -60,8 +60,10 @@ def write_report(found: Mapping[str, Results], missing: Mapping[str, Sequence[Ru
     for experiment, results in found.items():
         plan = EXPERIMENTS[experiment]
         lines += [f"## {plan.title}", "", *_setting(plan, results), ""]
-        ranked = sorted(summaries[experiment], key=lambda summary: summary["relative"][OTHERS[0]][0] or inf)
-        lines += _table(SUMMARY_COLUMNS, [_summary_row(summary) for summary in ranked])
+        ranked = sorted(summaries[experiment], key=lambda summary: summary["drift"][OTHERS[0]][0] or inf)
+        texts = [*OTHERS, *([EARLIER] if len(plan.tasks) > 1 else [])]
+        lines += _table(_summary_columns(texts), [_summary_row(summary, texts) for summary in ranked])
+        lines += _against_others(summaries[experiment], texts)
         if len(plan.tasks) > 1 or "reviews" in plan.tasks:
             lines += _table(_sequence_columns(plan), [_sequence_row(record, plan) for record in sequences[experiment]])
         lines += _missing(missing.get(experiment, ()))
@@ -102,9 +104,10 @@ def _missing(runs: Sequence[Run]) -> list[str]:
 
 # ---- tables ----
 
-SUMMARY_COLUMNS = (
-    "method", "best gain", "KL web text", "of full's", "KL Python", "of full's", "best rate", "rates tried", "seeds",
-)  # fmt: skip
+
+def _summary_columns(texts: Sequence[str]) -> list[str]:
+    drifts = [column for text in texts for column in (f"KL {text}", "of full's")]
+    return ["method", "best gain", *drifts, "best rate", "rates tried", "seeds"]
 
 
 def _table(header: Sequence[str], rows: Sequence[Row]) -> list[str]:
@@ -120,14 +123,33 @@ def _number(value: Sequence[float | None], digits: int = 5) -> str:
     return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-def _summary_row(summary: dict[str, Any]) -> Row:
+def _summary_row(summary: dict[str, Any], texts: Sequence[str]) -> Row:
     edge = " (an edge)" if summary["at_edge"] else ""
     best = ", ".join(f"{rate:g}" for rate in dict.fromkeys(summary["best"]))
     cells = [summary["method"], f"{summary['gain']:.3f}" if summary["gain"] is not None else "–"]
-    for text in OTHERS:
-        cells += [_number(summary["drift"][text]), _number(summary["relative"][text], 3)]
+    for text in texts:
+        cells += [_number(summary["drift"][text]), _number(summary["relative"][str(FULL)][text], 3)]
     rates = ", ".join(f"{rate:g}" for rate in summary["rates"])
     return [*cells, f"{best}{edge}" if best else "not reached", rates, str(len(summary["seeds"]))]
+
+
+def _against_others(summaries: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[str]:
+    """The default's drift relative to that of the others, and the limits that it was to keep."""
+    (best,) = [summary for summary in summaries if summary["method"] == str(BEST)] or [None]
+    if best is None:
+        return []
+    rows = []
+    for other, ratios in best["relative"].items():
+        row = [other]
+        for text in texts:
+            limit = LIMITS.get((other, text)) if EARLIER in texts else None
+            ratio = ratios[text][0]
+            said = f"; limit {limit}, {'kept' if ratio <= limit else 'NOT kept'}" if limit and ratio is not None else ""
+            row.append(_number(ratios[text], 3) + said)
+        if other != str(BEST) and any(cell != "–" for cell in row[1:]):
+            rows.append(row)
+    heading = f"The KL of the default, {BEST}, relative to that of each other method, at equal learning:"
+    return [heading, "", *_table(["relative to", *(f"KL {text}" for text in texts)], rows)]
 
 
 def _sequence_columns(plan: Experiment) -> list[str]:

@@ -23,9 +23,9 @@ from benchmarks.machine import describe_machine
 from osft.atomic import write_json
 from osft.lock import exclusive
 
-SCALES: dict[Scope, tuple[float, ...]] = {"screen": (1.0, 0.75, 0.5, 0.25), "whole": (1.0, 0.5)}
+SCALES = (1.0, 0.75, 0.5, 0.25)
 """Of the update from the base: every run gives so many points."""
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class Run:
 
     def file(self, storage: Path, identity: str) -> Path:
         """Where its result is kept."""
-        described = json.dumps([FORMAT, asdict(self), SCALES[self.scope], identity], sort_keys=True)
+        described = json.dumps([FORMAT, asdict(self), SCALES, identity], sort_keys=True)
         return storage / "runs" / f"{hashlib.sha256(described.encode()).hexdigest()[:16]}.json"
 
 
@@ -79,7 +79,7 @@ def execute(run: Run, bench: Bench, progress: Callable[[str], None]) -> dict[str
         learned, is_last = run.tasks[: number + 1], number == len(run.tasks) - 1
         if not is_last:
             own[task] = reference(network, {task: bench.held_out(task)})
-        for scale in SCALES[run.scope] if is_last or not number else (1.0,):
+        for scale in SCALES if is_last else (1.0,):
             network.put(tuned, scale)
             measured = {
                 name: measure(

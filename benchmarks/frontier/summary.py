@@ -7,12 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.frontier.curves import TARGET, Curve, best_gain, curve_of, fall, jackknife, mean_and_error, read_off
+from benchmarks.frontier.curves import (
+    TARGET,
+    Curve,
+    best_gain,
+    curve_of,
+    fall,
+    jackknife,
+    mean_and_error,
+    read_moved,
+    read_off,
+)
 from benchmarks.frontier.materials import OTHERS
 from benchmarks.frontier.methods import Method
 from benchmarks.frontier.runs import Run
 
 FULL = Method(kind="full")
+EARLIER = "earlier tasks"
+"""What stands for the texts of earlier tasks, each against the model that had just learned it."""
 Results = Mapping[Run, dict[str, Any]]
 
 
@@ -20,15 +32,15 @@ def summarize(results: Results) -> list[dict[str, Any]]:
     """One record for each method: its reading at equal learning, averaged over the seeds that full fine-tuning has.
 
     gain        the best of any rate and scale, nats per token
-    <text>      KL from the base where 80 % of full fine-tuning's best gain is reached, and its standard error
-    relative    that, to full fine-tuning's
+    drift       KL on each text where 80 % of full fine-tuning's best gain is reached, and its standard error
+    relative    that, to the same of each of the other methods, by name
     rates       those that were tried; `best`: that of the reading on web text, by seed; `at_edge`: it is the lowest or
                 the highest of several, so that a better one may lie beyond
     """
     curves = curves_by_method(results)
     if FULL not in curves:
         return []
-    return [_summary(method, found, curves[FULL]) for method, found in curves.items()]
+    return [_summary(method, curves) for method in curves]
 
 
 def curves_by_method(results: Results) -> dict[Method, list[Curve]]:
@@ -39,25 +51,34 @@ def curves_by_method(results: Results) -> dict[Method, list[Curve]]:
     return curves
 
 
-def _summary(method: Method, curves: Sequence[Curve], full: Sequence[Curve]) -> dict[str, Any]:
-    seeds = sorted({curve.seed for curve in curves} & {curve.seed for curve in full})
-    samples = curves[0].points[0].gain.shape[-1]
+def _summary(method: Method, by_method: Mapping[Method, list[Curve]]) -> dict[str, Any]:
+    curves, full = by_method[method], by_method[FULL]
+    seeds_of_full = {curve.seed for curve in full}
+    seeds = sorted({curve.seed for curve in curves} & seeds_of_full)
+    last = curves[0].points[-1]
+    samples = last.gain.shape[-1]
+    texts = [*OTHERS, *([EARLIER] if last.moved is not None else [])]
 
     def of_seed(found: Sequence[Curve], seed: int) -> list[Curve]:
         return [curve for curve in found if curve.seed == seed]
 
-    def reading(found: Sequence[Curve], text: str, left_out: int | None) -> float | None:
+    def reading(found: Sequence[Curve], text: str, left_out: int | None, over: Sequence[int] = seeds) -> float | None:
         drifts = []
-        for seed in seeds:
+        for seed in over:
             target = TARGET * best_gain(of_seed(full, seed), left_out)
-            read = read_off(of_seed(found, seed), target, text, left_out)
-            if read is None:
+            if text == EARLIER:
+                drift = read_moved(of_seed(found, seed), target, left_out)
+            else:
+                read = read_off(of_seed(found, seed), target, text, left_out)
+                drift = read.drift if read else None
+            if drift is None:
                 return None
-            drifts.append(read.drift)
+            drifts.append(drift)
         return float(np.mean(drifts)) if drifts else None
 
-    def relative(text: str, left_out: int | None) -> float | None:
-        mine, others = reading(curves, text, left_out), reading(full, text, left_out)
+    def relative(other: Sequence[Curve], text: str, left_out: int | None) -> float | None:
+        common = [seed for seed in seeds if of_seed(other, seed)]
+        mine, others = (reading(found, text, left_out, common) for found in (curves, other))
         return mine / others if mine is not None and others else None
 
     rates = sorted({curve.learning_rate for curve in curves})
@@ -72,8 +93,11 @@ def _summary(method: Method, curves: Sequence[Curve], full: Sequence[Curve]) -> 
         "best": chosen,
         "at_edge": len(rates) > 1 and any(rate in (rates[0], rates[-1]) for rate in chosen),
         "gain": float(np.mean(gains)) if gains else None,
-        "drift": {text: jackknife(partial(reading, curves, text), samples) for text in OTHERS},
-        "relative": {text: jackknife(partial(relative, text), samples) for text in OTHERS},
+        "drift": {text: jackknife(partial(reading, curves, text), samples) for text in texts},
+        "relative": {
+            str(other): {text: jackknife(partial(relative, found, text), samples) for text in texts}
+            for other, found in by_method.items()
+        },
     }
 
 

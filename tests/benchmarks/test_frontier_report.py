@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.frontier.curves import best_gain, curve_of, jackknife, read_off
+from benchmarks.frontier.curves import Curve, Point, best_gain, curve_of, jackknife, read_moved, read_off
 from benchmarks.frontier.methods import Method
 from benchmarks.frontier.plan import EXPERIMENTS
 from benchmarks.frontier.report import write_report
@@ -59,6 +60,17 @@ def test_drift_is_read_off_between_the_points_of_a_run():
     assert read_off([curve], 0.41, "web") is None
 
 
+def test_what_earlier_tasks_lost_is_read_off_between_learning_rates():
+    def curve(rate: float, gain: float, moved: float) -> Curve:
+        whole = Point(1.0, np.array([[gain]]), {}, np.array([moved]))
+        return Curve(rate, 0, (Point(0.5, np.array([[gain / 2]]), {}), whole))
+
+    curves = [curve(2e-3, 0.4, 0.09), curve(1e-3, 0.2, 0.01)]
+    assert read_moved(curves, 0.1) == pytest.approx(0.05**2)
+    assert read_moved(curves, 0.3) == pytest.approx(0.2**2)
+    assert read_moved(curves, 0.5) is None
+
+
 def test_rate_with_the_least_drift_counts():
     made = results((FULL, 1e-4, 0.4, 0.08), (FULL, 1e-3, 0.4, 0.02), (FULL, 1e-2, 0.1, 0.0001))
     reading = read_off([curve_of(result) for result in made.values()], 0.3, "web")
@@ -68,8 +80,9 @@ def test_rate_with_the_least_drift_counts():
 def test_ratio_is_taken_at_equal_learning_and_surer_than_its_parts():
     summaries = summarize(results((FULL, 1e-4, 0.4, 0.08), (LORA, 1e-3, 0.8, 0.08)))
     full, lora = summaries
-    assert full["relative"]["web"] == pytest.approx((1.0, 0.0))
-    ratio, error = lora["relative"]["web"]
+    assert full["relative"][str(FULL)]["web"] == pytest.approx((1.0, 0.0))
+    assert full["relative"][str(LORA)]["web"][0] == pytest.approx(4.0)
+    ratio, error = lora["relative"][str(FULL)]["web"]
     assert ratio == pytest.approx(0.25)
     drift, drift_error = lora["drift"]["python"]
     assert drift == pytest.approx(2 * 0.08 * 0.4**2)
@@ -133,7 +146,7 @@ def test_forgetting_is_the_rise_since_a_task_was_learned():
 def test_report_is_made_of_what_is_there_and_says_what_is_missing(tmp_path):
     made = results((FULL, 3e-4, 0.4, 0.08), (LORA, 3e-3, 0.8, 0.08))
     missing = [made_run(LORA, 1e-2)]
-    write_report({"screen": made, "whole": {}}, {"screen": missing, "whole": []}, tmp_path, "cpu")
+    write_report({"screen": made, "whole": {}}, {"screen": missing, "whole": []}, tmp_path)
     text = (tmp_path / "frontier_cpu.md").read_text()
     assert "| LoRA, rank 16 | 0.800 | 0.01280 ±" in text
     assert "Not run yet, 1 runs, the learning rates by seed:\n\n- LoRA, rank 16: seed 0: 0.01\n" in text
