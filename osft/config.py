@@ -44,12 +44,12 @@ class SubspaceConfig:
     """What the frozen directions are taken from. "weights": the singular vectors of each weight, the published method
     (arXiv:2504.07097). "activations": the directions of a layer's inputs that carry most energy, C = E[x x^T], over
     text that stands for what the model knows (calibration_tokens, calibration_data); what training adds is zero on
-    them. Measured, the model drifts far less from what it knew (benchmarks/results/frontier_cpu.md)."""
+    them. Measured, the model drifts far less from what it knew (benchmarks/results/frontier_cuda.md)."""
 
     calibration_tokens: Annotated[int | None, Bounds(low=0)] = None
-    """With protect="activations": tokens of text that the model writes itself, half of it plain, half chats, on which
-    its layers' inputs are measured. None: by the width of the model, 3,072 up to 2,048. 0: calibration_data only.
-    distill_weight and fit_step take the same text, whatever is protected."""
+    """With protect="activations": tokens of text that the model writes itself (plain text, chats, code, lists and
+    other kinds), on which its layers' inputs are measured. None: by the width of the model, 3,072 up to 2,048. 0:
+    calibration_data only. distill_weight and fit_step take the same text, whatever is protected."""
 
     calibration_data: str | None = None
     """With protect="activations": records that stand for what the model should keep, beside or instead of its own text;
@@ -205,7 +205,7 @@ class TrainConfig(SubspaceConfig):
     curvature as a multiple of the model's mean and in units of the weights' size, so that one value serves all models:
     a direction of mean curvature can move a weight by about 1 / stiffness of its size. The mean is over all that is
     protected, which shares it: a later round learns as easily as the first. 0: not at all. The default was best of
-    1,000, 3,000, 10,000 and 30,000 in benchmarks/results/frontier_cpu.md, and the optimum is broad."""
+    1,000, 3,000, 10,000 and 30,000 in benchmarks/results/frontier_cuda.md, and the optimum is broad."""
 
     max_grad_norm: Annotated[float, Bounds(low=0.0)] = 1.0
     """Clip the gradient's global 2-norm to this; 0 turns clipping off."""

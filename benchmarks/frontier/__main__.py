@@ -8,7 +8,8 @@
 A healed SmolLM2-135M learns far domains by many methods. Each run is measured, also with its update scaled: how much
 it learned, how far predictions on other text moved, what became of earlier tasks. Below --storage a finished run is a
 file; the same command goes on where a killed one ended, and several processes share the work: start it twice to use
-two cores. The manual pages come from Debian's packages (apt-get download), the model and the rest from osft.examples.
+two cores. Runs that are published in --results are not made again, if model, texts and settings are the same. The
+manual pages come from Debian's packages (apt-get download), the model and the rest from osft.examples.
 """
 
 import sys
@@ -21,8 +22,9 @@ import typer
 
 from benchmarks.frontier.materials import gather
 from benchmarks.frontier.plan import EXPERIMENTS
-from benchmarks.frontier.report import write_report
+from benchmarks.frontier.report import published_runs, write_report
 from benchmarks.frontier.runs import Run, execute_missing, finished
+from osft.atomic import write_json
 from osft.console import failures
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -54,6 +56,10 @@ def main(
 
     with failures():
         materials = gather(storage / "cache", device, progress)
+        for run, result in published_runs(results, materials.identity).items():
+            file = run.file(storage, materials.identity)
+            if not file.is_file():
+                write_json(file, result)
         plans = {name: plan.runs(seeds) for name, plan in EXPERIMENTS.items()}
         chosen = [run for name, runs in plans.items() if not experiment or name in experiment for run in runs]
         if dry_run:
@@ -64,7 +70,7 @@ def main(
             execute_missing(chosen, materials, storage, device, progress)
         found = {name: finished(runs, materials, storage) for name, runs in plans.items()}
         missing = {name: [run for run in runs if run not in found[name]] for name, runs in plans.items()}
-        write_report(found, missing, results)
+        write_report(found, missing, results, materials.identity)
 
 
 def _print_plan(runs: list[Run], done: dict[Run, float]) -> None:

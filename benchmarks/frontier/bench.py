@@ -34,10 +34,12 @@ class Bench:
             vocabulary=materials.vocabulary if cut else None,
             cache=cache,
         )
-        self.knowledge = Knowledge(materials.folder, cache, device, progress)
+        self._knowledge = {
+            opened: Knowledge(materials.folder, cache, device, progress, opened=opened) for opened in (True, False)
+        }
         self._materials = materials
         self._seen: dict[str, Seen] = {}
-        self._both_sides: dict[str, BothSides] = {}
+        self._both_sides: dict[bool, dict[str, BothSides]] = {}
         self._base = Reference({}, self.network.head().clone())
         self.base: dict[str, dict[str, list[float]]] = {}
         """What there is to measure of the base, by the text's name."""
@@ -61,20 +63,21 @@ class Bench:
         if method.distill_weight:
             pieces = [
                 Text.of_blocks(torch.tensor([sample])).pieces(REPLAYED_TOKENS).tokens
-                for sample in self.knowledge.own_text()
+                for sample in self._knowledge[method.opened].own_text()
             ]
-            own = self._see("own", Text.of_blocks(torch.cat(pieces)))
+            own = self._see(f"own, opened: {method.opened}", Text.of_blocks(torch.cat(pieces)))
         return Others(replay, own)
 
     def known(self, method: Method, carried: Statistics | None) -> Known:
         """What a method knows of the layers before a task; `carried`: the statistics of the base and earlier tasks."""
         if method.kind == "activations":
-            statistics = carried or self.knowledge.statistics()
+            statistics = carried or self._knowledge[method.opened].statistics()
             return Known(statistics=statistics if method.measured_energy else without_gradients(statistics))
         if method.kind == "curvature":
-            if not self._both_sides:
-                self._both_sides = self.knowledge.both_sides(select_targets(self.network.model))
-            return Known(both_sides=self._both_sides)
+            if method.opened not in self._both_sides:
+                targets = select_targets(self.network.model)
+                self._both_sides[method.opened] = self._knowledge[method.opened].both_sides(targets)
+            return Known(both_sides=self._both_sides[method.opened])
         return Known()
 
     def carry(self, method: Method, carried: Statistics | None, task: str, samples: list[int]) -> Statistics | None:
@@ -82,7 +85,7 @@ class Bench:
         if method.kind != "activations" or not method.memory:
             return None
         tokens = self.task(task).text.tokens[samples[:CARRIED_SAMPLES]].tolist()
-        before = carried or self.knowledge.statistics()
+        before = carried or self._knowledge[method.opened].statistics()
         return statistics_of(self.network.model, tokens, task, self.network.device, before)
 
     def base_reference(self, names: list[str]) -> Reference:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from osft.data.packing import Batching
-from osft.data.self_written import as_samples, write_text
+from osft.data.self_written import FORMAT, FORMS, as_samples, write_text
 from osft.sealed import read_sealed, write_sealed
 from osft.subspace import select_targets
 from osft.subspace.calibration import measure, measure_inputs
@@ -37,19 +37,25 @@ class BothSides:
 class Knowledge:
     """What the base model wrote and what its layers were fed, made on first use and kept below `cache`."""
 
-    def __init__(self, folder: Path, cache: Path, device: str, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, cache: Path, device: str, progress: Callable[[str], None], *, opened: bool
+    ) -> None:
+        """`opened`: whether half of the text begins as code and other kinds do."""
         self._folder, self._cache, self._device, self._progress = folder, cache, device, progress
+        self._forms = FORMS if opened else ("plain", "chat")
+        self._key = f"{folder.name}-{OWN_TOKENS}" + (f"-opened-{FORMAT}" if opened else "")
         self._statistics: Statistics | None = None
 
     def own_text(self) -> list[list[int]]:
         """Samples that the model wrote, as tokens."""
         from transformers import AutoTokenizer
 
-        file = self._cache / f"own-text-{self._folder.name}-{OWN_TOKENS}.json"
+        file = self._cache / f"own-text-{self._key}.json"
         if not file.is_file():
             self._progress(f"the model writes {OWN_TOKENS} tokens")
             tokenizer: Any = AutoTokenizer.from_pretrained(self._folder)
-            written = write_text(self._model(), tokenizer, num_tokens=OWN_TOKENS, seed=0, temperature=1.0)
+            settings: Any = {"num_tokens": OWN_TOKENS, "seed": 0, "temperature": 1.0, "forms": self._forms}
+            written = write_text(self._model(), tokenizer, **settings)
             write_sealed(file, {"samples": written})
         samples_read: list[list[int]] = read_sealed(file, "Remove it: the text is written again")["samples"]
         return samples_read
@@ -57,13 +63,12 @@ class Knowledge:
     def statistics(self) -> Statistics:
         """Of all layers on that text."""
         if self._statistics is None:
-            key = f"{self._folder.name}-{OWN_TOKENS}"
-            address = find_statistics(self._cache, key)
+            address = find_statistics(self._cache, self._key)
             if address is None:
                 own = self.own_text()
                 self._progress(f"statistics of {sum(map(len, own))} tokens")
                 measured = statistics_of(self._model(), own, "base", self._device)
-                address = save_statistics(measured, self._cache, key)
+                address = save_statistics(measured, self._cache, self._key)
             stored = load_statistics(address)
             self._statistics = Statistics(stored.parts, list(stored.inputs()))  # every run reads them
         return self._statistics

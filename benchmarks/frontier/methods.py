@@ -33,6 +33,8 @@ class Method:
     """Of the KL from the task's starting model on text that this model wrote."""
     replay_ratio: float = 0.0
     """Tokens of replayed text to one of the task: general text and, in a sequence, that of earlier tasks."""
+    opened: bool = True
+    """Whether half of the text that the model writes begins as code and other kinds do; else all is prose and chats."""
     memory: bool = True
     """Whether a task's statistics are carried to the next ones, of a method that has statistics."""
 
@@ -50,6 +52,8 @@ class Method:
             parts.append(f"ratio {self.ratio:g}")
         if not self.measured_energy:
             parts.append("s = 1")
+        if not self.opened:
+            parts.append("own text without code")
         if not self.memory:
             parts.append("no memory")
         if self.weight_decay:

@@ -1,7 +1,8 @@
 """The frontier as JSON, as tables in Markdown and as a picture, from the runs that are finished."""
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import date
 from math import inf
 from pathlib import Path
@@ -16,16 +17,19 @@ from benchmarks.frontier.methods import Method
 from benchmarks.frontier.plan import BEST, EXPERIMENTS, LIMITS, PICTURED, Experiment
 from benchmarks.frontier.runs import Run
 from benchmarks.frontier.summary import EARLIER, FULL, Results, curves_by_method, forgetting, summarize
-from osft.atomic import atomic_path, write_json
+from osft.atomic import atomic_path
 from osft.evaluation.report.svg import LINES, log_scale, plot_style
 
 Row = list[str]
 
 
-def write_report(found: Mapping[str, Results], missing: Mapping[str, Sequence[Run]], folder: Path) -> None:
-    """Write `frontier_DEVICE.json`, `.md` and `.svg`, of the device that the runs were made on.
+def write_report(
+    found: Mapping[str, Results], missing: Mapping[str, Sequence[Run]], folder: Path, identity: str
+) -> None:
+    """Write `frontier_DEVICE.json`, `.md` and `.svg`, of the device that runs were made on: a GPU, if any was.
 
-    found, missing: by the experiment's name, its finished runs and those that are still to do.
+    found, missing: by the experiment's name, its finished runs and those that are still to do; identity: of what they
+    read. The JSON has all that was measured, a line a run, for `published_runs`.
     """
     found = {experiment: results for experiment, results in found.items() if results}
     if not found:
@@ -34,20 +38,18 @@ def write_report(found: Mapping[str, Results], missing: Mapping[str, Sequence[Ru
     sequences = {experiment: forgetting(results) for experiment, results in found.items()}
     machines = [result["machine"] for results in found.values() for result in results.values()]
     name = f"frontier_{'cuda' if any(machine['gpu'] for machine in machines) else 'cpu'}"
-    write_json(
-        folder / f"{name}.json",
-        {
-            "date": date.today().isoformat(),
-            "machine": machines[0],
-            "summaries": summaries,
-            "runs": {
-                experiment: [_points(run, result) for run, result in results.items()]
-                for experiment, results in found.items()
-            },
-            "sequences": sequences,
-            "missing": {experiment: [str(run) for run in runs] for experiment, runs in missing.items()},
-        },
-    )
+    about = {
+        "date": date.today().isoformat(),
+        "identity": identity,
+        "summaries": summaries,
+        "sequences": sequences,
+        "missing": {experiment: [str(run) for run in runs] for experiment, runs in missing.items()},
+    }
+    by_name = {result["name"]: result for results in found.values() for result in results.values()}
+    lines = [json.dumps(_rounded(result)) for _, result in sorted(by_name.items())]
+    with atomic_path(folder / f"{name}.json") as temporary:
+        head = json.dumps(_rounded(about), indent=1).removesuffix("\n}")
+        temporary.write_text(f'{head},\n "runs": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
     plot(found, folder / f"{name}.svg")
     lines = [
         "# The frontier: what is learned, and how far the model drifts for it",
@@ -72,20 +74,25 @@ def write_report(found: Mapping[str, Results], missing: Mapping[str, Sequence[Ru
         temporary.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def _points(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    """A run with the means and standard errors over the samples of what was measured."""
-    stages = [
-        stage
-        | {
-            "measured": {
-                text: {key: mean_and_error(values) for key, values in measured.items()}
-                for text, measured in stage["measured"].items()
-            }
-        }
-        for stage in result["stages"]
-    ]
-    base = {text: mean_and_error(measured["loss"]) for text, measured in result["base"].items()}
-    return {"run": asdict(run), "base": base, "stages": stages, "train_seconds": result["train_seconds"]}
+def published_runs(folder: Path, identity: str) -> dict[Run, dict[str, Any]]:
+    """The results that reports in a folder have of runs that read the same: nobody need make them again."""
+    found = {}
+    for file in folder.glob("frontier_*.json"):
+        published = json.loads(file.read_text(encoding="utf-8"))
+        for result in published["runs"] if published["identity"] == identity else ():
+            described = result["run"]
+            method = Method(**described["method"])
+            found[Run(**described | {"tasks": tuple(described["tasks"]), "method": method})] = result
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six digits, which is more than any of them is worth."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _missing(runs: Sequence[Run]) -> list[str]:
@@ -135,7 +142,7 @@ def _summary_row(summary: dict[str, Any], texts: Sequence[str]) -> Row:
 
 def _against_others(summaries: Sequence[dict[str, Any]], texts: Sequence[str]) -> list[str]:
     """The default's drift relative to that of the others, and the limits that it was to keep."""
-    (best,) = [summary for summary in summaries if summary["method"] == str(BEST)] or [None]
+    best = next((summary for summary in summaries if summary["method"] == str(BEST)), None)
     if best is None:
         return []
     rows = []
@@ -193,10 +200,13 @@ def _setting(plan: Experiment, results: Results) -> list[str]:
 
 
 def _notes(machines: Sequence[dict[str, Any]]) -> list[str]:
-    machine = machines[0]
-    return [
+    described = Counter(
         f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores, {machine['threads']} threads a run; "
-        f"torch {machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}",
+        f"torch {machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}"
+        for machine in machines
+    )
+    return [
+        *(f"{count} runs on {machine}" for machine, count in described.most_common()),
         "base model: SmolLM2-135M-Instruct, dequantised Q4_1, healed by 29 steps of 1,024 tokens of web text (full "
         "fine-tuning at 1e-4), float32; otherwise any training would first repair what the quantization broke",
         "every method: the same blocks in the same order, AdamW (0.9, 0.95), cosine schedule, gradients clipped to 1, "

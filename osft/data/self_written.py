@@ -1,11 +1,14 @@
 """Text that a model writes itself, which stands for what it knows where its training data is not at hand.
 
-Half of the sequences are plain text, from the token with which texts begin. The other half are chats, where the
+A quarter of the sequences is plain text, from the token with which texts begin. A quarter are chats, where the
 tokenizer has a chat template: the template opens a user's turn, the model writes it, the template opens the assistant's
-turn, and the model writes that. At temperature 1 a mean over such text is one over what the model takes text to be.
-It reaches as far as that: what the model seldom writes, code perhaps, must be given.
+turn, and the model writes that. At temperature 1 a mean over such text is one over what the model takes text to be, and
+protection reaches as far as that. So the other half begins as text of other kinds does, such as code, which the model
+seldom writes unasked: measured, learning German then moves what SmolLM2-135M says of Python a seventh as far, and what
+it says of prose no further.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,6 +34,16 @@ from osft.data.chat import Sample
 NUM_TOKENS = {2048: 3072, 4096: 6144, 8192: 12288, 16384: 24576, 32768: 49152}
 """The widest input of the model's layers, at most, and how many tokens are written by default: 1.5 for each dimension.
 3,072 protected well at widths of 576 and 1,536, and are few for the latter."""
+OPENINGS = (
+    "import os\nimport sys\n", "1. ", "#include <stdio.h>\n", "Question:", "    def __init__(self,", "From:",
+    "<!DOCTYPE html>\n<html>", "Abstract", "function(", "Monday,", "SELECT * FROM", "Theorem", "class",
+    "{\n  \"name\":", "public static", "|", "for i in range(", "$ ", "    return", "@",
+)  # fmt: skip
+"""How texts of other kinds begin: code, markup, data, lists, letters."""
+FORMS = ("plain", "chat", "opened", "opened")
+"""Taken in turns."""
+FORMAT = 2
+"""Part of the key of all that is made of such text: raise it when the text is written differently."""
 ROWS_AT_ONCE = 64
 """Sequences that are written together, at most."""
 _SPARE_ROWS = 1.25
@@ -57,20 +70,21 @@ def write_text(
     temperature: float = 1.0,
     sequence_length: int = 128,
     batch_size: int | None = None,
+    forms: Sequence[str] = FORMS,
 ) -> list[list[int]]:
     """Texts of at most `sequence_length` tokens, together `num_tokens`, as token ids; the same for the same seed.
 
-    What a chat template puts in counts. `batch_size`, by default as many sequences as are needed, up to ROWS_AT_ONCE,
-    changes the text. Raises ValueError, with the model's name, if its tokenizer has no token that begins or ends a
-    text, if the model computes NaN, and if what it writes is over at once or one token over and over.
+    What a chat template puts in counts. `forms`, taken in turns, are "plain", "chat" and "opened". `batch_size`, by
+    default as many sequences as are needed, up to ROWS_AT_ONCE, changes the text. Raises ValueError, with the model's
+    name, if its tokenizer has no token that begins or ends a text, if the model computes NaN, and if what it writes is
+    over at once or one token over and over.
     """
     name = model.config.name_or_path or type(model).__name__
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
         raise ValueError(f"the tokenizer of {name} has no token that begins or ends a text. {_REMEDY}")
-    plain, chat = _Form([first], [], _ends(model, tokenizer)), _chat(model, tokenizer)
     size = batch_size or min(ROWS_AT_ONCE, round(-(-num_tokens // sequence_length) * _SPARE_ROWS))
-    forms = [chat if chat and index % 2 else plain for index in range(size)]
+    found = _forms(model, tokenizer, first, itertools.islice(itertools.cycle(forms), size))
     texts: list[list[int]] = []
     devices = [model.device] if model.device.type == "cuda" else []
     training = model.training
@@ -78,7 +92,7 @@ def write_text(
     with tqdm(total=num_tokens, desc="write", unit="token", mininterval=2.0) as bar, torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         while (missing := num_tokens - sum(map(len, texts))) > 0:
-            rows = _write(model, forms, missing, temperature, sequence_length, name)
+            rows = _write(model, found, missing, temperature, sequence_length, name)
             _check(rows, name)
             for row in rows:
                 texts += [row.tokens[:missing]] if missing > 0 else []
@@ -237,6 +251,21 @@ def _check(rows: Sequence[_Row], name: str) -> None:
     tokens = [token for row in rows for token in row.written]
     if len(tokens) > _FEWEST_TOKENS and len(set(tokens)) == 1:
         raise ValueError(f"{name} writes one token over and over. {_REMEDY}")
+
+
+def _forms(model: Any, tokenizer: PreTrainedTokenizerBase, first: int, forms: Iterable[str]) -> list[_Form]:
+    """Forms by name; without a chat template plain text takes the place of chats."""
+    ends = _ends(model, tokenizer)
+    plain = _Form([first], [], ends)
+    chat = _chat(model, tokenizer) or plain
+    openings = itertools.cycle(tokenizer(opening, add_special_tokens=False)["input_ids"] for opening in OPENINGS)
+
+    def form(kind: str) -> _Form:
+        if kind == "opened":
+            return _Form([first, *next(openings)], [], ends)
+        return chat if kind == "chat" else plain
+
+    return [form(kind) for kind in forms]
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

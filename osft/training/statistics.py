@@ -21,7 +21,7 @@ from osft.data.chat import Sample, tokenize
 from osft.data.files import data_files
 from osft.data.packing import Batching
 from osft.data.records import read_records
-from osft.data.self_written import as_samples, save_texts
+from osft.data.self_written import FORMAT, as_samples, save_texts
 from osft.models import load_model
 from osft.subspace.calibration import measure, text_sha256
 from osft.subspace.statistics import Statistics
@@ -164,6 +164,7 @@ def _made_of(model: Path, subspace: SubspaceConfig) -> dict[str, Any]:
     return {
         "model": model_contents(model),
         "targets": subspace.target_patterns,
+        "text format": FORMAT,
         "tokens": subspace.calibration_tokens,
         "temperature": subspace.calibration_temperature,
         "seed": subspace.calibration_seed,

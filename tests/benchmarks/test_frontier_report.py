@@ -1,6 +1,6 @@
 """What is made of the frontier's runs: drift at equal learning, forgetting, tables."""
 
-import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 from benchmarks.frontier.curves import Curve, Point, best_gain, curve_of, jackknife, read_moved, read_off
 from benchmarks.frontier.methods import Method
 from benchmarks.frontier.plan import EXPERIMENTS
-from benchmarks.frontier.report import write_report
+from benchmarks.frontier.report import published_runs, write_report
 from benchmarks.frontier.runs import Run
 from benchmarks.frontier.summary import forgetting, summarize
 
@@ -41,7 +41,7 @@ def made_result(run: Run, gain: float, drift: float, spread: float = 0.1) -> dic
     ]
     base = {"german": {"loss": [3.0] * 3}, "web": {"loss": [1.9] * 3}, "python": {"loss": [2.5] * 3}}
     return {
-        "run": {"tasks": ["german"], "learning_rate": run.learning_rate, "seed": run.seed},
+        "run": asdict(run), "name": str(run),
         "base": base, "stages": stages, "train_seconds": 16.0, "machine": MACHINE | {"peft": "3"},
     }  # fmt: skip
 
@@ -146,10 +146,15 @@ def test_forgetting_is_the_rise_since_a_task_was_learned():
 def test_report_is_made_of_what_is_there_and_says_what_is_missing(tmp_path):
     made = results((FULL, 3e-4, 0.4, 0.08), (LORA, 3e-3, 0.8, 0.08))
     missing = [made_run(LORA, 1e-2)]
-    write_report({"screen": made, "whole": {}}, {"screen": missing, "whole": []}, tmp_path)
+    write_report({"screen": made, "whole": {}}, {"screen": missing, "whole": []}, tmp_path, "texts")
     text = (tmp_path / "frontier_cpu.md").read_text()
     assert "| LoRA, rank 16 | 0.800 | 0.01280 ±" in text
     assert "Not run yet, 1 runs, the learning rates by seed:\n\n- LoRA, rank 16: seed 0: 0.01\n" in text
     assert EXPERIMENTS["whole"].title not in text
     assert "LoRA, rank 16" in (tmp_path / "frontier_cpu.svg").read_text()
-    assert len(json.loads((tmp_path / "frontier_cpu.json").read_text())["runs"]["screen"]) == 2
+    published = published_runs(tmp_path, "texts")
+    assert published.keys() == made.keys()
+    for run, result in published.items():
+        stage, expected = result["stages"][0]["measured"]["web"], made[run]["stages"][0]["measured"]["web"]
+        assert stage["base"] == pytest.approx(expected["base"], rel=1e-5)
+    assert not published_runs(tmp_path, "other texts")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from osft.data.self_written import as_samples, default_num_tokens, save_texts, write_text
+from osft.data.self_written import OPENINGS, as_samples, default_num_tokens, save_texts, write_text
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.data.templates import shaped_tokenizer
 
@@ -53,13 +53,17 @@ def test_what_is_drawn_elsewhere_is_left_as_it_was():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_half_of_the_texts_are_chats_of_the_template_and_the_others_plain():
+def test_quarter_of_the_texts_are_chats_of_the_template_and_half_begin_as_other_kinds_do():
     texts = written(num_tokens=2400)
     tokenizer = byte_tokenizer()
     opening = tokenizer("<|im_start|>user\n")["input_ids"]
     turn = tokenizer("<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     chats = [text for text in texts if text[: len(opening)] == opening]
-    assert 0.4 < len(chats) / len(texts) < 0.6
+    assert 0.2 < len(chats) / len(texts) < 0.3
+    openings = [tokenizer(opening)["input_ids"] for opening in OPENINGS]
+    opened = [text for text in texts if any(text[1 : 1 + len(opening)] == opening for opening in openings)]
+    assert 0.4 < len(opened) / len(texts) < 0.6
+    assert all(opening in [text[1 : 1 + len(opening)] for text in opened] for opening in openings[:8])
     long = [text for text in chats if len(text) >= len(opening) + 60 // 4 + len(turn)]
     assert long
     for text in long:
