@@ -50,8 +50,8 @@ DRAWS = 200
 """A relative standard error of about 10 %."""
 FEWEST_DRAWS = 50
 """About 20 %; with fewer, nothing is said."""
-SHARE_OF_TRAINING = 0.25
-"""Of the tokens that were trained on, those that may be read for it, at most."""
+TRAINED_FOR_ONE = 10
+"""Tokens that were trained on for one that may be read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,7 @@ def sampled_drift(
 
 def affordable_draws(text: Samples, trained_tokens: int) -> int:
     """How many draws cost a share of the training; 0 where they are too few to say anything."""
-    draws = min(DRAWS, int(SHARE_OF_TRAINING * trained_tokens) // max(text.lengths))
+    draws = min(DRAWS, trained_tokens // TRAINED_FOR_ONE // max(text.lengths))
     return draws if draws >= FEWEST_DRAWS else 0
 
 

@@ -60,7 +60,7 @@ def test_two_processes_sample_the_drift_of_one(chats, model_folder, tmp_path, mo
         effective_batch_size=60,
         max_tokens_per_gpu=1000,
         learning_rate=1e-3,
-        num_epochs=12,
+        num_epochs=30,
         nproc_per_node=2,
     )
     two = train(config)

@@ -15,7 +15,7 @@ from osft.subspace.calibration import measure
 from osft.subspace.model import inject, osft_layers, refresh
 from osft.subspace.targets import select_targets
 from osft.training.predicted_drift import DriftPrediction
-from osft.training.sampled_drift import DRAWS, FEWEST_DRAWS, affordable_draws, sampled_drift
+from osft.training.sampled_drift import DRAWS, FEWEST_DRAWS, TRAINED_FOR_ONE, affordable_draws, sampled_drift
 from tests.conftest import tiny_llama
 
 FEEDING = Feeding(max_tokens=64, device=torch.device("cpu"))
@@ -135,5 +135,5 @@ def test_error_is_what_seeds_differ_by():
 def test_draws_take_a_share_of_the_training_or_are_left_out():
     text = own_text(4)
     assert affordable_draws(text, 10**9) == DRAWS
-    assert affordable_draws(text, 4 * LENGTH * FEWEST_DRAWS) == FEWEST_DRAWS
-    assert affordable_draws(text, 4 * LENGTH * FEWEST_DRAWS - 4) == 0
+    assert affordable_draws(text, TRAINED_FOR_ONE * LENGTH * FEWEST_DRAWS) == FEWEST_DRAWS
+    assert affordable_draws(text, TRAINED_FOR_ONE * LENGTH * FEWEST_DRAWS - 1) == 0
