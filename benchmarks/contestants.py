@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from benchmarks.peers import LORA_RANK, adapted
 from osft.atomic import write_json
 from osft.config import SubspaceConfig, TrainConfig
 from osft.data.chat import Sample
@@ -27,7 +28,7 @@ METHODS = {
     "full": "full fine-tuning, every parameter",
     "full_targets": "full fine-tuning of the same weights",
     "peft_osf": "PEFT OSF",
-    "lora": "PEFT LoRA, rank 16",
+    "lora": f"PEFT LoRA, rank {LORA_RANK}",
 }
 RATIO = 0.25
 STIFFNESS = 1.0
@@ -189,25 +190,15 @@ def build(method: str, folder: Path, settings: Settings) -> Any:
         return load_sharded(config, config.model_path, config.factors, device=device)[0].train()
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=settings.torch_dtype)
     model.to(device)
-    targets = [target.name for target in select_targets(model)]
     if method == "full_targets":
         model.requires_grad_(False)
-        for name in targets:
-            model.get_submodule(name).weight.requires_grad_(True)
+        for target in select_targets(model):
+            model.get_submodule(target.name).weight.requires_grad_(True)
     elif method == "peft_osf":
-        from peft import OSFConfig, get_peft_model
-
-        # Its rank is the frozen one.
-        osf = OSFConfig(effective_rank=1 - RATIO, target_modules=targets, task_type="CAUSAL_LM")
         with _svd_by_eigenvectors() if settings.device == "cuda" else nullcontext():
-            model = get_peft_model(model, osf)
+            model = adapted(model, "peft_osf", RATIO)
     elif method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(
-            r=16, lora_alpha=32, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM", inference_mode=False
-        )
-        model = get_peft_model(model, lora)
+        model = adapted(model, "lora")
     return model.train()
 
 

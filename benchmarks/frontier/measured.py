@@ -54,8 +54,7 @@ class Knowledge:
         if not file.is_file():
             self._progress(f"the model writes {OWN_TOKENS} tokens")
             tokenizer: Any = AutoTokenizer.from_pretrained(self._folder)
-            settings: Any = {"num_tokens": OWN_TOKENS, "seed": 0, "temperature": 1.0, "forms": self._forms}
-            written = write_text(self._model(), tokenizer, **settings)
+            written = write_text(self._model(), tokenizer, num_tokens=OWN_TOKENS, seed=0, forms=self._forms)
             write_sealed(file, {"samples": written})
         samples_read: list[list[int]] = read_sealed(file, "Remove it: the text is written again")["samples"]
         return samples_read

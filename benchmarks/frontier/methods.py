@@ -9,12 +9,12 @@ from torch import nn
 
 from benchmarks.frontier.measured import BothSides
 from benchmarks.frontier.network import Network
+from benchmarks.peers import LORA_RANK, Peer, adapted
 from osft.config import SubspaceConfig
 from osft.subspace import inject, merge, osft_layers, refresh, select_targets
 from osft.subspace.statistics import Statistics
 
 Kind = Literal["full", "lora", "peft_osf", "weights", "activations", "curvature"]
-LORA_RANK, LORA_ALPHA = 16, 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +99,8 @@ def prepare(method: Method, network: Network, known: Known) -> Trainable:
         for parameter in parameters:
             parameter.requires_grad_(True)
         return Trainable(parameters=parameters, finish=lambda: model.requires_grad_(False))
-    if method.kind in ("lora", "peft_osf"):
-        return _adapted(method, model)
+    if method.kind == "lora" or method.kind == "peft_osf":
+        return _adapted(method.kind, method.ratio, model)
     if method.kind == "curvature":
         return _rotated(method, model, known.both_sides)
     assert method.ratio is not None
@@ -151,19 +151,8 @@ def _plain(restore: Callable[[Any], object], model: Any) -> None:
     model.requires_grad_(False)
 
 
-def _adapted(method: Method, model: Any) -> Trainable:
+def _adapted(peer: Peer, ratio: float | None, model: Any) -> Trainable:
     """By PEFT, whose layers replace those of the model in place."""
-    from peft import LoraConfig, OSFConfig, get_peft_model
-
-    targets = [target.name for target in select_targets(model)]
-    if method.kind == "lora":
-        config: Any = LoraConfig(
-            r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0
-        )
-    else:
-        assert method.ratio is not None
-        # Its rank is the frozen one.
-        config = OSFConfig(effective_rank=1 - method.ratio, target_modules=targets, task_type="CAUSAL_LM")
-    adapted: Any = get_peft_model(model, config)
-    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    return Trainable(parameters=parameters, finish=lambda: _plain(lambda _: adapted.merge_and_unload(), model))
+    wrapped = adapted(model, peer, ratio)
+    parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    return Trainable(parameters=parameters, finish=lambda: _plain(lambda _: wrapped.merge_and_unload(), model))

@@ -53,8 +53,7 @@ def curves_by_method(results: Results) -> dict[Method, list[Curve]]:
 
 def _summary(method: Method, by_method: Mapping[Method, list[Curve]]) -> dict[str, Any]:
     curves, full = by_method[method], by_method[FULL]
-    seeds_of_full = {curve.seed for curve in full}
-    seeds = sorted({curve.seed for curve in curves} & seeds_of_full)
+    seeds = sorted({curve.seed for curve in curves} & {curve.seed for curve in full})
     last = curves[0].points[-1]
     samples = last.gain.shape[-1]
     texts = [*OTHERS, *([EARLIER] if last.moved is not None else [])]

@@ -57,32 +57,29 @@ def test_it_is_the_sum_of_both(make, place, tmp_path, monkeypatch):
         assert s.item() * c.trace().item() == pytest.approx(energy, rel=1e-5), "the product of the traces adds up"
 
 
+def mean_curvature(model: torch.nn.Module, statistics: Statistics) -> float:
+    """The mean of s * c over all entries of the weights."""
+    shapes = {target.name: target.shape for target in select_targets(model)}
+    curvature = sum(
+        shapes[target][0] * each.gradient_energies[target].item() * each.moment.trace().item()
+        for each in statistics.inputs()
+        for target in each.targets
+    )
+    return curvature / sum(map(math.prod, shapes.values()))
+
+
 def test_part_has_the_curvature_of_its_own_text():
     model = tiny_llama()
     carried, own = measured(model, BASE), measured(model, TASK)
     total = measured(model, TASK, onto=carried)
     assert total.parts == (carried.parts[0], own.parts[0])
-    shapes = {target.name: target.shape for target in select_targets(model)}
-    curvature = sum(
-        shapes[target][0] * each.gradient_energies[target].item() * each.moment.trace().item()
-        for each in own.inputs()
-        for target in each.targets
-    )
-    expected = curvature / sum(map(math.prod, shapes.values()))
-    assert own.parts[0].mean_curvature == pytest.approx(expected, rel=1e-5)
+    assert own.parts[0].mean_curvature == pytest.approx(mean_curvature(model, own), rel=1e-5)
 
 
 def test_unit_makes_the_mean_curvature_of_the_sum_one():
     model = tiny_llama()
     total = measured(model, TASK, onto=measured(model, BASE))
-    shapes = {target.name: target.shape for target in select_targets(model)}
-    curvature = sum(
-        shapes[target][0] * each.gradient_energies[target].item() * each.moment.trace().item()
-        for each in total.inputs()
-        for target in each.targets
-    )
-    mean = curvature / sum(map(math.prod, shapes.values()))
-    assert mean * total.parts[0].weight_rms / total.unit == pytest.approx(1.0, rel=1e-5)
+    assert mean_curvature(model, total) * total.parts[0].weight_rms / total.unit == pytest.approx(1.0, rel=1e-5)
 
 
 def test_compressed_moments_stay_within_their_bounds(monkeypatch):
