@@ -76,20 +76,22 @@ class Knowledge:
         """Eigenbases and curvature, by target, on that text."""
         self._progress(f"both sides of {len(targets)} weights")
         unit, found = self.statistics().unit, {}
+        samples = as_samples(self.own_text())
         measured = measure_inputs(
             self._model(),
             targets,
-            as_samples(self.own_text()),
+            samples,
             device=self._device,
             max_tokens=MAX_TOKENS,
             batching=Batching.PACKED,
             gradients=True,
+            output_tokens=sum(len(sample.input_ids) for sample in samples),
         )
         for sums in measured:
             assert sums.inputs is not None
             c, right = torch.linalg.eigh(sums.inputs)
             for name in sums.targets:
-                s, left = torch.linalg.eigh(sums.gradients[name])
+                s, left = torch.linalg.eigh(sums.outputs[name])
                 found[name] = BothSides(left, right, s.clamp_min(0)[:, None] * c.clamp_min(0) / unit)
         return found
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from osft.data.chat import Sample
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.likelihood import ELEMENTS_AT_ONCE, cross_entropy, target_logits
-from osft.subspace.moment_sums import MomentSums
+from osft.subspace.moment_sums import OUTPUT_TOKENS, MomentSums
 from osft.subspace.statistics import Part, Statistics
 from osft.subspace.targets import Target
 from osft.subspace.watching import REMEDY, Use, watched
@@ -114,14 +114,19 @@ def measure_inputs(
     gradients: bool,
     seed: int = 0,
     memory: int | None = None,
+    output_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[MomentSums]:
-    """C, and with `gradients` each S, of one input after the other, on `device`. Arguments as of `measure`."""
+    """C, and with `gradients` each S, of one input after the other, on `device`. Arguments as of `measure`.
+
+    `output_tokens`: about how many tokens the shape of S is measured on, by default OUTPUT_TOKENS.
+    """
     if not samples:
         raise ValueError("there is no sample to measure the layers' inputs on")
     plan = _plan(samples, max_tokens, batching, world_size)[rank]
     num_tokens = sum(len(sample.input_ids) for sample in samples)
+    draws = _Draws(seed, (output_tokens or OUTPUT_TOKENS) / num_tokens)
     shapes = {target.name: target.shape for target in targets}
     with _measuring(model):
         layout = _layout(model, targets, samples, device, batching)
@@ -136,7 +141,7 @@ def measure_inputs(
         ) as progress:
             for sums in passes:
                 for chosen in plan:
-                    _add(model, targets, sums, [samples[i] for i in chosen], chosen, device, batching, gradients, seed)
+                    _add(model, targets, sums, [samples[i] for i in chosen], chosen, device, batching, gradients, draws)
                     progress.update(sum(len(samples[i].input_ids) for i in chosen))
                 while sums:
                     one = sums.pop(0)
@@ -240,12 +245,14 @@ def _add(
     device: torch.device | str,
     batching: Batching,
     gradients: bool,
-    seed: int,
+    draws: "_Draws",
 ) -> None:
     """Add what some samples contribute; none of them for a process that has nothing to do but go along."""
     owner = {name: one for one in sums for name in one.targets}
     chosen = [target for target in targets if target.name in owner]
     leaves: list[torch.Tensor] = []
+    batch = _batch(samples, batching, device)
+    uniforms, drawn = draws.of(samples, positions, batch)
 
     def observe(use: Use) -> torch.Tensor:
         one, outputs = owner[use.target], use.outputs
@@ -256,17 +263,16 @@ def _add(
         if not outputs.requires_grad and torch.is_grad_enabled():  # what comes before needs no gradient
             leaves.append(outputs.detach().requires_grad_())
             outputs = leaves[-1].clone()  # a leaf could not be changed in place
-        add_gradient = one.gradient_hook(use, counts=bool(samples))
+        add_gradient = one.gradient_hook(use, drawn, counts=bool(samples))
         if outputs.requires_grad:
             outputs.register_hook(add_gradient)
         return outputs
 
-    batch = _batch(samples, batching, device)
     with torch.set_grad_enabled(gradients), watched(model, chosen, observe):
         logits = target_logits(model, batch)
         if leaves:
-            drawn = sample_tokens(logits.detach(), _uniforms(samples, positions, seed).to(device))
-            torch.autograd.backward(cross_entropy(logits, drawn).sum(), inputs=leaves)
+            tokens = sample_tokens(logits.detach(), uniforms)
+            torch.autograd.backward(cross_entropy(logits, tokens).sum(), inputs=leaves)
 
 
 def _batch(samples: Sequence[Sample], batching: Batching, device: torch.device | str) -> MicroBatch:
@@ -276,13 +282,31 @@ def _batch(samples: Sequence[Sample], batching: Batching, device: torch.device |
     return replace(batch, loss_positions=everywhere).to(device)
 
 
-def _uniforms(samples: Sequence[Sample], positions: Sequence[int], seed: int) -> torch.Tensor:
-    """A random number in [0, 1) for each token, float64; those of a sample are its own."""
-    drawn = [
-        np.random.default_rng([seed, position]).random(len(sample.input_ids))
-        for sample, position in zip(samples, positions, strict=True)
-    ]
-    return torch.from_numpy(np.concatenate([np.empty(0), *drawn]))
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """What is drawn for each token of a text. For those of a sample it depends on its position in the text only."""
+
+    seed: int
+    share: float
+    """Of the tokens that S is measured on."""
+
+    def of(
+        self, samples: Sequence[Sample], positions: Sequence[int], batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A random number in [0, 1) for each token, float64, and which of the batch's places, (places,), S is of."""
+        numbers = torch.zeros(
+            2, len(batch.loss_positions), dtype=torch.float64
+        )  # a process without samples has a place
+        if samples:
+            each = [
+                np.random.default_rng([self.seed, position]).random((2, len(sample.input_ids)))
+                for sample, position in zip(samples, positions, strict=True)
+            ]
+            numbers = torch.from_numpy(np.concatenate(each, axis=1))
+        uniforms, others = numbers.to(batch.is_token.device)
+        drawn = batch.is_token.flatten().clone()
+        drawn[batch.loss_positions] = others < self.share
+        return uniforms, drawn
 
 
 def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,9 @@
 """Sums over a text of what one input of a model's layers is, and of the gradients of the outputs that are made of it.
 
+C and s are over all tokens. S serves nothing but the prediction of the drift (`osft.training.predicted_drift`), by its
+leading directions, and outputs may be several times as wide as inputs. So its shape is that of OUTPUT_TOKENS tokens
+drawn from the text, and its trace that of all.
+
 An expert's inputs are summed over the tokens that are sent to it, zeros for all others. One that saw few tokens would
 seem to need no protection, so each counts as if it had seen FLOOR_TOKENS more, of the mean energy of all experts'
 inputs, the same in every direction.
@@ -15,6 +19,9 @@ from osft.subspace.statistics import InputStatistics
 from osft.subspace.watching import Use
 
 FLOOR_TOKENS = 16
+OUTPUT_TOKENS = 1024
+"""Of the text, that S is measured on, about; all of a shorter one. Of the predicted drift of 35 weights of SmolLM2-135M
+this gives 0.98 +- 0.05 of what all of 3,072 tokens give."""
 WHOLE_UP_TO = 2048
 """Inputs of at most this width are kept whole."""
 LEADING_DIRECTIONS, EXPERT_DIRECTIONS, OUTPUT_DIRECTIONS = 1024, 128, 64
@@ -40,9 +47,10 @@ class MomentSums:
     """Of a stack."""
     inputs: torch.Tensor | None = None
     """(n, n), or (num_experts, n, n), float32: the sum, and once it is finished the mean C."""
-    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Target -> (m, m), float32: the sum, and once it is finished the mean S. Of experts the sum of |g|^2, and once it
-    is finished s, (num_experts,)."""
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Target -> (m, m), float32: the sum over some tokens, and once it is finished the mean S. None of experts."""
+    energies: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Target -> () or (num_experts,), float32: the sum of |g|^2, and once it is finished s."""
     tokens: torch.Tensor | None = None
     """(num_experts,): how many were sent to each."""
 
@@ -62,17 +70,21 @@ class MomentSums:
             self.inputs[experts] += each.mT @ each
             self.tokens[experts] += each.any(-1).sum(-1)
 
-    def gradient_hook(self, use: Use, *, counts: bool) -> Callable[[torch.Tensor], None]:
-        """What adds the gradient of a use's outputs, told of it."""
+    def gradient_hook(self, use: Use, drawn: torch.Tensor, *, counts: bool) -> Callable[[torch.Tensor], None]:
+        """What adds the gradient of a use's outputs, told of it. drawn: (tokens,), bool, those of the batch for S."""
+        zeros = use.outputs.new_zeros(() if self.num_experts is None else (self.num_experts,), dtype=torch.float32)
+        energies = self.energies.setdefault(use.target, zeros)
         if self.num_experts is None:
-            total = self.gradients[use.target] = _add_squares(self.gradients.get(use.target), use.outputs, counts=False)
+            total = self.outputs[use.target] = _add_squares(self.outputs.get(use.target), use.outputs, counts=False)
 
             def add_squares(gradient: torch.Tensor) -> None:
-                _add_squares(total, gradient, counts=counts)
+                if counts:
+                    rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+                    energies.add_(rows.square().sum())
+                    # A layer that does not see token by token is measured whole.
+                    _add_squares(total, rows[drawn] if len(rows) == len(drawn) else rows, counts=True)
 
             return add_squares
-        zeros = use.outputs.new_zeros(self.num_experts, dtype=torch.float32)
-        energies = self.gradients.setdefault(use.target, zeros)
         experts, each = _by_expert(use, use.inputs)
         reached = each.any(-1)  # where all experts compute at once, the tokens of others are zeros
 
@@ -93,8 +105,10 @@ class MomentSums:
                 torch.distributed.all_reduce(total)
         if self.tokens is None:
             self.inputs /= num_tokens
-            for gradient in self.gradients.values():
-                gradient /= num_tokens
+            for target, energy in self.energies.items():
+                energy /= num_tokens * outputs[target]
+                trace = self.outputs[target].diagonal().sum()
+                self.outputs[target] *= torch.where(trace > 0, energy * outputs[target] / trace, 0.0)
             return
         n, seen = self.inputs.shape[-1], self.tokens.sum()
         if not seen:
@@ -102,7 +116,7 @@ class MomentSums:
         diagonal = self.inputs.diagonal(dim1=-2, dim2=-1)
         diagonal += FLOOR_TOKENS * diagonal.sum() / (n * seen)
         self.inputs /= num_tokens
-        for target, energies in self.gradients.items():
+        for target, energies in self.energies.items():
             mean = energies.sum() / seen
             energies += FLOOR_TOKENS * mean
             energies /= (self.tokens + FLOOR_TOKENS) * outputs[target]
@@ -115,10 +129,7 @@ class MomentSums:
     def gradient_energies(self) -> dict[str, torch.Tensor]:
         """As `InputStatistics` has them."""
         ones = torch.ones(self.num_experts) if self.num_experts else torch.ones(())
-        found = dict.fromkeys(self.targets, ones)
-        for target, gradient in self.gradients.items():
-            found[target] = (gradient.diagonal().mean() if self.num_experts is None else gradient).cpu()
-        return found
+        return {target: self.energies[target].cpu() if target in self.energies else ones for target in self.targets}
 
     def statistics(self, onto: InputStatistics | None = None) -> InputStatistics:
         """The statistics, on the CPU, of the finished sums, which are overwritten; added to those of another text.
@@ -127,11 +138,10 @@ class MomentSums:
         """
         assert self.inputs is not None
         energies = self.gradient_energies()
-        matrices = {} if self.num_experts else self.gradients
         rank = kept_rank(tuple(self.inputs.shape))
         if onto is None:
             moment = SecondMoment.of(self.inputs, rank)
-            outputs = {target: SecondMoment.of(matrix, OUTPUT_DIRECTIONS) for target, matrix in matrices.items()}
+            outputs = {target: SecondMoment.of(matrix, OUTPUT_DIRECTIONS) for target, matrix in self.outputs.items()}
         else:
             self._check_shape(onto)
             before, here = onto.moment.trace(), self.trace()
@@ -142,9 +152,9 @@ class MomentSums:
             }
             moment = onto.moment.plus(self.inputs, rank)
             outputs = {
-                target: known.scaled(share).plus(matrices[target].mul_(1 - share), OUTPUT_DIRECTIONS)
+                target: known.scaled(share).plus(self.outputs[target].mul_(1 - share), OUTPUT_DIRECTIONS)
                 for target, known in onto.output_moments.items()
-                if target in matrices
+                if target in self.outputs
             }
         return InputStatistics(
             targets=self.targets,
@@ -169,7 +179,8 @@ class MomentSums:
     def _all(self) -> Iterator[torch.Tensor]:
         assert self.inputs is not None
         yield self.inputs
-        yield from self.gradients.values()
+        yield from self.outputs.values()
+        yield from self.energies.values()
         if self.tokens is not None:
             yield self.tokens
 

@@ -138,7 +138,12 @@ def test_interrupted_follow_ends_with_130_and_the_run_goes_on(server, run_id):
     command = [sys.executable, "-m", "osft", "status", run_id, "--follow", "--interval", "0.1"]
     environment = os.environ | {"KFP_ENDPOINT": server.address, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit SIG_IGN
     ) as process:
         assert b"learn RUNNING" in process.stdout.readline()
         process.send_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from osft.config import SubspaceConfig
 from osft.data.chat import Sample
 from osft.data.packing import Batching
-from osft.subspace import inject, select_targets
+from osft.subspace import calibration, inject, select_targets
 from osft.subspace.calibration import measure, sample_tokens
 
 VOCABULARY = 48
@@ -102,6 +102,19 @@ def test_statistics_do_not_depend_on_the_batches(max_tokens, batching):
     for target, found in moments(measured(model, max_tokens=max_tokens, batching=batching)).items():
         for value, expected in zip(found, alone[target], strict=True):
             assert (value - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("batching", Batching)
+def test_shape_of_output_moments_is_of_drawn_tokens_and_their_size_of_all(monkeypatch, batching):
+    model = tiny_llama()
+    whole = moments(measured(model))
+    monkeypatch.setattr(calibration, "OUTPUT_TOKENS", 12)
+    alone = moments(measured(model, max_tokens=14, batching=Batching.PADDED))
+    for target, (inputs, energy, outputs) in moments(measured(model, max_tokens=30, batching=batching)).items():
+        torch.testing.assert_close((inputs, energy), whole[target][:2])
+        assert (outputs - alone[target][2]).norm() <= 1e-5 * outputs.norm(), "the same tokens are drawn"
+        assert (outputs - whole[target][2]).norm() > 0.1 * outputs.norm(), "they are not all"
+        assert outputs.trace().item() == pytest.approx(len(outputs) * energy.item(), rel=1e-5)
 
 
 def test_statistics_do_not_depend_on_the_memory():
