@@ -58,7 +58,7 @@ test: setup ## Run the tests: JOBS=2 side by side
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: setup ## Run the tests that `make test` leaves out: several nodes, many processes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile
 
 test-gpu: setup ## Compare training on a CUDA GPU with training on the CPU
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
@@ -68,7 +68,7 @@ test-gpu: setup ## Compare training on a CUDA GPU with training on the CPU
 	fi
 
 test-cluster: setup ## Run the training step on a stand-in cluster whose pods are real processes, and break it
-	$(BIN)/python -m pytest -m cluster
+	$(BIN)/python -m pytest -m cluster -n $(JOBS) --dist loadfile
 
 test-mlflow: setup ## Run the tests against a real MLflow server on PostgreSQL (in Debian the package postgresql), and break it
 	$(BIN)/python -m pytest -m mlflow_server
