@@ -14,6 +14,7 @@ manual pages come from Debian's packages (apt-get download), the model and the r
 
 import sys
 import time
+from collections.abc import Set
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,6 @@ from benchmarks.frontier.materials import gather
 from benchmarks.frontier.plan import EXPERIMENTS
 from benchmarks.frontier.report import published_runs, write_report
 from benchmarks.frontier.runs import Run, execute_missing, finished
-from osft.atomic import write_json
 from osft.console import failures
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -56,35 +56,37 @@ def main(
 
     with failures():
         materials = gather(storage / "cache", device, progress)
-        for run, result in published_runs(results, materials.identity).items():
-            file = run.file(storage, materials.identity)
-            if not file.is_file():
-                write_json(file, result)
+        published = published_runs(results, materials.identity)
         plans = {name: plan.runs(seeds) for name, plan in EXPERIMENTS.items()}
         chosen = [run for name, runs in plans.items() if not experiment or name in experiment for run in runs]
         if dry_run:
-            done = finished(chosen, materials, storage)
-            _print_plan(chosen, {run: result["seconds"] for run, result in done.items()})
+            made_here = {run: result["seconds"] for run, result in finished(chosen, materials, storage).items()}
+            _print_plan(chosen, published.keys() | made_here.keys(), made_here)
             return
         if not report_only:
-            execute_missing(chosen, materials, storage, device, progress)
-        found = {name: finished(runs, materials, storage) for name, runs in plans.items()}
+            execute_missing([run for run in chosen if run not in published], materials, storage, device, progress)
+        found = {
+            name: {run: published[run] for run in runs if run in published} | finished(runs, materials, storage)
+            for name, runs in plans.items()
+        }
         missing = {name: [run for run in runs if run not in found[name]] for name, runs in plans.items()}
         write_report(found, missing, results, materials.identity)
 
 
-def _print_plan(runs: list[Run], done: dict[Run, float]) -> None:
+def _print_plan(runs: list[Run], done: Set[Run], made_here: dict[Run, float]) -> None:
+    """What there is to do; runs that others published say nothing of this machine's speed."""
     seconds = 0.0
     for run in runs:
         if run in done:
             print(f"  there     {run}")
             continue
-        alike = [took for other, took in done.items() if (other.scope, other.tasks) == (run.scope, run.tasks)]
+        alike = [took for other, took in made_here.items() if (other.scope, other.tasks) == (run.scope, run.tasks)]
         estimate = 2 * SECONDS_PER_STEP[run.scope] * run.steps * len(run.tasks)
         expected = sum(alike) / len(alike) if alike else estimate
         seconds += expected
         print(f"  {expected / 60:4.1f} min  {run}")
-    print(f"{len(runs) - len(done)} of {len(runs)} runs to do, about {seconds / 3600:.1f} hours of one process")
+    to_do = sum(run not in done for run in runs)
+    print(f"{to_do} of {len(runs)} runs to do, about {seconds / 3600:.1f} hours of one process")
 
 
 if __name__ == "__main__":
