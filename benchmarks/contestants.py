@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from benchmarks.peers import LORA_RANK, adapted
-from osft.atomic import write_json
-from osft.config import SubspaceConfig, TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import MicroBatch, collate
+from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.storage.atomic import write_json
 from osft.subspace import factor_store, select_targets
 from osft.subspace.calibration import measure
 from osft.training.loop import make_optimizer, train_step

@@ -3,7 +3,7 @@
     python -m benchmarks.rounding      # CPU, about ten minutes on a quiet core; needs apt and network for the data
 
 SmolLM2-135M-Instruct learns German manual pages (Debian's package manpages-de) in its last blocks, by OSFT in float32,
-at three learning rates. The exact weights are then rounded in each way of `osft.rounding`, and measured:
+at three learning rates. The exact weights are then rounded in each way of `osft.models.rounding`, and measured:
 
     gain kept      of the fall of the loss on held-out pages, the share that the rounded weights still have
     KL             from the base to the rounded model per token of web text, which has nothing to do with the task
@@ -30,10 +30,10 @@ from torch import nn
 
 from benchmarks.machine import describe_machine
 from benchmarks.texts import blocks_of_tokens, manual_pages, web_text
-from osft import examples
-from osft.atomic import write_json
-from osft.config import SubspaceConfig
-from osft.rounding import Rounding, generator_of, round_weight
+from osft.data import examples
+from osft.models.rounding import Rounding, generator_of, round_weight
+from osft.settings.training import SubspaceConfig
+from osft.storage.atomic import write_json
 from osft.subspace import inject, merge, osft_layers, refresh, select_targets
 from osft.subspace.moment_sums import MomentSums
 from osft.subspace.watching import Use, watched

@@ -46,7 +46,7 @@ from benchmarks.machine import (
     resident,
     return_freed_memory,
 )
-from osft.atomic import write_json
+from osft.storage.atomic import write_json
 from osft.subspace import select_targets
 
 LEAK_STEPS, LEAK_TOKENS, LEAK_LEARNING_RATE = 50, 64, 1e-3

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from osft import examples
-from osft.atomic import atomic_path
+from osft.data import examples
+from osft.storage.atomic import atomic_path
 
 WEB_TEXT = "example:web-text"
 

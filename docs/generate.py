@@ -11,13 +11,13 @@ from typing import Any
 
 import typer.main
 
-from osft import compatibility
 from osft.api import osft
 from osft.cli import app
-from osft.config import TrainConfig
 from osft.kubernetes.settings import PyTorchJobSettings
-from osft.parameter_help import default_text, grouped_parameters, one_paragraph
-from osft.parameters import Parameter, parameters
+from osft.settings import compatibility
+from osft.settings.parameter_help import default_text, grouped_parameters, one_paragraph
+from osft.settings.parameters import Parameter, parameters
+from osft.settings.training import TrainConfig
 from osft.training.result import TrainResult
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,6 @@
 """The program `osft`, and `python -m osft`."""
 
-from osft.termination import end_when_asked
+from osft.process.termination import end_when_asked
 
 
 def main() -> None:

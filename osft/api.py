@@ -12,9 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from osft import compatibility
-from osft.config import TrainConfig
-from osft.parameters import Parameter, parameters, refuse_unknown
+from osft.settings import compatibility
+from osft.settings.parameters import Parameter, parameters, refuse_unknown
+from osft.settings.training import TrainConfig
 
 if TYPE_CHECKING:
     from osft.training.callbacks import TrainingCallback
@@ -31,7 +31,7 @@ def run(
 
     Returns a TrainingPlan with `dry_run`. Raises as `osft()`.
     """
-    from osft.errors import explained
+    from osft.process.errors import explained
     from osft.training.callbacks import CALLBACK_RAISED
 
     try:
@@ -45,7 +45,7 @@ def run(
 
 def check_places(config: TrainConfig) -> None:
     """Raise ValueError for a place that nothing can be written to, and for an MLflow address that is none."""
-    from osft.paths import check_writable
+    from osft.storage.paths import check_writable
     from osft.tracking.addresses import checked_address
 
     for name in ("ckpt_output_dir", "data_output_dir", "tensorboard_log_dir"):

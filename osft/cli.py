@@ -15,15 +15,16 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from osft import compatibility, exit_codes
-from osft.config import TrainConfig
-from osft.console import failures, output
-from osft.export_command import export
-from osft.lineage_command import lineage
+from osft.models.export_command import export
 from osft.orchestration.commands import add_commands
-from osft.parameter_help import default_text, grouped_parameters, one_paragraph
-from osft.parameters import Parameter, parameters, read_file, refuse_unknown
-from osft.paths import expanded
+from osft.process import exit_codes
+from osft.process.console import failures, output
+from osft.settings import compatibility
+from osft.settings.parameter_help import default_text, grouped_parameters, one_paragraph
+from osft.settings.parameters import Parameter, parameters, read_file, refuse_unknown
+from osft.settings.training import TrainConfig
+from osft.storage.paths import expanded
+from osft.tracking.lineage_command import lineage
 
 if TYPE_CHECKING:
     from osft.training.plan import TrainingPlan
@@ -102,9 +103,9 @@ def decompose(
 ) -> None:
     """Split the weights of a model before it is trained, and print the path to give as `factors`."""
     with failures():
-        from osft.config import SubspaceConfig
-        from osft.models import model_folder
-        from osft.preflight import preflight
+        from osft.models.loading import model_folder
+        from osft.settings.training import SubspaceConfig
+        from osft.subspace.preflight import preflight
         from osft.training.inputs import compute_factors
 
         subspace = SubspaceConfig(

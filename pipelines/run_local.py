@@ -15,10 +15,10 @@ import typer
 import yaml
 from rich.console import Console
 
-from osft.console import errors, failures
 from osft.orchestration import CompiledPipeline, pipeline_arguments
-from osft.parameters import number
-from osft.paths import check_writable, expanded
+from osft.process.console import errors, failures
+from osft.settings.parameters import number
+from osft.storage.paths import check_writable, expanded
 from pipelines.show_round import show_round
 
 YAML = Path(__file__).parent / "continual_learning" / "continual_learning.yaml"
@@ -79,15 +79,15 @@ def _absolute(location: str) -> str:
 
 def check(arguments: dict[str, Any]) -> None:
     """Refuse what can be seen to be wrong before a step is started."""
-    from osft.checkpoint import CheckpointReader
-    from osft.config import TrainConfig
+    from osft.data.examples import SCHEME
     from osft.data.files import check_names, is_hub_dataset
     from osft.data.records import read_records
-    from osft.examples import SCHEME
-    from osft.models import empty_model
-    from osft.parameters import parameters
-    from osft.preflight import preflight
+    from osft.models.checkpoint import CheckpointReader
+    from osft.models.loading import empty_model
+    from osft.settings.parameters import parameters
+    from osft.settings.training import TrainConfig
     from osft.subspace import select_targets, unfrozen_rank
+    from osft.subspace.preflight import preflight
     from osft.tracking.addresses import check_model_name, checked_address
 
     check_model_name(arguments["model_name"])

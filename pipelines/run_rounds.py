@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from osft import examples
-from osft.console import failures
-from osft.paths import expanded
+from osft.data import examples
+from osft.process.console import failures
+from osft.storage.paths import expanded
 from pipelines import run_local
 from pipelines.show_round import show_history, show_round
 

@@ -63,8 +63,8 @@ def show_matrix(console: Console, evaluation: dict[str, Any]) -> None:
 
 def show_history(console: Console, rounds: list[Path], model_name: str, mlflow: "MlflowClient") -> None:
     """Print the decisions of rounds that ended, the matrix after the last one, and where the champion comes from."""
-    from osft.lineage_command import tree_of
     from osft.tracking import lineage, registry
+    from osft.tracking.lineage_command import tree_of
 
     console.rule("all rounds")
     evaluations = [_read(folder / "evaluation.json") for folder in rounds]

@@ -12,8 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from osft.data.packing import Batching
-from osft.models import UnsupportedModelError
-from osft.preflight import Preflight, preflight
+from osft.models.loading import UnsupportedModelError
+from osft.subspace.preflight import Preflight, preflight
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 VOCABULARY = 64
@@ -146,7 +146,7 @@ def render() -> str:
     lines = [
         "# Architectures",
         "Written by `python -m tests.architectures`; a test compares it. Each architecture of transformers that models "
-        "text is built small and tried as osft.preflight tries every model before anything expensive. "
+        "text is built small and tried as osft.subspace.preflight tries every model before anything expensive. "
         "`tests/test_architectures.py` computes and trains each of them, in micro-batches and sample by sample, and "
         "compares likelihoods and gradients.",
         f"## Packed: {len(fed[Batching.PACKED])}",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # A console of rich that is made while COLUMNS is set keeps that width, whatever a test then asks for.
 os.environ.pop("COLUMNS", None)
-import osft.console  # noqa: F401
+import osft.process.console  # noqa: F401
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

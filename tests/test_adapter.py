@@ -25,10 +25,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from osft import export, osft, residual
-from osft.adapter import Adapter, export_adapter
-from osft.export import export_model
-from osft.low_rank import factorize, noise_floor
+from osft import osft
+from osft.models import export, residual
+from osft.models.adapter import Adapter, export_adapter
+from osft.models.export import export_model
+from osft.models.low_rank import factorize, noise_floor
 from osft.subspace import select_targets
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.test_families import COMMON

@@ -180,7 +180,7 @@ def test_nodes_that_cannot_meet_are_refused(paths, given, problem):
 
 @pytest.mark.covers("master_addr", "master_port", "nnodes", "node_rank", "rdzv_id")
 def test_nodes_meet_where_they_are_told(paths, monkeypatch):
-    from osft.config import TrainConfig
+    from osft.settings.training import TrainConfig
     from osft.training.launch import _launch_config, with_environment
 
     def launch(**given: object):
@@ -307,7 +307,7 @@ def test_result_tells_what_a_user_asks(paths, monkeypatch):
 
 
 def test_docstring_documents_every_parameter():
-    from osft.parameters import parameters
+    from osft.settings.parameters import parameters
 
     for name in parameters(package.TrainConfig):
         assert f"    {name} (" in osft.__doc__

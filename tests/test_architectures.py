@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from osft.checkpoint import CheckpointReader
-from osft.config import SubspaceConfig
-from osft.conversion import ModelWeights
 from osft.data.chat import IGNORE, Sample
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
-from osft.likelihood import token_nll
-from osft.models import empty_model, load_model, without_dropout
-from osft.preflight import Preflight
+from osft.models.checkpoint import CheckpointReader
+from osft.models.conversion import ModelWeights
+from osft.models.likelihood import token_nll
+from osft.models.loading import empty_model, load_model, without_dropout
+from osft.settings.training import SubspaceConfig
 from osft.subspace import inject, osft_layers
+from osft.subspace.preflight import Preflight
 from osft.training.loop import train_step
 from osft.training.saving import save_merged
 from tests import architectures

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from osft.atomic import atomic_path, create_exclusively, write_json
+from osft.storage.atomic import atomic_path, create_exclusively, write_json
 
 
 def test_failed_writer_leaves_nothing(tmp_path):
@@ -33,7 +33,7 @@ def test_file_is_replaced_and_folder_of_another_writer_is_kept(tmp_path):
 
 
 def test_killed_writer_leaves_no_final_name(tmp_path):
-    code = "import sys, time, pathlib; from osft.atomic import atomic_path\n"
+    code = "import sys, time, pathlib; from osft.storage.atomic import atomic_path\n"
     code += "with atomic_path(pathlib.Path(sys.argv[1])) as t:\n t.write_text('half'); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "x")])
     while not list(tmp_path.iterdir()):

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, conversion_mapping
 from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter
 
-from osft.checkpoint import CheckpointReader, tensor_sha256
-from osft.config import SubspaceConfig
-from osft.conversion import ModelWeights
-from osft.models import empty_model
+from osft.models.checkpoint import CheckpointReader, tensor_sha256
+from osft.models.conversion import ModelWeights
+from osft.models.loading import empty_model
+from osft.settings.training import SubspaceConfig
 from osft.subspace.factor_store import precompute
 from osft.training.saving import save_merged
 from tests.conftest import tiny_llama

@@ -12,9 +12,9 @@ import yaml
 from typer.testing import CliRunner
 
 from osft import cli
-from osft.config import TrainConfig
-from osft.parameter_help import GROUPS, default_text
-from osft.parameters import parameters
+from osft.settings.parameter_help import GROUPS, default_text
+from osft.settings.parameters import parameters
+from osft.settings.training import TrainConfig
 from tests.conftest import arithmetic, write_jsonl
 from tests.training.in_process import run_in_process
 

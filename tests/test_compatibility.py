@@ -11,9 +11,9 @@ import torch
 from osft import OSFTAlgorithm, create_algorithm, osft
 from osft.api import MiniTrainerBackend
 from osft.cli import read_parameters
-from osft.compatibility import NAMES, RENAMED, SPECIAL, WITHOUT_EFFECT, translated
-from osft.config import TrainConfig
-from osft.parameters import parameters
+from osft.settings.compatibility import NAMES, RENAMED, SPECIAL, WITHOUT_EFFECT, translated
+from osft.settings.parameters import parameters
+from osft.settings.training import TrainConfig
 
 REQUIRED = {
     "model_path": "m",

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from osft.config import SubspaceConfig, TrainConfig
-from osft.parameters import parameters
+from osft.settings.parameters import parameters
+from osft.settings.training import SubspaceConfig, TrainConfig
 
 REQUIRED = {
     "model_path": "m",

@@ -17,9 +17,9 @@ import yaml
 from mlflow.exceptions import MlflowException, RestException
 from safetensors import SafetensorError, safe_open
 
-from osft.console import failures
-from osft.errors import ExhaustedError, UnusableError, explained, note_in, noted, one_line
-from osft.tracking.addresses import TrackingRefused
+from osft.process.console import failures
+from osft.process.errors import ExhaustedError, UnusableError, explained, note_in, noted, one_line
+from osft.process.mlflow_errors import TrackingRefused
 from osft.training.launch import TrainingFailed
 from tests.test_cli import invoke
 from tests.test_config import REQUIRED
@@ -130,8 +130,8 @@ def test_bug_is_none(cause):
 
 
 def test_error_of_this_project_stays_as_it_is():
-    from osft.config import TrainConfig
     from osft.data.files import data_files
+    from osft.settings.training import TrainConfig
 
     for cause in (lambda: data_files("/nowhere"), lambda: TrainConfig.from_parameters({"num_epoch": 1})):
         error = raised(cause)
@@ -199,7 +199,7 @@ def test_line_below_a_traceback_is_what_the_command_says_of_a_failed_training():
     ],
 )
 def test_step_ends_with_the_message_as_its_last_line(code, last):
-    program = f"from osft.errors import tell_in_one_line; tell_in_one_line(); {code}"
+    program = f"from osft.process.errors import tell_in_one_line; tell_in_one_line(); {code}"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == last

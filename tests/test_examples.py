@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from osft import examples
+from osft.data import examples
 from osft.data.records import read_records
 from tests.conftest import arithmetic, write_jsonl
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from osft import osft
-from osft.checkpoint import CheckpointReader
-from osft.export import export_model
-from osft.origin import read_origin
+from osft.models.checkpoint import CheckpointReader
+from osft.models.export import export_model
+from osft.models.origin import read_origin
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.test_cli import invoke
 from tests.training.in_process import run_in_process

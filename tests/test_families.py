@@ -29,13 +29,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from osft.checkpoint import CheckpointReader
-from osft.config import TrainConfig
-from osft.conversion import ModelWeights
 from osft.data.chat import Sample
 from osft.data.packing import collate
-from osft.likelihood import token_nll
-from osft.models import empty_model, load_model
+from osft.models.checkpoint import CheckpointReader
+from osft.models.conversion import ModelWeights
+from osft.models.likelihood import token_nll
+from osft.models.loading import empty_model, load_model
+from osft.settings.training import TrainConfig
 from osft.subspace import osft_layers, select_targets
 from osft.subspace.calibration import measure
 from osft.subspace.factor_store import precompute, precompute_by_inputs

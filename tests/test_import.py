@@ -1,6 +1,7 @@
 """`import osft` is light, and imports between parts go one way."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +40,23 @@ def test_public_names_exist():
     assert all(hasattr(osft, name) for name in osft.__all__)
 
 
-def test_lower_parts_do_not_import_upper_ones():
-    upper = {"subspace": ("training", "evaluation", "tracking", "steps"), "data": ("subspace", "training", "tracking")}
-    upper |= {"training": ("tracking", "evaluation", "steps", "kubernetes")}
-    upper |= {"evaluation": ("tracking", "training", "steps"), "kubernetes": ("tracking", "evaluation", "steps")}
-    for part, forbidden in upper.items():
-        for file in (ROOT / "osft" / part).rglob("*.py"):
-            imported = {n.module or "" for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)}
-            for name in forbidden:
-                assert not any(module.startswith(f"osft.{name}") for module in imported), f"{file} imports {name}"
+def test_imports_go_down_the_drawing():
+    """Those inside functions and for type checkers too; `__init__`, `api` and `cli`, which lie loose, see all rooms."""
+    drawing = (ROOT / "docs" / "architecture.md").read_text()
+    layers = re.search(r"^    (api, cli -> .*(?:\n    -> .*)*)$", drawing, re.MULTILINE)[1].replace("\n    ", " ")
+    height = {room: -depth for depth, layer in enumerate(layers.split(" -> ")) for room in layer.split(", ")}
+    rooms = {path.name for path in (ROOT / "osft").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms | {"api", "cli"} == height.keys()
+    for room in rooms:
+        assert f"| `{room}/` |" in drawing, "a room without a sentence"
+        for file in (ROOT / "osft" / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                names = []
+                if isinstance(node, ast.ImportFrom):
+                    within = node.module == "osft"
+                    names = [f"osft.{alias.name}" for alias in node.names] if within else [node.module or ""]
+                elif isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                for name in names:
+                    other = name.split(".")[1] if name.startswith("osft.") else room
+                    assert other == room or height.get(other, height[room]) < height[room], f"{file} imports {name}"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from osft import likelihood
-from osft.likelihood import cross_entropy, kl_divergence
+from osft.models import likelihood
+from osft.models.likelihood import cross_entropy, kl_divergence
 
 
 @pytest.fixture(params=[1, 7, 10**6], ids=["row-by-row", "few-rows", "at-once"])

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from osft import lock
-from osft.lock import LockLost, exclusive
+from osft.storage import lock
+from osft.storage.lock import LockLost, exclusive
 
 FORK = multiprocessing.get_context("fork")
 

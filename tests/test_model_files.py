@@ -7,11 +7,10 @@ import pytest
 import torch
 import yaml
 
-from osft.checkpoint import CheckpointReader, SavedTensor, copy_model_files, write_checkpoint
-from osft.config import TrainConfig
-from osft.model_card import model_card, with_scores
-from osft.origin import Origin, RoundingLoss
-from osft.training.loop import StepMetrics
+from osft.models.checkpoint import CheckpointReader, SavedTensor, copy_model_files, write_checkpoint
+from osft.models.model_card import model_card, with_scores
+from osft.models.origin import Origin, RoundingLoss
+from osft.settings.training import TrainConfig
 from tests.conftest import byte_tokenizer, tiny_llama
 
 KEPT = (
@@ -93,25 +92,12 @@ def card(base_folder: Path) -> str:
         max_seq_len=100,
         learning_rate=2e-5,
     )
-    metrics = StepMetrics(
-        step=3,
-        epoch=1.0,
-        loss=1.2345,
-        learning_rate=0.0,
-        grad_norm=1.0,
-        samples=24,
-        tokens=1000,
-        loss_tokens=100,
-        tokens_per_second=1.0,
-        step_seconds=1.0,
-        timestamp=0.0,
-        validation_loss=1.5,
-    )
+    scores = {"training loss of the last step": 1.2345, "validation loss": 1.5, "steps": 3}
     dataset = {"data_uri": "s3://data/new.jsonl", "files": {"s3://data/new.jsonl": "ab" * 32}, "num_train_samples": 24}
     sources = [{"data_uri": "s3://data/old.jsonl", "num_samples": 2, "num_tokens": 80}]
     replay = {"num_train_samples": 2, "num_tokens": 80, "sources": sources}
     return model_card(
-        config, origin, base_folder=base_folder, dataset=dataset, replay=replay, metrics=metrics, name="samples_24.0"
+        config, origin, base_folder=base_folder, dataset=dataset, replay=replay, scores=scores, name="samples_24.0"
     )
 
 

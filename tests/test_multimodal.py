@@ -9,15 +9,15 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from osft import TrainConfig, train
-from osft.checkpoint import CheckpointReader
-from osft.config import SubspaceConfig
-from osft.conversion import ModelWeights
 from osft.data.chat import Sample
 from osft.data.packing import Batching, collate
-from osft.likelihood import token_nll
-from osft.models import empty_model
-from osft.preflight import preflight
+from osft.models.checkpoint import CheckpointReader
+from osft.models.conversion import ModelWeights
+from osft.models.likelihood import token_nll
+from osft.models.loading import empty_model
+from osft.settings.training import SubspaceConfig
 from osft.subspace import inject, osft_layers, select_targets
+from osft.subspace.preflight import preflight
 from osft.training.saving import save_merged
 from tests.conftest import byte_tokenizer
 from tests.training.in_process import run_in_process

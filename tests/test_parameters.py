@@ -10,7 +10,7 @@ import pytest
 from osft.evaluation.gate import GateRules
 from osft.kubernetes.settings import PyTorchJobSettings
 from osft.orchestration import CompiledPipeline, pipeline_arguments
-from osft.parameters import Bounds, boolean, check_fields, number
+from osft.settings.parameters import Bounds, boolean, check_fields, number
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from osft import models
-from osft.config import TrainConfig
 from osft.data.files import data_files
+from osft.models import loading
 from osft.orchestration import CompiledPipeline
-from osft.parameters import read_file
-from osft.paths import check_writable, expanded
+from osft.settings.parameters import read_file
+from osft.settings.training import TrainConfig
+from osft.storage.paths import check_writable, expanded
 from pipelines.run_local import local_arguments
 from tests.conftest import arithmetic, write_jsonl
 from tests.test_cli import invoke
@@ -81,7 +81,7 @@ def test_home_folder_is_expanded_wherever_else_a_path_is_taken(home, model_folde
     (home / "model").symlink_to(model_folder)
     write_jsonl(home / "data.jsonl", arithmetic(3))
     (home / "c.yaml").write_text("num_epochs: 3\n")
-    assert models.model_folder("~/model").samefile(home / "model")
+    assert loading.model_folder("~/model").samefile(home / "model")
     assert [file.name for file in data_files("~/data.jsonl")] == ["data.jsonl"]
     assert [file.name for file in data_files("~/*.jsonl")] == ["data.jsonl"]
     assert read_file(Path("~/c.yaml"), "config") == {"num_epochs": 3}

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from osft.data.packing import Batching
-from osft.likelihood import target_logits
-from osft.models import UnsupportedModelError, empty_model
-from osft.preflight import Preflight, preflight
-from osft.random_weights import compute_one_block_of_each_kind, fill_at_random
-from osft.weight_files import DamagedFileError
+from osft.models.likelihood import target_logits
+from osft.models.loading import UnsupportedModelError, empty_model
+from osft.models.weight_files import DamagedFileError
+from osft.subspace.preflight import Preflight, preflight
+from osft.subspace.random_weights import compute_one_block_of_each_kind, fill_at_random
 from tests.conftest import byte_tokenizer
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -128,7 +128,7 @@ def test_targets_logits_are_those_of_models_that_know_no_logits_to_keep(tmp_path
 
 
 def test_plan_says_how_samples_are_fed(model_folder, chats, tmp_path):
-    from osft.config import TrainConfig
+    from osft.settings.training import TrainConfig
     from osft.training.plan import plan
 
     config = TrainConfig(

@@ -10,7 +10,7 @@ import pytest
 
 from docs.generate import CONTRACT, TARGET, covering_tests, render
 from osft import TrainConfig, osft
-from osft.parameters import parameters
+from osft.settings.parameters import parameters
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTED = json.loads(CONTRACT.read_text(encoding="utf-8"))

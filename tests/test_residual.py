@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from osft.residual import decode, encode
+from osft.models.residual import decode, encode
 
 
 def weights(kind: str) -> torch.Tensor:

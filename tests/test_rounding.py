@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from osft.rounding import BLOCK_COLUMNS, generator_of, round_weight
+from osft.models.rounding import BLOCK_COLUMNS, generator_of, round_weight
 
 DTYPES = [torch.bfloat16, torch.float16]
 METHODS = ["nearest", "stochastic", "compensated"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from osft.sealed import DamagedFile, read_sealed, sealed, unsealed, write_sealed
+from osft.storage.sealed import DamagedFile, read_sealed, sealed, unsealed, write_sealed
 
 VALUE = {"steps": 12, "loss": 0.1 + 0.2, "none": None, "nested": {"ä": [1, 2.5, "x"]}, "path": "/a"}
 

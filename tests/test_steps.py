@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from osft import steps
-from osft.config import SubspaceConfig
+from osft import rounds
 from osft.data.records import DataError
-from osft.rounds.resolve import ResolvedRound
-from osft.sealed import DamagedFile, unsealed
-from osft.steps.data import check_chats
-from osft.steps.evaluation import next_scores
-from osft.steps.promotion import below_the_root
-from osft.steps.training import replay_settings
+from osft.rounds.evaluate import next_scores
+from osft.rounds.prepare import check_chats
+from osft.rounds.promote import below_the_root
+from osft.rounds.resolution import ResolvedRound
+from osft.rounds.train import replay_settings
+from osft.settings.training import SubspaceConfig
+from osft.storage.sealed import DamagedFile, unsealed
 from osft.subspace.statistics_store import load_statistics
 from osft.tracking import lineage, runs
 from osft.tracking.lineage import DataManifest
@@ -38,17 +38,17 @@ RESOLVED = ResolvedRound(
 QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25)
 
 
-def new_pod(root: str, run_id: str, tracking: str, mlflow_run_id: str = "") -> steps.Round:
+def new_pod(root: str, run_id: str, tracking: str, mlflow_run_id: str = "") -> rounds.PipelineRun:
     """What a step is given, with an empty scratch folder."""
     shutil.rmtree(os.environ["OSFT_SCRATCH"], ignore_errors=True)
-    return steps.Round(
+    return rounds.PipelineRun(
         storage_root=root, pipeline_run_id=run_id, mlflow_tracking_uri=tracking, mlflow_run_id=mlflow_run_id
     )
 
 
 def begin(where: tuple[str, str, str], base_model: str, data: str, anchor: str) -> tuple[ResolvedRound, str]:
     """The first step, `where` as in `new_pod`."""
-    return steps.resolve_round(
+    return rounds.resolve_round(
         new_pod(*where),
         model_name="tiny",
         base_model=base_model,
@@ -63,9 +63,11 @@ def begin(where: tuple[str, str, str], base_model: str, data: str, anchor: str) 
 
 @pytest.mark.parametrize("name", ["team/model", "model:1", "", "it's", "m" * 300])
 def test_name_that_the_registry_refuses_is_refused_by_the_first_step(tmp_path, name):
-    where = steps.Round(storage_root=str(tmp_path), pipeline_run_id="r", mlflow_tracking_uri="http://127.0.0.1:1")
+    where = rounds.PipelineRun(
+        storage_root=str(tmp_path), pipeline_run_id="r", mlflow_tracking_uri="http://127.0.0.1:1"
+    )
     with pytest.raises(ValueError, match="^model_name"):
-        steps.resolve_round(
+        rounds.resolve_round(
             where,
             model_name=name,
             base_model="m",
@@ -82,7 +84,7 @@ def test_name_that_the_registry_refuses_is_refused_by_the_first_step(tmp_path, n
 @pytest.mark.parametrize("root", ["~", "~/runs", "~root/runs", "$HOME/runs", "~no-such-user/x"])
 def test_storage_root_that_each_pod_would_have_for_itself_is_refused(root):
     with pytest.raises(ValueError, match="each step's pod has a home folder|is not replaced|knows no home folder"):
-        steps.Round(storage_root=root, pipeline_run_id="r")
+        rounds.PipelineRun(storage_root=root, pipeline_run_id="r")
 
 
 def learn(
@@ -90,7 +92,7 @@ def learn(
 ) -> dict:
     """The steps up to training. Returns what they hand on."""
     resolved, parent = begin(where, base_model, data, anchor)
-    prepared = steps.prepare_data(
+    prepared = rounds.prepare_data(
         new_pod(*where, parent),
         base_model=base_model,
         model=resolved.model,
@@ -101,12 +103,12 @@ def learn(
         max_train_samples=0,
         max_validation_samples=0,
     )
-    factors = steps.precompute_svd(
+    factors = rounds.precompute_svd(
         new_pod(*where, parent), model_path=prepared.model_path, data_path=prepared.data_path, subspace=subspace
     )
-    summary = steps.train_osft(
+    summary = rounds.train_osft(
         new_pod(*where, parent),
-        steps.LauncherSettings(),
+        rounds.LauncherSettings(),
         manifest_file=Path(os.environ["OSFT_SCRATCH"]).with_name("manifest"),
         model_path=prepared.model_path,
         data_path=prepared.data_path,
@@ -137,20 +139,20 @@ def measure_and_promote(where: tuple[str, str, str], learned: dict) -> tuple[dic
     """The other steps. Returns the evaluation and the version."""
     handed = {name: value for name, value in learned.items() if name != "replay"}
     pod = (*where, handed.pop("mlflow_run_id"))
-    evaluation = steps.evaluate_model(
+    evaluation = rounds.evaluate_model(
         new_pod(*pod),
         model_name="tiny",
         **handed,
         max_anchor_samples=0,
         gate={"min_gain": {"bound": 0.0}, "max_drift": None, "max_forgetting": None},
     )
-    version = steps.register_model(
+    version = rounds.register_model(
         new_pod(*pod),
         model_name="tiny",
         image="registry.example/osft:1",
         **{name: learned[name] for name in ("checkpoint_path", "data_path", "factors_path")},
     )
-    steps.promote_model(new_pod(*pod), model_name="tiny", version=version, parent_version=learned["parent_version"])
+    rounds.promote_model(new_pod(*pod), model_name="tiny", version=version, parent_version=learned["parent_version"])
     return evaluation, version
 
 
@@ -195,12 +197,12 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     # A set of another ratio lies in the same store; a retried step has no use for it.
     decompose = {"model_path": first["model_path"], "data_path": first["data_path"]}
     pod = (root, "first", tracking, first["mlflow_run_id"])
-    steps.precompute_svd(new_pod(*pod), **decompose, subspace=SubspaceConfig(unfreeze_rank_ratio=0.5))
+    rounds.precompute_svd(new_pod(*pod), **decompose, subspace=SubspaceConfig(unfreeze_rank_ratio=0.5))
     needed = {entry["file"] for entry in json.loads(object_store.files.cat(first["factors_path"]))["weights"].values()}
     before = object_store.names(root)
     capsys.readouterr()
     object_store.requests.clear()
-    assert steps.precompute_svd(new_pod(*pod), **decompose, subspace=QUARTER) == first["factors_path"]
+    assert rounds.precompute_svd(new_pod(*pod), **decompose, subspace=QUARTER) == first["factors_path"]
     assert "factors: computed 0, reused 14 of 14" in capsys.readouterr().out
     assert object_store.names(root) == before
     path = f"/{root.removeprefix('s3://')}/factors/"
@@ -265,7 +267,7 @@ def test_statistics_elsewhere_than_below_the_storage_root_keep_their_address():
 
 
 def test_curve_of_the_step_is_metrics_of_each_part_that_was_tried():
-    from osft.steps.training import curve_of_the_step
+    from osft.rounds.train import curve_of_the_step
 
     tried = [
         {"scale": scale, "loss": 2 - scale, "gain": scale, "standard_error": 0.1, "drift": scale**2}
@@ -279,7 +281,7 @@ def test_curve_of_the_step_is_metrics_of_each_part_that_was_tried():
 
 
 def test_replay_is_of_the_earlier_rounds_whose_data_is_still_there(tmp_path, capsys):
-    round = steps.Round(storage_root=str(tmp_path), pipeline_run_id="third")
+    round = rounds.PipelineRun(storage_root=str(tmp_path), pipeline_run_id="third")
     there, gone = tmp_path / "data" / "there", tmp_path / "data" / "gone"
     (there / "train").mkdir(parents=True)
     (there / "dataset.json").write_text("{}")
@@ -319,7 +321,7 @@ def test_scores_of_a_lineage_have_the_drift_of_every_set_and_what_was_never_meas
 
 
 def test_model_and_data_that_are_fetched_by_name_are_kept_in_the_store(bucket, object_store, monkeypatch):
-    from osft import examples
+    from osft.data import examples
 
     def convert(wheel: object, folder: Path) -> None:
         made.append(folder.name)
@@ -339,9 +341,12 @@ def test_model_and_data_that_are_fetched_by_name_are_kept_in_the_store(bucket, o
 def test_object_store_without_a_tracking_server_is_refused_at_once(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ValueError, match="s3://bucket/osft cannot hold MLflow's database.*MLFLOW_TRACKING_URI"):
-        steps.Round(storage_root="s3://bucket/osft", pipeline_run_id="1")
+        rounds.PipelineRun(storage_root="s3://bucket/osft", pipeline_run_id="1")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    assert steps.Round(storage_root="s3://bucket/osft", pipeline_run_id="1").address() == "s3://bucket/osft/rounds/1"
+    assert (
+        rounds.PipelineRun(storage_root="s3://bucket/osft", pipeline_run_id="1").address()
+        == "s3://bucket/osft/rounds/1"
+    )
 
 
 def test_data_address_with_credentials_is_not_written_down(tmp_path, monkeypatch):
@@ -371,10 +376,10 @@ def test_anchor_with_the_name_of_a_task_is_refused_before_anything_is_computed(
     file = tmp_path / anchor
     file.parent.mkdir(exist_ok=True)
     write_jsonl(file, [{"text": "a"}])
-    monkeypatch.setattr("osft.rounds.resolve.settled_champion", lambda *arguments, **options: None)
+    monkeypatch.setattr("osft.rounds.resolution.settled_champion", lambda *arguments, **options: None)
     if anchor == "numbers.jsonl":
         monkeypatch.setattr(
-            "osft.steps.data.resolve", lambda *arguments, **given: replace(RESOLVED, earlier_tasks=("numbers",))
+            "osft.rounds.resolve.resolve", lambda *arguments, **given: replace(RESOLVED, earlier_tasks=("numbers",))
         )
     with pytest.raises(DataError, match=r"has the name of a task of tiny.*leave it out of anchor_uris"):
         begin((str(tmp_path), anchor, runs.local_tracking_uri(registry_root)), "org/model", str(chats), str(file))
@@ -383,9 +388,9 @@ def test_anchor_with_the_name_of_a_task_is_refused_before_anything_is_computed(
 @pytest.mark.parametrize("name", ["round.json", "evaluation.json", "version.json", "train/training.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
 def test_damaged_file_of_a_round_is_named(name, damage, tmp_path):
-    from osft.steps.round import Round, read_json
+    from osft.rounds.pipeline_run import PipelineRun, read_json
 
-    round = Round(storage_root=str(tmp_path), pipeline_run_id="first")
+    round = PipelineRun(storage_root=str(tmp_path), pipeline_run_id="first")
     file = round.write_record(name, {"decision": {"promote": True}, "loss": 1.25})
     assert read_json(round.address(name)) == {"decision": {"promote": True}, "loss": 1.25}
     content = file.read_bytes()

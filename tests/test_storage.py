@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from osft import TrainConfig, storage, store_client
+from osft import TrainConfig, storage
 from osft.data.files import data_files
 from osft.data.records import read_records
-from osft.store_client import StorageRefused
+from osft.storage import client
+from osft.storage.client import StorageRefused
 
 
 def write(folder: Path, **contents: str) -> Path:
@@ -186,7 +187,7 @@ def test_wrong_and_missing_credentials_are_refused_without_showing_them(bucket, 
 
 
 def test_store_that_does_not_answer_is_named(bucket, monkeypatch):
-    monkeypatch.setattr(store_client, "_ATTEMPTS", 1)
+    monkeypatch.setattr(client, "_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(ConnectionError, match="127.0.0.1:9 does not answer.*Check AWS_ENDPOINT_URL"):
         storage.fetch(f"{bucket}/model")
@@ -212,7 +213,7 @@ def test_full_disk_is_named_before_anything_is_fetched(bucket, object_store, mon
 
 
 def test_missing_extra_is_named(bucket, monkeypatch):
-    store_client._connected.cache_clear()
+    client._connected.cache_clear()
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ValueError, match=r"pip install 'osft\[s3\]'"):

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 BEGIN = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from osft import termination
-from osft.termination import *
+from osft.process import termination
+from osft.process.termination import *
 """
 UNSHARE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 READY = "print('ready', flush=True)\n"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from osft.checkpoint import CheckpointReader
-from osft.conversion import ModelWeights
-from osft.models import empty_model
-from osft.weight_files import DamagedFileError, check_finite, tensor_names
+from osft.models.checkpoint import CheckpointReader
+from osft.models.conversion import ModelWeights
+from osft.models.loading import empty_model
+from osft.models.weight_files import DamagedFileError, check_finite, tensor_names
 from tests.conftest import tiny_llama
 
 

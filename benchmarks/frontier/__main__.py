@@ -9,7 +9,7 @@ A healed SmolLM2-135M learns far domains by many methods. Each run is measured, 
 it learned, how far predictions on other text moved, what became of earlier tasks. Below --storage a finished run is a
 file; the same command goes on where a killed one ended, and several processes share the work: start it twice to use
 two cores. Runs that are published in --results are not made again, if model, texts and settings are the same. The
-manual pages come from Debian's packages (apt-get download), the model and the rest from osft.examples.
+manual pages come from Debian's packages (apt-get download), the model and the rest from osft.data.examples.
 """
 
 import sys
@@ -25,7 +25,7 @@ from benchmarks.frontier.materials import gather
 from benchmarks.frontier.plan import EXPERIMENTS
 from benchmarks.frontier.report import published_runs, write_report
 from benchmarks.frontier.runs import Run, execute_missing, finished
-from osft.console import failures
+from osft.process.console import failures
 
 RESULTS = Path(__file__).parents[1] / "results"
 SECONDS_PER_STEP = {"screen": 2.0, "whole": 6.5}

@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.texts import blocks_of_tokens
-from osft import examples
-from osft.atomic import atomic_path
-from osft.content import folder_sha256
+from osft.data import examples
+from osft.storage.atomic import atomic_path
+from osft.storage.hashes import folder_sha256
 
 MODEL = "example:smollm2-135m-instruct"
 STEPS, LEARNING_RATE, BLOCKS_PER_STEP = 29, 1e-4, 2

@@ -21,7 +21,7 @@ import torch
 from benchmarks.frontier.healed import healed_model
 from benchmarks.frontier.network import Text
 from benchmarks.texts import manual_pages, python_source, scattered_blocks, web_text
-from osft import examples
+from osft.data import examples
 from osft.data.chat import tokenize
 from osft.data.records import read_records
 

@@ -9,7 +9,7 @@ import torch
 
 from osft.data.packing import Batching
 from osft.data.self_written import FORMAT, FORMS, as_samples, write_text
-from osft.sealed import read_sealed, write_sealed
+from osft.storage.sealed import read_sealed, write_sealed
 from osft.subspace import select_targets
 from osft.subspace.calibration import measure, measure_inputs
 from osft.subspace.statistics import Statistics

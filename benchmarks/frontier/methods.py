@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.frontier.measured import BothSides
 from benchmarks.frontier.network import Network
 from benchmarks.peers import LORA_RANK, Peer, adapted
-from osft.config import SubspaceConfig
+from osft.settings.training import SubspaceConfig
 from osft.subspace import inject, merge, osft_layers, refresh, select_targets
 from osft.subspace.statistics import Statistics
 
@@ -25,7 +25,7 @@ class Method:
     ratio: float | None = None
     """Share of the directions that is trained."""
     stiffness: float = 0.0
-    """As osft.config.TrainConfig has it."""
+    """As osft.settings.training.TrainConfig has it."""
     measured_energy: bool = True
     """Whether the gradients' energy s was measured; otherwise it is 1 in every layer."""
     weight_decay: float = 0.0

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from osft.atomic import atomic_path
+from osft.storage.atomic import atomic_path
 
 TOKENS_AT_ONCE = 1024
 

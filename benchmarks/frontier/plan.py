@@ -12,7 +12,7 @@ from benchmarks.frontier.summary import EARLIER
 FULL, LORA = Method(kind="full"), Method(kind="lora")
 WEIGHTS, PEFT_OSF = Method(kind="weights", ratio=0.25), Method(kind="peft_osf", ratio=0.25)
 BEST = Method(kind="activations", ratio=0.25, stiffness=10000.0)
-"""The pipeline's default (osft.config)."""
+"""The pipeline's default (osft.settings.training)."""
 
 
 PROSE = replace(BEST, opened=False)

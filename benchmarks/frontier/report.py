@@ -17,8 +17,8 @@ from benchmarks.frontier.methods import Method
 from benchmarks.frontier.plan import BEST, EXPERIMENTS, LIMITS, PICTURED, Experiment
 from benchmarks.frontier.runs import Run
 from benchmarks.frontier.summary import EARLIER, FULL, Results, curves_by_method, forgetting, summarize
-from osft.atomic import atomic_path
 from osft.evaluation.report.svg import LINES, log_scale, plot_style
+from osft.storage.atomic import atomic_path
 
 Row = list[str]
 

@@ -20,8 +20,8 @@ from benchmarks.frontier.methods import Method
 from benchmarks.frontier.network import Reference, measure, reference
 from benchmarks.frontier.training import samples_of_steps, train
 from benchmarks.machine import describe_machine
-from osft.atomic import write_json
-from osft.lock import exclusive
+from osft.storage.atomic import write_json
+from osft.storage.lock import exclusive
 
 SCALES = (1.0, 0.75, 0.5, 0.25)
 """Of the update from the base: every run gives so many points."""

@@ -59,18 +59,18 @@ def evaluate_model(
     """
     import shutil
 
-    from osft import steps
-    from osft.errors import tell_in_one_line
+    from osft import rounds
+    from osft.process.errors import tell_in_one_line
 
     tell_in_one_line()
 
-    round = steps.Round(
+    round = rounds.PipelineRun(
         storage_root=storage_root,
         pipeline_run_id=pipeline_run_id,
         mlflow_run_id=mlflow_run_id,
         mlflow_tracking_uri=mlflow_tracking_uri,
     )
-    evaluation = steps.evaluate_model(
+    evaluation = rounds.evaluate_model(
         round,
         model_name=model_name,
         base_model_path=base_model_path,

@@ -44,9 +44,9 @@ def precompute_svd(
     Returns:
         Output: Manifest of the factor set.
     """
-    from osft import SubspaceConfig, steps
-    from osft.errors import tell_in_one_line
-    from osft.parameters import parameters
+    from osft import SubspaceConfig, rounds
+    from osft.process.errors import tell_in_one_line
+    from osft.settings.parameters import parameters
 
     tell_in_one_line()
 
@@ -59,8 +59,8 @@ def precompute_svd(
     }
     known = parameters(SubspaceConfig)
     settings |= {name: value for name, value in more_settings.items() if name in known}
-    return steps.precompute_svd(
-        steps.Round(
+    return rounds.precompute_svd(
+        rounds.PipelineRun(
             storage_root=storage_root,
             pipeline_run_id=pipeline_run_id,
             mlflow_run_id=mlflow_run_id,

@@ -50,13 +50,13 @@ def prepare_data(
     """
     from collections import namedtuple
 
-    from osft import steps
-    from osft.errors import tell_in_one_line
+    from osft import rounds
+    from osft.process.errors import tell_in_one_line
 
     tell_in_one_line()
 
-    prepared = steps.prepare_data(
-        steps.Round(
+    prepared = rounds.prepare_data(
+        rounds.PipelineRun(
             storage_root=storage_root,
             pipeline_run_id=pipeline_run_id,
             mlflow_run_id=mlflow_run_id,

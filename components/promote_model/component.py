@@ -27,13 +27,13 @@ def promote_model(
         mlflow_run_id: MLflow run of the pipeline run.
         pipeline_run_id: Id of the pipeline run.
     """
-    from osft import steps
-    from osft.errors import tell_in_one_line
+    from osft import rounds
+    from osft.process.errors import tell_in_one_line
 
     tell_in_one_line()
 
-    steps.promote_model(
-        steps.Round(
+    rounds.promote_model(
+        rounds.PipelineRun(
             storage_root=storage_root,
             pipeline_run_id=pipeline_run_id,
             mlflow_run_id=mlflow_run_id,

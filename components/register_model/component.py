@@ -33,13 +33,13 @@ def register_model(
     Returns:
         Output: The model version.
     """
-    from osft import steps
-    from osft.errors import tell_in_one_line
+    from osft import rounds
+    from osft.process.errors import tell_in_one_line
 
     tell_in_one_line()
 
-    return steps.register_model(
-        steps.Round(
+    return rounds.register_model(
+        rounds.PipelineRun(
             storage_root=storage_root,
             pipeline_run_id=pipeline_run_id,
             mlflow_run_id=mlflow_run_id,

@@ -56,13 +56,13 @@ def resolve_round(
     """
     from collections import namedtuple
 
-    from osft import steps
-    from osft.errors import tell_in_one_line
+    from osft import rounds
+    from osft.process.errors import tell_in_one_line
 
     tell_in_one_line()
 
-    found, mlflow_run_id = steps.resolve_round(
-        steps.Round(
+    found, mlflow_run_id = rounds.resolve_round(
+        rounds.PipelineRun(
             storage_root=storage_root, pipeline_run_id=pipeline_run_id, mlflow_tracking_uri=mlflow_tracking_uri
         ),
         model_name=model_name,

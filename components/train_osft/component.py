@@ -84,8 +84,8 @@ def train_osft(
         manifest: The PyTorchJob, or the local command, written before it is started.
         metrics: Loss, counts, time and memory.
     """
-    from osft import steps
-    from osft.errors import tell_in_one_line
+    from osft import rounds
+    from osft.process.errors import tell_in_one_line
 
     tell_in_one_line()
 
@@ -111,14 +111,14 @@ def train_osft(
         "nproc_per_node": nproc_per_node or None,
         "seed": seed,
     }
-    summary = steps.train_osft(
-        steps.Round(
+    summary = rounds.train_osft(
+        rounds.PipelineRun(
             storage_root=storage_root,
             pipeline_run_id=pipeline_run_id,
             mlflow_run_id=mlflow_run_id,
             mlflow_tracking_uri=mlflow_tracking_uri,
         ),
-        steps.LauncherSettings(
+        rounds.LauncherSettings(
             launcher=launcher,
             pytorchjob=pytorchjob,
             training_image=training_image,

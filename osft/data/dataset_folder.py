@@ -26,9 +26,9 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from osft import storage
-from osft.content import file_sha256, files_sha256
 from osft.data.chat import IGNORE, Sample
-from osft.sealed import DamagedFile, read_sealed, write_sealed
+from osft.storage.hashes import file_sha256, files_sha256
+from osft.storage.sealed import DamagedFile, read_sealed, write_sealed
 
 FORMAT = 4
 """Part of every dataset's hash: raise it when a preparation or the layout changes."""

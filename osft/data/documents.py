@@ -9,7 +9,6 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from osft import storage
-from osft.atomic import atomic_path
 from osft.data.dataset_folder import (
     DatasetWriter,
     PreparedData,
@@ -24,6 +23,7 @@ from osft.data.files import data_files
 from osft.data.records import DataError
 from osft.data.rows import read_rows
 from osft.data.split import check_sides, check_validation, is_held_out
+from osft.storage.atomic import atomic_path
 
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20

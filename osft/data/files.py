@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from osft import storage
-from osft.atomic import atomic_path
-from osft.paths import expanded
+from osft.storage.atomic import atomic_path
+from osft.storage.paths import expanded
 
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 

@@ -3,7 +3,7 @@
 Packed, samples follow each other in one row; their position ids start again at 0, which is how `transformers`
 recognizes packed samples and keeps them from attending to each other. A model that cannot keep them apart (a recurrent
 state runs through the row) gets one sample a row: rows are filled up on the right, where a causal model does not look.
-Which of the two a model needs is measured (`osft.preflight`).
+Which of the two a model needs is measured (`osft.subspace.preflight`).
 """
 
 from collections.abc import Iterator, Sequence

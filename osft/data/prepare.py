@@ -10,7 +10,6 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from osft import storage
-from osft.atomic import atomic_path
 from osft.data.chat import tokenize
 from osft.data.dataset_folder import (
     DatasetWriter,
@@ -27,6 +26,7 @@ from osft.data.record_hashes import HASH, RECORDS_FILE, short_hash, write_hashes
 from osft.data.records import DataError, Record, read_records, report_lines
 from osft.data.split import check_sides, check_validation, held_out_prompts
 from osft.data.template_keys import replaced_roles
+from osft.storage.atomic import atomic_path
 
 
 def prepare(

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from osft import storage
-from osft.atomic import atomic_path
 from osft.data import rows
 from osft.data.dataset_folder import (
     DatasetWriter,
@@ -28,6 +27,7 @@ from osft.data.files import data_files
 from osft.data.processed_row import COLUMNS, check_columns, check_row
 from osft.data.records import DataError
 from osft.data.split import check_sides, check_validation, is_held_out
+from osft.storage.atomic import atomic_path
 
 
 def import_processed(

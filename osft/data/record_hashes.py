@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from osft.atomic import atomic_path
 from osft.data.records import Record
+from osft.storage.atomic import atomic_path
 
 HASH = np.dtype("S16")
 """Compares as bytes. The zeros at the end that Python does not show are there in the array's memory."""

@@ -14,7 +14,6 @@ import numpy as np
 from datasets import load_from_disk
 
 from osft import storage
-from osft.atomic import atomic_path
 from osft.data.chat import Sample
 from osft.data.dataset_folder import (
     DatasetWriter,
@@ -25,6 +24,7 @@ from osft.data.dataset_folder import (
     load_split,
     publish_dataset,
 )
+from osft.storage.atomic import atomic_path
 
 
 def draw_replay(

@@ -28,8 +28,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from osft.atomic import atomic_path
 from osft.data.chat import Sample
+from osft.storage.atomic import atomic_path
 
 NUM_TOKENS = {2048: 3072, 4096: 6144, 8192: 12288, 16384: 24576, 32768: 49152}
 """The widest input of the model's layers, at most, and how many tokens are written by default: 1.5 for each dimension.

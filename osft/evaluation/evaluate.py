@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from osft.checkpoint import CheckpointReader
 from osft.data.files import data_name
 from osft.data.records import DataError, Record, read_records
 from osft.evaluation.drift import drift_dtype
 from osft.evaluation.measure import MeasuredModel
 from osft.evaluation.score_store import ScoreStore
 from osft.evaluation.scoring import RecordScores, changes, describe_accuracy
-from osft.models import model_folder
+from osft.models.checkpoint import CheckpointReader
+from osft.models.loading import model_folder
 
 MODELS = ("base", "champion", "candidate")
 """What a round compares, in this order; the first round has no champion."""
@@ -69,7 +69,7 @@ def evaluate(
     files of `benchmark_folder` among them, with the first `max_benchmark_samples` questions of each (0: all).
     num_examples: of the new task and of each earlier one, how many records are shown with the models' answers.
 
-    Returns a plain dict, which `osft.steps` completes and writes as `evaluation.json`:
+    Returns a plain dict, which `osft.rounds` completes and writes as `evaluation.json`:
 
     - `task`, `created`, `models[model]["path"]`, `sets[name]`: `role`, `source`, `num_samples`, `notes` on its
       accuracy

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
-from osft.parameters import boolean, number, refuse_unknown
+from osft.settings.parameters import boolean, number, refuse_unknown
 
 METRICS = ("loss", "accuracy")
 KL = "kl"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
-from osft.conversion import fill_exact_
 from osft.data.packing import Batching
 from osft.data.records import Record
 from osft.evaluation.drift import RecordDrift, measure_drift
@@ -21,8 +20,9 @@ from osft.evaluation.scoring import (
     generate,
     score_records,
 )
-from osft.models import load_model
-from osft.preflight import preflight
+from osft.models.conversion import fill_exact_
+from osft.models.loading import load_model
+from osft.subspace.preflight import preflight
 
 if TYPE_CHECKING:
     from osft.evaluation.benchmarks import Benchmarks

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from osft import storage
-from osft.content import folder_sha256
+from osft.storage.hashes import folder_sha256
 
 FORMAT = 2
 """Part of every key: raise it when what is stored, or how it is computed, changes."""

@@ -25,7 +25,7 @@ from osft.data.chat import Sample, tokenize
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.data.records import Record
 from osft.data.template_keys import with_known_roles
-from osft.likelihood import cross_entropy, target_logits
+from osft.models.likelihood import cross_entropy, target_logits
 
 SHORT_ANSWER_TOKENS = 16
 """A set has an exact-match accuracy if no answer is longer than this."""

@@ -27,7 +27,6 @@ import urllib3
 import yaml
 from kubernetes.client.exceptions import ApiException
 
-from osft.exit_codes import FIRST_RETRYABLE
 from osft.kubernetes.api import AlreadyExists, ClusterApi
 from osft.kubernetes.log_position import LogPosition
 from osft.kubernetes.manifest import SPEC_HASH, differences
@@ -41,6 +40,7 @@ from osft.kubernetes.pods import (
     root_failure,
     waiting_reason,
 )
+from osft.process.exit_codes import FIRST_RETRYABLE
 from osft.training.job import JobStatus, JobUnreachable, Phase
 
 _LAST_LINES = 40

@@ -43,7 +43,7 @@ SPEC_HASH = "osft/spec-hash"
 
 APP_LABEL = {"app.kubernetes.io/name": "osft-training"}
 _SCRATCH = "/scratch"
-_LOCK_SECONDS = 180  # a dead pod's folder is free after a minute without a sign of life (osft.lock)
+_LOCK_SECONDS = 180  # a dead pod's folder is free after a minute without a sign of life (osft.storage.lock)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

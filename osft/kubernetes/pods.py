@@ -8,7 +8,7 @@ from typing import Any
 
 from kubeflow.training.constants import constants
 
-from osft.exit_codes import CONNECTION_LOST, INTERRUPTED
+from osft.process.exit_codes import CONNECTION_LOST, INTERRUPTED
 
 _CONTAINER = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]["container"]
 _STARTING = {"ContainerCreating", "PodInitializing"}

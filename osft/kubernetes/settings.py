@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from osft.parameters import Bounds, check_fields, parameters, refuse_unknown, whole_numbers
+from osft.settings.parameters import Bounds, check_fields, parameters, refuse_unknown, whole_numbers
 from osft.training.job import Limits
 
 _QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")  # of Kubernetes: 500m, 4, 16Gi

@@ -3,11 +3,11 @@
 import os
 from pathlib import PurePosixPath
 
-from osft.config import TrainConfig
 from osft.kubernetes.api import ClusterApi, own_namespace
 from osft.kubernetes.launcher import PyTorchJobLauncher
 from osft.kubernetes.manifest import JobIdentity, JobOwner, Storage, build_manifest, job_name, label_value
 from osft.kubernetes.settings import PyTorchJobSettings
+from osft.settings.training import TrainConfig
 from osft.training.command import train_arguments
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from osft.evaluation.gate import GateRules
-from osft.parameters import boolean, number, read_file, refuse_unknown
+from osft.settings.parameters import boolean, number, read_file, refuse_unknown
 from osft.tracking.addresses import check_model_name
 
 _TYPES: dict[str, type] = {

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from osft import exit_codes
-from osft.console import errors, failures, output
 from osft.orchestration import (
     CompiledPipeline,
     RunStatus,
@@ -38,7 +36,9 @@ from osft.orchestration.display import follow_in_terminal, runs_table, schedules
 from osft.orchestration.pipelines import LATEST
 from osft.orchestration.runs import EXPERIMENT
 from osft.orchestration.schedules import recurring_run
-from osft.paths import expanded
+from osft.process import exit_codes
+from osft.process.console import errors, failures, output
+from osft.storage.paths import expanded
 
 if TYPE_CHECKING:
     import kfp

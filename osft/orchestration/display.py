@@ -8,10 +8,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from osft.console import output
 from osft.orchestration.pipelines import LATEST
 from osft.orchestration.runs import RunStatus, follow
 from osft.orchestration.schedules import Schedule
+from osft.process.console import output
 
 if TYPE_CHECKING:
     import kfp

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from osft.errors import explained
 from osft.orchestration.connection import NotFoundError, all_pages, api_errors, links_to_stderr, named
-from osft.paths import expanded
+from osft.process.errors import explained
+from osft.storage.paths import expanded
 
 if TYPE_CHECKING:
     import kfp

@@ -16,10 +16,10 @@ from typing import IO
 import numpy as np
 
 from osft import storage
-from osft.atomic import atomic_path
 from osft.data.record_hashes import HASH, Hashes, contains, record_hash
 from osft.data.records import DataError, Record
 from osft.rounds.sources import Source
+from osft.storage.atomic import atomic_path
 from osft.tracking.lineage import DataManifest
 
 _CHUNK = 1 << 11

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from osft.data.chat import Sample
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
-from osft.likelihood import ELEMENTS_AT_ONCE, cross_entropy, target_logits
+from osft.models.likelihood import ELEMENTS_AT_ONCE, cross_entropy, target_logits
 from osft.subspace.moment_sums import OUTPUT_TOKENS, MomentSums
 from osft.subspace.statistics import Part, Statistics
 from osft.subspace.targets import Target

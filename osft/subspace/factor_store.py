@@ -10,7 +10,7 @@ however its rank was chosen. The same key can stand for other bases: signs and r
 file and the manifest hold the hash of the bases, too, and a set's key depends on it.
 
     what happens                            what the next run does
-    a run is killed                         computes the weight at hand and what follows (`osft.atomic`)
+    a run is killed                         computes the weight at hand and what follows (`osft.storage.atomic`)
     two runs compute at once                both use the file that was written first
     a file is missing, cut or damaged       precompute says so and computes it again; load_factor_set raises
     a manifest is damaged                   precompute writes it again; load_factor_set raises
@@ -31,13 +31,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from osft import storage
-from osft.atomic import atomic_path
-from osft.checkpoint import CheckpointReader, tensor_sha256
-from osft.config import Protect, SubspaceConfig
-from osft.content import named_sha256
-from osft.conversion import ModelWeights
-from osft.models import empty_model
-from osft.sealed import DamagedFile, read_sealed, write_sealed
+from osft.models.checkpoint import CheckpointReader, tensor_sha256
+from osft.models.conversion import ModelWeights
+from osft.models.loading import empty_model
+from osft.settings.training import Protect, SubspaceConfig
+from osft.storage.atomic import atomic_path
+from osft.storage.hashes import named_sha256
+from osft.storage.sealed import DamagedFile, read_sealed, write_sealed
 from osft.subspace.decomposition import (
     Factors,
     SplitKind,

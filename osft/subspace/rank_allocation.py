@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from osft.config import SubspaceConfig
 from osft.data.chat import Sample
 from osft.data.packing import Batching, collate, plan_micro_batches
-from osft.likelihood import target_logits
-from osft.models import load_model
+from osft.models.likelihood import target_logits
+from osft.models.loading import load_model
+from osft.settings.training import SubspaceConfig
 from osft.subspace.decomposition import unfrozen_rank
 from osft.subspace.targets import Target, transformer_blocks
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from osft.checkpoint import tensor_sha256
-from osft.content import named_sha256
+from osft.models.checkpoint import tensor_sha256
+from osft.storage.hashes import named_sha256
 from osft.subspace.second_moment import SecondMoment
 
 

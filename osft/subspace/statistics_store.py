@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from osft import storage
-from osft.atomic import atomic_path
-from osft.sealed import DamagedFile, read_sealed, write_sealed
+from osft.storage.atomic import atomic_path
+from osft.storage.sealed import DamagedFile, read_sealed, write_sealed
 from osft.subspace.second_moment import SecondMoment
 from osft.subspace.statistics import (
     OUTPUT,

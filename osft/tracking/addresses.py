@@ -1,4 +1,4 @@
-"""Addresses of MLflow and names in it, checked before they are used, and what MLflow's errors mean.
+"""Addresses of MLflow and names in it, checked before they are used.
 
 MLflow finds out late, and says it in many ways: a host without `http://` is a folder to it, which its version 3 refuses
 with a paragraph on migration; a database in a folder's place is tried for four minutes; a registry's name is checked
@@ -10,23 +10,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from osft.errors import ExhaustedError, UnusableError, explained, one_line
-from osft.paths import expanded
-
-if TYPE_CHECKING:
-    from mlflow.exceptions import MlflowException
+from osft.process.errors import UnusableError, explained, one_line
+from osft.storage.paths import expanded
 
 _HOST = re.compile(r"(localhost|\[[0-9a-fA-F:]+\]|[\w-]+(\.[\w-]+)*)(:\d{1,5})(/.*)?|localhost(/.*)?")
 _SQLITE = "sqlite:///"
 _FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
 """MLflow's own way to go on with runs in files."""
-
-
-class TrackingRefused(PermissionError, ValueError):
-    """The tracking server takes no requests with these credentials."""
 
 
 def checked_address(uri: str, *, make: bool = True) -> str:
@@ -123,39 +115,6 @@ def check_model_name(name: str) -> None:
         _validate_model_name(name)
     except MlflowException as error:
         raise ValueError(f"model_name {name!r}: {one_line(error)} {remedy}") from None
-
-
-def explained_mlflow(error: "MlflowException", uri: str = "") -> Exception:
-    """What a user can do about an error of MLflow, in one line: ConnectionError if the server does not answer."""
-    server = f"the MLflow server {uri}".rstrip()
-    status = error.get_http_status_code()
-    text = one_line(error)
-    if status in (401, 403):
-        user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-        return TrackingRefused(
-            f"{uri or server} does not take the credentials of {f'the user {user}' if user else 'this process'}. Set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-        )
-    if "disk is full" in text or "disk I/O error" in text:
-        return ExhaustedError(f"MLflow's database: {_shortened(text)}. Free space, or move it")
-    if "readonly database" in text:
-        return UnusableError("MLflow's database cannot be written to. Change its permissions, or give another address")
-    if text.startswith("API request to"):
-        answered = re.search(r"error code (\d+)", text)
-        code = int(answered[1]) if answered else status
-        if "not in a valid JSON format" in text or code == 501 or (code < 500 and code not in (408, 425, 429)):
-            return UnusableError(f"{server} does not answer as one: {_shortened(text)}. Check the address")
-        reason = re.search(r"(?<=\] )[^\"')\]]+(?=[\"')])|error code \d+|\d+ error responses|timed out", text)
-        said = f" ({reason[0].lower()})" if reason else ""
-        return ConnectionError(f"{server} does not answer{said}. Start it, or check the address and the network")
-    if status in (429, 502, 503, 504):
-        return ConnectionError(f"{server} fails: {_shortened(text)}. Try again")
-    return UnusableError(f"MLflow refuses: {_shortened(text)}")
-
-
-def _shortened(text: str) -> str:
-    """The first sentences of a message, without the SQL that MLflow appends."""
-    return re.split(r" \[SQL: | \(Background on this error", text)[0][:400].rstrip(". ")
 
 
 @contextmanager

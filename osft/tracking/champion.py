@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from osft import storage
-from osft.sealed import DamagedFile, sealed, unsealed
+from osft.storage.sealed import DamagedFile, sealed, unsealed
 from osft.tracking.registry import CHAMPION, champion
 from osft.tracking.runs import DECISION_TAG
 

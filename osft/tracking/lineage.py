@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from osft.atomic import atomic_path, write_json
-from osft.content import file_sha256
 from osft.data.record_hashes import RECORDS_FILE, Hashes, read_hashes, union, write_hashes
 from osft.evaluation.matrix import Score, negated
-from osft.origin import StoredStatistics
+from osft.models.origin import StoredStatistics
+from osft.storage.atomic import atomic_path, write_json
+from osft.storage.hashes import file_sha256
 from osft.tracking.registry import LINEAGE
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from osft import storage
-from osft.config import TrainConfig
-from osft.errors import explained, one_line
+from osft.process.errors import explained, one_line
+from osft.settings.training import TrainConfig
 from osft.training.callbacks import TrainingCallback, TrainingContext
 
 _SETTINGS = ("project", "entity", "run_name")

@@ -9,8 +9,8 @@ champion moves by compare-and-set (`osft.tracking.champion`).
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osft.content import folder_sha256
-from osft.origin import MODEL_CARD
+from osft.models.origin import MODEL_CARD
+from osft.storage.hashes import folder_sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -39,8 +39,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osft import storage
-from osft.parameters import number
-from osft.tracking.addresses import bounded_requests, checked_address, explained_mlflow
+from osft.process.mlflow_errors import explained_mlflow
+from osft.settings.parameters import number
+from osft.tracking.addresses import bounded_requests, checked_address
 from osft.tracking.datasets import Context, dataset_input
 from osft.tracking.outbox import MetricOutbox
 from osft.tracking.system_metrics import system_metrics

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from osft.config import TrainConfig
-from osft.errors import explained
+from osft.process.errors import explained
+from osft.process.mlflow_errors import explained_mlflow
+from osft.settings.training import TrainConfig
 from osft.tracking import runs
-from osft.tracking.addresses import bounded_requests, explained_mlflow
+from osft.tracking.addresses import bounded_requests
 from osft.tracking.live_metrics import LiveMetrics
 from osft.tracking.loggers import TensorBoard, wandb_run
 from osft.tracking.outbox import MetricOutbox

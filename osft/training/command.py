@@ -3,8 +3,8 @@
 import json
 import re
 
-from osft.config import TrainConfig
-from osft.parameters import parameters
+from osft.settings.parameters import parameters
+from osft.settings.training import TrainConfig
 
 _CREDENTIALS = re.compile(r"://[^/\s]*:[^/\s]*@")
 

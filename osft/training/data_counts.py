@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from osft import storage
-from osft.config import TrainConfig
 from osft.data.chat import Sample, tokenize
 from osft.data.records import DataError, read_records
 from osft.data.rows import read_rows
 from osft.data.split import held_out_prompts, is_held_out
-from osft.preflight import TOKENIZER_FILES
+from osft.settings.training import TrainConfig
+from osft.subspace.preflight import TOKENIZER_FILES
 
 MAX_COUNTED = 1000
 """Up to so many records are tokenized; of more, so many that are spread evenly."""

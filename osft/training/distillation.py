@@ -15,10 +15,10 @@ from itertools import pairwise
 
 from torch import nn
 
-from osft.config import TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import Feeding
 from osft.data.samples import SampleList, Samples
+from osft.settings.training import TrainConfig
 from osft.training.teacher import TaughtBatch, taught
 
 

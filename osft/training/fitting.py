@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from osft.config import TrainConfig
 from osft.data.packing import Feeding
 from osft.data.samples import Samples
+from osft.settings.training import TrainConfig
 from osft.subspace.model import osft_layers
 from osft.subspace.weight import OSFTWeight, local
 from osft.training.held_out import sample_nll

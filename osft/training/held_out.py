@@ -5,7 +5,7 @@ from torch import nn
 
 from osft.data.packing import Feeding
 from osft.data.samples import Samples
-from osft.likelihood import token_nll
+from osft.models.likelihood import token_nll
 
 
 @torch.no_grad()

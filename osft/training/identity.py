@@ -25,10 +25,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from osft.checkpoint import EXACT
-from osft.config import TrainConfig
-from osft.content import files_sha256, named_sha256
-from osft.parameters import parameters
+from osft.models.checkpoint import EXACT
+from osft.settings.parameters import parameters
+from osft.settings.training import TrainConfig
+from osft.storage.hashes import files_sha256, named_sha256
 
 MADE_OF = "made_of"
 _PATHS = {

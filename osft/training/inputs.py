@@ -13,12 +13,12 @@ import torch
 from transformers import AutoConfig
 
 from osft import storage
-from osft.checkpoint import CheckpointReader
-from osft.config import SubspaceConfig, TrainConfig
 from osft.data.packing import Batching
-from osft.models import model_folder
-from osft.preflight import Preflight, check_data, preflight
+from osft.models.checkpoint import CheckpointReader
+from osft.models.loading import model_folder
+from osft.settings.training import SubspaceConfig, TrainConfig
 from osft.subspace.factor_store import FactorSet, load_factor_set, precompute, precompute_by_inputs
+from osft.subspace.preflight import Preflight, check_data, preflight
 from osft.subspace.rank_allocation import measure_importance
 from osft.subspace.statistics_store import load_statistics
 from osft.training.own_process import in_own_process

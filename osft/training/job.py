@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from osft.exit_codes import INTERRUPTED
+from osft.process.exit_codes import INTERRUPTED
 from osft.training.callbacks import Follower, TrainingCallback
 
 _REPEAT_SECONDS = 300.0  # how often an unchanged waiting is reported

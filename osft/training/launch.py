@@ -1,8 +1,8 @@
 """Starting the training processes of one node from a function call, and waiting for them.
 
 What happens to a run that does not end well: if a process dies, torchrun's agent stops the others and the call raises
-with the first one's own traceback. If the caller is told to end (SIGTERM, an interrupt: `osft.termination`) or is
-killed, the processes save their training state and end. If the machine goes, what was saved last is there. The next
+with the first one's own traceback. If the caller is told to end (SIGTERM, an interrupt: `osft.process.termination`) or
+is killed, the processes save their training state and end. If the machine goes, what was saved last is there. The next
 call with the same settings and `resume="auto"` goes on from it. Two calls at once for one folder: the second is
 refused.
 """
@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from osft import storage
-from osft.atomic import write_json
-from osft.config import TrainConfig
-from osft.content import file_sha256
-from osft.errors import note_in
-from osft.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
-from osft.lock import exclusive
-from osft.sealed import write_sealed
-from osft.termination import CAN_PASS_ON, children, passing_on
+from osft.process.errors import note_in
+from osft.process.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
+from osft.process.termination import CAN_PASS_ON, children, passing_on
+from osft.settings.training import TrainConfig
+from osft.storage.atomic import write_json
+from osft.storage.hashes import file_sha256
+from osft.storage.lock import exclusive
+from osft.storage.sealed import write_sealed
 from osft.training.callbacks import Follower, TrainingCallback
 from osft.training.disk_space import check_disk_space
 from osft.training.identity import MADE_OF, model_contents
@@ -61,7 +61,7 @@ _SAVE_SECONDS = 120  # to save the training state in, when the run is asked to e
 
 
 class TrainingFailed(RuntimeError):
-    """Training failed or was interrupted, and what a process should end with that tells of it (osft.exit_codes)."""
+    """Training failed or was interrupted, and what a process should end with that tells of it (`exit_codes`)."""
 
     def __init__(self, message: str, exit_code: int, *, reason: str = "") -> None:
         super().__init__(message)

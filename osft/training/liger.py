@@ -10,7 +10,7 @@ import importlib.util
 import torch
 from transformers import PreTrainedModel
 
-from osft.config import TrainConfig
+from osft.settings.training import TrainConfig
 
 
 def liger_wanted(config: TrainConfig) -> bool:
@@ -31,5 +31,5 @@ def apply_liger(model: PreTrainedModel) -> None:
     if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         print(f"train: Liger has no kernels for {model.config.model_type}, training goes on without", flush=True)
         return
-    # The loss is ours: only the tokens that count get logits (osft.likelihood).
+    # The loss is ours: only the tokens that count get logits (osft.models.likelihood).
     monkey_patch._apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from osft.config import TrainConfig
 from osft.data.packing import Batching, Feeding, MicroBatch
 from osft.data.samples import Samples
-from osft.exit_codes import INTERRUPTED
-from osft.likelihood import token_nll
-from osft.origin import RoundingLoss
+from osft.models.likelihood import token_nll
+from osft.models.origin import RoundingLoss
+from osft.process.exit_codes import INTERRUPTED
+from osft.settings.training import TrainConfig
 from osft.subspace.model import refresh
 from osft.training.distillation import NOTHING_DISTILLED, Distillation, DistilledText
 from osft.training.fitting import FittedStep, fit_step
@@ -64,8 +64,8 @@ class StepMetrics:
     step_drift: float | None = None
     """How far it moves the model on its own text, nats per token."""
     update_lost: float | None = None
-    """Of the last of these models, what rounding its weights did to the update (`osft.origin.RoundingLoss`). Rank 0
-    measures it."""
+    """Of the last of these models, what rounding its weights did to the update (`osft.models.origin.RoundingLoss`).
+    Rank 0 measures it."""
     rounding_error: float | None = None
     frozen_share: float | None = None
 

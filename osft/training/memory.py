@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from osft.data.packing import MicroBatch
-from osft.likelihood import ELEMENTS_AT_ONCE, target_logits
+from osft.models.likelihood import ELEMENTS_AT_ONCE, target_logits
 from osft.subspace.model import osft_layers
 from osft.subspace.targets import transformer_blocks
 from osft.training.sharded_model import local_rows

@@ -13,7 +13,7 @@ does nothing. `osft.storage` lists what lies below the URI, who writes it and wh
 - The summary goes last, when everything else is there.
 
 Nothing keeps two runs on different machines from writing to one URI at once: give each its own. What lies below a path
-is owned by one process at a time (`osft.lock`); one that was taken over ends before it writes a model, state or
+is owned by one process at a time (`osft.storage.lock`); one that was taken over ends before it writes a model, state or
 summary.
 """
 
@@ -26,9 +26,9 @@ from pathlib import Path
 from types import TracebackType
 
 from osft import storage
-from osft.atomic import atomic_path
-from osft.config import TrainConfig
-from osft.lock import check_owner
+from osft.settings.training import TrainConfig
+from osft.storage.atomic import atomic_path
+from osft.storage.lock import check_owner
 
 INTERVAL_SECONDS = 10.0
 METRICS, SUMMARY, SETTINGS = "metrics.jsonl", "training.json", "config.json"
@@ -50,7 +50,7 @@ def output_folder(config: TrainConfig) -> Path:
 def fill(config: TrainConfig, output: Path) -> None:
     """Make this node's folder what a run resumes from. Models are not fetched; hf_format says that there are some.
 
-    The caller owns the folder (`osft.lock`). Raises as `storage.files`.
+    The caller owns the folder (`osft.storage.lock`). Raises as `storage.files`.
     """
     uri = config.ckpt_output_dir
     if not storage.is_remote(uri):

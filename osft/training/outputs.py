@@ -18,12 +18,12 @@ from types import FrameType
 import torch
 from transformers import PreTrainedModel
 
-from osft.config import TrainConfig
-from osft.conversion import ModelWeights
 from osft.data.dataset_folder import open_dataset
 from osft.data.samples import Samples
-from osft.model_card import model_card
-from osft.origin import MODEL_CARD, ORIGIN, Origin, base_of
+from osft.models.conversion import ModelWeights
+from osft.models.model_card import model_card
+from osft.models.origin import MODEL_CARD, ORIGIN, Origin, base_of
+from osft.settings.training import TrainConfig
 from osft.training.calibration import BlockMoments
 from osft.training.identity import MADE_OF
 from osft.training.loop import Position, StepMetrics, WrittenModel
@@ -125,7 +125,14 @@ class Outputs:
                 base_folder=self._stored.folder,
                 dataset=open_dataset(self._dataset).statistics,
                 replay=open_dataset(self._replay).statistics if self._replay else None,
-                metrics=metrics,
+                scores={
+                    "training loss of the last step": metrics.loss,
+                    "validation loss": metrics.validation_loss,
+                    "steps": metrics.step,
+                    "epochs": metrics.epoch,
+                    "samples": metrics.samples,
+                    "tokens": metrics.tokens,
+                },
                 name=name,
             )
             return {MODEL_CARD: card, ORIGIN: origin.to_json()}

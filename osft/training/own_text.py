@@ -17,11 +17,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from osft import storage
-from osft.config import SubspaceConfig, TrainConfig
 from osft.data.samples import SampleList
 from osft.data.self_written import FORMAT, as_samples, default_num_tokens, write_text
-from osft.models import empty_model, load_model
-from osft.sealed import read_sealed, write_sealed
+from osft.models.loading import empty_model, load_model
+from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.storage.sealed import read_sealed, write_sealed
 from osft.subspace.targets import Target, select_targets
 from osft.training.identity import model_contents
 from osft.training.own_process import answer, in_own_process

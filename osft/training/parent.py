@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 
-from osft.exit_codes import INTERRUPTED
+from osft.process.exit_codes import INTERRUPTED
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
 # Loaded beforehand: between fork and exec, where the function may be called, nothing should be.

@@ -13,14 +13,14 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from osft.config import TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import Batching, collate
 from osft.data.selection import selection_size
-from osft.models import empty_model, model_folder
-from osft.preflight import Preflight
+from osft.models.loading import empty_model, model_folder
+from osft.settings.training import TrainConfig
 from osft.subspace.decomposition import SplitKind, split_of_inputs, unfrozen_rank
 from osft.subspace.model import inject_empty, osft_layers
+from osft.subspace.preflight import Preflight
 from osft.subspace.rank_allocation import allocate_ranks
 from osft.subspace.targets import Target, select_targets
 from osft.training.data_counts import DataCounts, count_data

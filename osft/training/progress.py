@@ -9,7 +9,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from osft.atomic import atomic_path
+from osft.storage.atomic import atomic_path
 from osft.training.loop import StepMetrics
 
 _LINE_INTERVAL_SECONDS = 10.0

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from osft import storage
-from osft.config import TrainConfig
-from osft.sealed import DamagedFile, read_sealed
+from osft.settings.training import TrainConfig
+from osft.storage.sealed import DamagedFile, read_sealed
 from osft.training.identity import MADE_OF, cannot_be_compared, differences
 from osft.training.mirror import METRICS, MODELS, POSITION, SETTINGS, STOP_FILE, SUMMARY
 from osft.training.result import TrainResult

@@ -22,13 +22,13 @@ import torch
 from transformers import PreTrainedModel
 
 from osft import storage
-from osft.config import SubspaceConfig, TrainConfig
 from osft.data.chat import Sample
 from osft.data.files import data_name
 from osft.data.packing import Batching
 from osft.data.samples import Samples
-from osft.models import empty_model
-from osft.origin import StoredStatistics, read_origin
+from osft.models.loading import empty_model
+from osft.models.origin import StoredStatistics, read_origin
+from osft.settings.training import SubspaceConfig, TrainConfig
 from osft.subspace.calibration import measure
 from osft.subspace.statistics_store import load_statistics, save_statistics, statistics_address
 from osft.subspace.targets import select_targets

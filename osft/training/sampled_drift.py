@@ -41,7 +41,7 @@ from torch import nn
 
 from osft.data.packing import Feeding
 from osft.data.samples import Samples
-from osft.likelihood import cross_entropy, target_logits
+from osft.models.likelihood import cross_entropy, target_logits
 from osft.subspace.calibration import sample_tokens
 from osft.subspace.model import osft_layers
 from osft.subspace.weight import local

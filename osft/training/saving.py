@@ -1,8 +1,8 @@
 """Writing the tuned model: a plain Hugging Face folder, and beside its rounded weights what makes them exact again.
 
 The exact weight is W = W0 + D in float32, D = L X R^T the update. What is served is W in the dtype of the base model,
-or in `save_dtype`. Where that has fewer bits than W, the difference is kept in exact/ (`osft.residual`), and what the
-rounding did to the update is measured, for each weight, with D' = W' - W0 the update that is served:
+or in `save_dtype`. Where that has fewer bits than W, the difference is kept in exact/ (`osft.models.residual`), and
+what the rounding did to the update is measured, for each weight, with D' = W' - W0 the update that is served:
 
     update_lost      1 - <D', D> / |D|^2     the share of the update that is not in D' (negative: D' overshoots)
     rounding_error   |D' - D| / |D|
@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from osft import residual
-from osft.checkpoint import SavedTensor, write_checkpoint
-from osft.config import Rounding
-from osft.conversion import Group, ModelWeights
-from osft.origin import RoundingLoss
-from osft.rounding import generator_of, round_weight
+from osft.models import residual
+from osft.models.checkpoint import SavedTensor, write_checkpoint
+from osft.models.conversion import Group, ModelWeights
+from osft.models.origin import RoundingLoss
+from osft.models.rounding import generator_of, round_weight
+from osft.settings.training import Rounding
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.model import osft_layers
 from osft.subspace.weight import OSFTWeight, Split
@@ -60,10 +60,10 @@ def save_merged(
 ) -> SavedModel | None:
     """Write the tuned model with the names, shapes and (save_dtype "auto") dtypes that it came with.
 
-    `rounding` is one of `osft.rounding`; `moments`, called on all ranks, gives the second moments of a target's inputs,
-    which "compensated" needs (for None, as for experts, the nearest numbers are taken); `seed` is for "stochastic".
-    `files` gives more files of the folder, by name, when the weights are written. Call it on every rank; rank 0 writes,
-    one weight or stack of experts at a time, and gets what was written.
+    `rounding` is one of `osft.models.rounding`; `moments`, called on all ranks, gives the second moments of a target's
+    inputs, which "compensated" needs (for None, as for experts, the nearest numbers are taken); `seed` is for
+    "stochastic". `files` gives more files of the folder, by name, when the weights are written. Call it on every rank;
+    rank 0 writes, one weight or stack of experts at a time, and gets what was written.
     """
     layers = {name + layer.tensor_suffix: (name, layer) for name, layer in osft_layers(model)}
     writer = _Writer(stored, save_dtype, _Rounder(rounding, seed), trained=list(layers))

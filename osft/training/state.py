@@ -27,9 +27,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from osft import storage
-from osft.atomic import flush, flush_folder
-from osft.content import files_sha256
-from osft.sealed import DamagedFile, read_sealed, write_sealed
+from osft.storage.atomic import flush, flush_folder
+from osft.storage.hashes import files_sha256
+from osft.storage.sealed import DamagedFile, read_sealed, write_sealed
 from osft.subspace.model import osft_layers
 from osft.training.mirror import POSITION, Mirror
 

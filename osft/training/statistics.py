@@ -15,14 +15,14 @@ import torch
 from transformers import AutoTokenizer
 
 from osft import storage
-from osft.config import SubspaceConfig
-from osft.content import files_sha256, named_sha256
 from osft.data.chat import Sample, tokenize
 from osft.data.files import data_files
 from osft.data.packing import Batching
 from osft.data.records import read_records
 from osft.data.self_written import FORMAT, as_samples, save_texts
-from osft.models import load_model
+from osft.models.loading import load_model
+from osft.settings.training import SubspaceConfig
+from osft.storage.hashes import files_sha256, named_sha256
 from osft.subspace.calibration import measure, text_sha256
 from osft.subspace.statistics import Statistics
 from osft.subspace.statistics_store import (

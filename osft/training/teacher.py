@@ -19,7 +19,7 @@ from torch import nn
 
 from osft.data.packing import Feeding, MicroBatch
 from osft.data.samples import Samples
-from osft.likelihood import row_slices, target_logits
+from osft.models.likelihood import row_slices, target_logits
 
 TOP_K = 4096
 """Tokens whose probabilities are kept, 8 bytes each: 32 KiB for each position. A smaller vocabulary is kept whole."""
@@ -58,7 +58,7 @@ def top_k(logits: torch.Tensor, k: int = TOP_K) -> TopK:
 def top_k_divergence(start: TopK, logits: torch.Tensor) -> torch.Tensor:
     """KL(start || softmax(logits)) of each row in nats, (L,) float32, with a gradient for the logits.
 
-    logits: (L, vocabulary), any float dtype. As `osft.likelihood.cross_entropy` a few rows at a time in float32.
+    logits: (L, vocabulary), any float dtype. As `osft.models.likelihood.cross_entropy` a few rows at a time in float32.
     """
     found: torch.Tensor = _Divergence.apply(logits, start.tokens, start.log_probabilities, start.log_rest)
     return found

@@ -16,21 +16,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.tensor import DTensor
 
-from osft.atomic import write_json
-from osft.checkpoint import tensor_sha256
-from osft.config import TrainConfig
-from osft.conversion import ModelWeights
 from osft.data.dataset_folder import load_split, open_dataset
 from osft.data.packing import Feeding
 from osft.data.samples import JoinedSamples, SampleList, Samples, SubsetOfSamples
-from osft.errors import noted
-from osft.origin import Origin, read_origin
-from osft.preflight import Preflight
-from osft.sealed import write_sealed
+from osft.models.checkpoint import tensor_sha256
+from osft.models.conversion import ModelWeights
+from osft.models.origin import Origin, read_origin
+from osft.process.errors import noted
+from osft.settings.training import TrainConfig
+from osft.storage.atomic import write_json
+from osft.storage.sealed import write_sealed
 from osft.subspace.decomposition import SplitKind, num_directions
 from osft.subspace.effective_rank import effective_rank
 from osft.subspace.factor_store import load_factor_set
 from osft.subspace.model import osft_layers
+from osft.subspace.preflight import Preflight
 from osft.subspace.statistics_store import stored_output_moments
 from osft.training.identity import MADE_OF
 from osft.training.inputs import wants_validation

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from osft.config import TrainConfig
 from osft.kubernetes.manifest import Storage
 from osft.kubernetes.settings import PyTorchJobSettings
 from osft.kubernetes.training_job import training_job
+from osft.settings.training import TrainConfig
 from osft.training.job import run_job
 from tests.cluster.access import Call
 from tests.cluster.cluster import Cluster

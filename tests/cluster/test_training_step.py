@@ -15,7 +15,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from osft import osft, steps
+from osft import osft, rounds
 from osft.tracking import runs
 from osft.training import TrainResult
 from tests.cluster.cluster import Cluster
@@ -63,8 +63,8 @@ def prepared(storage: Path, small_smollm2: Path) -> dict[str, Any]:
     """A storage root on which the steps before the training have run, and the parameters that they hand on."""
     root = storage
     data = write_jsonl(root / "larger-number.jsonl", arithmetic(8 * NUM_STEPS + 40))
-    resolved, mlflow_run_id = steps.resolve_round(
-        steps.Round(storage_root=str(root), pipeline_run_id="prepared"),
+    resolved, mlflow_run_id = rounds.resolve_round(
+        rounds.PipelineRun(storage_root=str(root), pipeline_run_id="prepared"),
         model_name="small",
         base_model=str(small_smollm2),
         data_uri=str(data),
@@ -74,8 +74,8 @@ def prepared(storage: Path, small_smollm2: Path) -> dict[str, Any]:
         experiment="cluster",
         run_name="prepared",
     )
-    found = steps.prepare_data(
-        steps.Round(storage_root=str(root), pipeline_run_id="prepared", mlflow_run_id=mlflow_run_id),
+    found = rounds.prepare_data(
+        rounds.PipelineRun(storage_root=str(root), pipeline_run_id="prepared", mlflow_run_id=mlflow_run_id),
         base_model=str(small_smollm2),
         model=resolved.model,
         records=resolved.records,

@@ -9,7 +9,7 @@ import pytest
 
 from osft.data.chat import IGNORE, Sample
 from osft.data.dataset_folder import BUFFERED_SAMPLES, DatasetWriter, check_dataset, find_dataset, load_split
-from osft.sealed import DamagedFile
+from osft.storage.sealed import DamagedFile
 
 
 def samples(count: int, seed: int = 0) -> list[Sample]:

@@ -7,7 +7,7 @@ import torch
 
 from osft.data.chat import IGNORE, Sample
 from osft.data.packing import Batching, collate, plan_micro_batches
-from osft.likelihood import token_nll
+from osft.models.likelihood import token_nll
 from tests.conftest import tiny_llama
 
 

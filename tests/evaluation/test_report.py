@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from osft.config import SubspaceConfig
 from osft.data.packing import Batching
 from osft.evaluation.report import render_report
 from osft.evaluation.report.formats import format_duration, format_number, format_percent
+from osft.settings.training import SubspaceConfig
 from osft.subspace.factor_store import FactorSet
 from osft.training.inputs import compute_factors
 from tests.evaluation.html_page import Page

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from osft.config import TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import Feeding, collate
 from osft.data.samples import SampleList
-from osft.likelihood import token_nll
+from osft.models.likelihood import token_nll
+from osft.settings.training import TrainConfig
 from osft.subspace import factor_store, select_targets
 from osft.subspace.calibration import measure
 from osft.training.liger import apply_liger

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 
-from osft.config import TrainConfig
 from osft.kubernetes.manifest import (
     SPEC_HASH,
     JobIdentity,
@@ -16,6 +15,7 @@ from osft.kubernetes.manifest import (
     label_value,
 )
 from osft.kubernetes.settings import PyTorchJobSettings
+from osft.settings.training import TrainConfig
 from osft.training.command import train_arguments
 from tests.cluster.schema import check_job, check_metadata
 

@@ -3,7 +3,7 @@
 import pytest
 
 from osft.kubernetes.settings import PyTorchJobSettings
-from osft.parameters import parameters
+from osft.settings.parameters import parameters
 
 
 def settings(**given):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from osft.checkpoint import CheckpointReader
 from osft.data.records import parse_record
 from osft.data.split import is_held_out
-from osft.lock import exclusive
+from osft.models.checkpoint import CheckpointReader
+from osft.storage.lock import exclusive
 from osft.training import loop, worker
 from tests.conftest import arithmetic, byte_tokenizer, write_jsonl
 from tests.parameters.conftest import losses, rates

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import osft as package
-from osft.checkpoint import CheckpointReader
+from osft.models.checkpoint import CheckpointReader
 from osft.subspace.factor_store import load_factor_set
 from osft.subspace.statistics_store import load_statistics
 

@@ -12,7 +12,8 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from osft.data.records import DataError, read_records
-from osft.rounds.resolve import ResolvedRound, resolve_round
+from osft.rounds.resolution import ResolvedRound
+from osft.rounds.resolution import resolve as resolve_round
 from osft.tracking import registry
 from osft.tracking.champion import promote as make_champion
 from osft.tracking.lineage import LineageError

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from osft.config import SubspaceConfig
 from osft.data.chat import Sample
 from osft.data.packing import Batching
+from osft.settings.training import SubspaceConfig
 from osft.subspace import calibration, inject, select_targets
 from osft.subspace.calibration import measure, sample_tokens
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from osft.checkpoint import CheckpointReader
-from osft.config import SubspaceConfig
-from osft.conversion import ModelWeights
-from osft.models import empty_model
-from osft.sealed import DamagedFile
+from osft.models.checkpoint import CheckpointReader
+from osft.models.conversion import ModelWeights
+from osft.models.loading import empty_model
+from osft.settings.training import SubspaceConfig
+from osft.storage.sealed import DamagedFile
 from osft.subspace import decomposition, factor_store, select_targets
 from osft.subspace.factor_store import (
     FactorsMismatchError,
@@ -225,7 +225,7 @@ def test_killed_run_leaves_whole_files_only_and_is_continued(tmp_path):
     tiny_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=12).save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
     store = tmp_path / "store"
-    code = "import sys; from osft.config import SubspaceConfig; from osft.subspace.factor_store import precompute; "
+    code = "import sys; from osft import SubspaceConfig; from osft.subspace.factor_store import precompute; "
     code += "precompute(sys.argv[1], sys.argv[2], SubspaceConfig(unfreeze_rank_ratio=0.25))"
     process = subprocess.Popen([sys.executable, "-c", code, str(model), str(store)], stderr=subprocess.DEVNULL)
     while len(list(store.glob("weights/*.safetensors"))) < 5:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from osft.config import SubspaceConfig
 from osft.data.chat import Sample
-from osft.models import load_model
-from osft.sealed import read_sealed, write_sealed
+from osft.models.loading import load_model
+from osft.settings.training import SubspaceConfig
+from osft.storage.sealed import read_sealed, write_sealed
 from osft.subspace.calibration import measure
 from osft.subspace.factor_store import FactorsMismatchError, load_factor_set, precompute_by_inputs
 from osft.subspace.statistics import Statistics

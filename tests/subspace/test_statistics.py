@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from osft.sealed import DamagedFile
+from osft.storage.sealed import DamagedFile
 from osft.subspace.second_moment import SecondMoment
 from osft.subspace.statistics import InputStatistics, Part, Statistics
 from osft.subspace.statistics_store import find_statistics, load_statistics, save_statistics, statistics_key

@@ -13,9 +13,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
 from osft import storage
-from osft.atomic import atomic_path
-from osft.sealed import DamagedFile
-from osft.store_client import StorageRefused
+from osft.storage.atomic import atomic_path
+from osft.storage.client import StorageRefused
+from osft.storage.sealed import DamagedFile
 from osft.tracking import champion
 from osft.tracking.champion import ChampionChanged, promote, settled_champion
 from tests.tracking.rounds import new_run
@@ -304,8 +304,8 @@ def test_store_that_ignores_the_condition_is_refused(bucket, monkeypatch):
         return await write(self, path, data, **given)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_pipe_file", ignores)
-    from osft import store_client
+    from osft.storage import client
 
-    store_client._connected.cache_clear()
+    client._connected.cache_clear()
     with pytest.raises(StorageRefused, match="ignores If-None-Match"):
         storage.create(f"{bucket}/claim", b"first")

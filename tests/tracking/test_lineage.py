@@ -11,7 +11,7 @@ from osft import cli
 from osft.data.record_hashes import contains, read_hashes, record_hash
 from osft.data.records import read_records
 from osft.evaluation import matrix
-from osft.origin import StoredStatistics
+from osft.models.origin import StoredStatistics
 from osft.tracking import lineage, registry
 from osft.tracking.champion import promote
 from osft.tracking.lineage import LineageError

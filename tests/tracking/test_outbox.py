@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from osft.config import TrainConfig
+from osft.settings.training import TrainConfig
 from osft.tracking import runs
 from osft.tracking.live_metrics import TOKENS_SEEN, LiveMetrics
 from osft.tracking.outbox import MetricOutbox

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from osft.data.record_hashes import NONE
+from osft.process.mlflow_errors import TrackingRefused
 from osft.tracking import lineage, registry, runs
-from osft.tracking.addresses import TrackingRefused
 from osft.tracking.champion import promote
 from osft.tracking.description import describe_version
 from osft.training.callbacks import Follower

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from osft.config import TrainConfig
+from osft.settings.training import TrainConfig
 from osft.tracking import training_run
 from osft.tracking.training_run import tracked
 from osft.training.callbacks import TrainingContext

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from osft.config import TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import Batching, Feeding
 from osft.data.samples import SampleList
+from osft.settings.training import TrainConfig
 from osft.subspace.model import inject, osft_layers
 from osft.training.distillation import Distillation
 from osft.training.loop import StepMetrics, make_optimizer, run, train_step

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from osft.config import TrainConfig
+from osft.settings.training import TrainConfig
 from osft.training import train
 from osft.training.result import TrainResult
 from tests.training.in_process import run_in_process

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from osft.config import TrainConfig
-from osft.lock import exclusive
+from osft.settings.training import TrainConfig
+from osft.storage.lock import exclusive
 from osft.training.command import train_arguments
 
 ROOT = Path(__file__).parents[2]

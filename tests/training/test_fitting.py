@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from osft.data.packing import Feeding
 from osft.data.samples import SubsetOfSamples
-from osft.likelihood import token_nll
+from osft.models.likelihood import token_nll
 from osft.subspace.model import inject, osft_layers
 from osft.training.fitting import TriedScale, choose, fit_step
 from osft.training.loop import run

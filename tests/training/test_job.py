@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from osft.config import TrainConfig
+from osft.settings.training import TrainConfig
 from osft.training import job as jobs
 from osft.training.command import train_arguments
 from osft.training.job import JobFailed, JobStatus, Limits, Phase, run_job

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from osft import StopTraining, TrainingCallback, storage
-from osft.config import TrainConfig
+from osft.settings.training import TrainConfig
 from osft.training import TrainResult, loop, mirror, train
 from osft.training.callbacks import Follower
 from tests.object_store import SECRET

@@ -8,8 +8,8 @@ from datetime import timedelta
 import pytest
 import torch
 
-from osft.config import TrainConfig
-from osft.exit_codes import CONNECTION_LOST
+from osft.process.exit_codes import CONNECTION_LOST
+from osft.settings.training import TrainConfig
 from osft.subspace.factor_store import FactorSet
 from osft.training import inputs, launch, own_process, train, worker
 

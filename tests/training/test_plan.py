@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from osft import osft
-from osft.config import TrainConfig
 from osft.data.chat import Sample
 from osft.data.packing import collate
-from osft.models import empty_model
+from osft.models.loading import empty_model
+from osft.settings.training import TrainConfig
 from osft.subspace.factor_store import precompute
 from osft.subspace.model import inject_empty
 from osft.subspace.rank_allocation import allocate_ranks

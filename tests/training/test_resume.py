@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from osft.config import SubspaceConfig, TrainConfig
-from osft.sealed import DamagedFile
+from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.storage.sealed import DamagedFile
 from osft.subspace import decomposition, factor_store
 from osft.training import TrainResult, loop, train
 from osft.training.identity import model_contents
@@ -387,7 +387,7 @@ def test_state_gets_its_name_when_all_of_it_is_on_disk(again, monkeypatch):
 
 
 def test_run_that_was_taken_over_writes_no_state_model_or_summary(again, monkeypatch, tmp_path):
-    from osft.lock import LockLost
+    from osft.storage.lock import LockLost
 
     original = loop.train_step
 
@@ -404,13 +404,13 @@ def test_run_that_was_taken_over_writes_no_state_model_or_summary(again, monkeyp
 
 
 def test_weights_are_read_once_in_a_process(copied_model, monkeypatch):
-    from osft import content
+    from osft.storage import hashes
 
     for file in copied_model.iterdir():
         os.utime(file, (1, 1))
     first = model_contents(copied_model)
-    monkeypatch.setattr(content.hashlib, "sha256", None)
-    assert content.file_sha256(copied_model / "model.safetensors")
+    monkeypatch.setattr(hashes.hashlib, "sha256", None)
+    assert hashes.file_sha256(copied_model / "model.safetensors")
     monkeypatch.undo()
     assert model_contents(copied_model) == first
 

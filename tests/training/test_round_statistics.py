@@ -14,9 +14,9 @@ from osft.data.chat import tokenize
 from osft.data.dataset_folder import load_split
 from osft.data.packing import collate
 from osft.data.records import read_records
-from osft.likelihood import token_nll
-from osft.origin import read_origin
-from osft.sealed import DamagedFile
+from osft.models.likelihood import token_nll
+from osft.models.origin import read_origin
+from osft.storage.sealed import DamagedFile
 from osft.subspace.statistics_store import load_statistics
 from tests.conftest import byte_tokenizer, tiny_llama, write_jsonl
 from tests.training.in_process import run_in_process

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from osft.config import SubspaceConfig
 from osft.data.chat import Sample
 from osft.data.packing import Feeding
 from osft.data.samples import SampleList
+from osft.settings.training import SubspaceConfig
 from osft.subspace.calibration import measure
 from osft.subspace.model import inject, osft_layers, refresh
 from osft.subspace.targets import select_targets

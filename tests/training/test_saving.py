@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from osft import osft
-from osft.checkpoint import EXACT, CheckpointReader
 from osft.cli import app
 from osft.evaluation.evaluate import evaluate, load_set
-from osft.origin import read_origin
+from osft.models.checkpoint import EXACT, CheckpointReader
+from osft.models.origin import read_origin
 from osft.training import calibration, loop
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama, write_jsonl
 from tests.training.in_process import run_in_process

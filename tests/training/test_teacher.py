@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from osft import likelihood
 from osft.data.chat import Sample
 from osft.data.packing import Batching, Feeding
 from osft.data.samples import SampleList
+from osft.models import likelihood
 from osft.training.teacher import taught, top_k, top_k_divergence
 from tests.conftest import tiny_llama
 

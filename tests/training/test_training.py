@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from osft.checkpoint import CheckpointReader
-from osft.config import SubspaceConfig, TrainConfig
 from osft.data.prepare import prepare
+from osft.models.checkpoint import CheckpointReader
+from osft.settings.training import SubspaceConfig, TrainConfig
 from osft.subspace import factor_store
 from osft.training import TrainResult, train
 from tests.conftest import byte_tokenizer, tiny_llama

@@ -1,0 +1,91 @@
+"""`osft.json` of a tuned model's folder: what it was made from, and what saving did to it.
+
+A folder without it, of another program or of an older release, is a base model like any other.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from osft.settings.training import TrainConfig
+
+ORIGIN = "osft.json"
+MODEL_CARD = "README.md"
+"""Of a model's folder; `osft.models.model_card` writes it."""
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundingLoss:
+    """What the rounding of the served weights did to the update (`osft.training.saving`). None without an update."""
+
+    update_lost: float | None
+    """1 - <D', D> / |D|^2."""
+    rounding_error: float | None
+    """|D' - D| / |D|."""
+    frozen_share: float | None
+    """|D' - P D'| / |D'|."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredStatistics:
+    """What a model knows, as second moments of its layers' inputs, in a store (`osft.subspace.statistics_store`)."""
+
+    address: str
+    """Path or URI of the manifest; in a lineage below the storage root, if they lie there."""
+    sha256: str
+    """Of the content."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """The content of `osft.json`."""
+
+    format: int = FORMAT
+    base_model: str
+    """Path, URI or Hugging Face id of the model that the first training of the lineage started from."""
+    trained_from: str
+    """That of the model which this training started from."""
+    starts_from_exact: bool
+    """Whether its weights were exact: kept in exact/, or stored in float32. Else they were rounded before."""
+    dtype: str
+    """Of the trained weights as they are served."""
+    rounding: str
+    """How they were rounded; "none" where the dtype holds them exactly."""
+    total: RoundingLoss
+    """Over all weights together."""
+    weights: dict[str, RoundingLoss] = field(default_factory=dict)
+    """Of each target."""
+    statistics: StoredStatistics | None = None
+    """What the next training has to keep (`osft.training.round_statistics`); None without protect="activations"."""
+
+    def to_json(self) -> str:
+        """For the file."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """The origin of a model's folder; None if it does not say. Raises ValueError if what it says cannot be read."""
+    file = folder / ORIGIN
+    if not file.is_file():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        losses = {"total": RoundingLoss(**values["total"])}
+        weights = {name: RoundingLoss(**loss) for name, loss in values["weights"].items()}
+        named = values.get("statistics")
+        statistics = StoredStatistics(**named) if named else None
+        return Origin(**values | losses | {"weights": weights, "statistics": statistics})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}). Copy the model again, or remove the file to have the folder taken as a base "
+            "model"
+        ) from None
+
+
+def base_of(config: "TrainConfig", folder: Path) -> str:
+    """What the first training of the lineage started from, of a model that is trained from `folder`."""
+    origin = read_origin(folder)
+    return config.model_path if origin is None else origin.base_model

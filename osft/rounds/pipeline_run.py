@@ -1,0 +1,79 @@
+"""Where one pipeline run keeps its things, and how its steps find them."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osft import storage
+from osft.rounds.resolution import ResolvedRound
+from osft.storage.atomic import atomic_path
+from osft.storage.paths import expanded
+from osft.storage.sealed import read_sealed, sealed
+from osft.tracking import runs
+
+ROUND_FILE, EVALUATION_FILE, VERSION_FILE = "round.json", "evaluation.json", "version.json"
+"""What steps leave in a round's folder for those that follow."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineRun:
+    """Where one pipeline run keeps its things."""
+
+    storage_root: str
+    pipeline_run_id: str
+    mlflow_run_id: str = ""
+    """The pipeline run's MLflow run; empty until `resolve_round` has made it."""
+    mlflow_tracking_uri: str = ""
+    """Empty: MLFLOW_TRACKING_URI, or a database below the storage root."""
+
+    def __post_init__(self) -> None:
+        if expanded(self.storage_root) != self.storage_root:
+            raise ValueError(
+                f"storage_root {self.storage_root}: each step's pod has a home folder of its own. Give the whole path "
+                "of a folder that all steps share"
+            )
+        tracking = self.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if storage.is_remote(self.storage_root) and not tracking:
+            raise ValueError(
+                f"storage_root {self.storage_root} cannot hold MLflow's database. Give mlflow_tracking_uri, or set "
+                "MLFLOW_TRACKING_URI to a tracking server"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """What this pipeline run writes, on this machine; with a URI as storage root what this step wrote or read."""
+        return storage.local(self.address())
+
+    def address(self, *parts: str) -> str:
+        """The path or URI of something that this pipeline run writes."""
+        return storage.join(self.storage_root, "rounds", self.pipeline_run_id, *parts)
+
+    def write(self, name: str, text: str) -> Path:
+        """Make a file of this pipeline run, for all steps. Returns it as it is on this machine."""
+        with atomic_path(self.folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        storage.publish(self.address(name))
+        return self.folder / name
+
+    def write_record(self, name: str, value: dict[str, Any]) -> Path:
+        """Make a JSON file of this pipeline run that holds its own hash (`osft.storage.sealed`), for all steps."""
+        return self.write(name, json.dumps(sealed(value), indent=2) + "\n")
+
+    def step(self, name: str) -> Any:
+        """The context of one step: a nested MLflow run (`osft.tracking.runs.StepRun`)."""
+        return runs.step_run(self.mlflow(), self.mlflow_run_id, name)
+
+    def resolved(self) -> ResolvedRound:
+        """What `resolve_round` decided."""
+        return ResolvedRound.from_json(json.dumps(read_json(self.address(ROUND_FILE))))
+
+    def mlflow(self) -> Any:
+        """A client of the tracking server."""
+        return runs.client(self.mlflow_tracking_uri, self.storage_root)
+
+
+def read_json(location: str) -> dict[str, Any]:
+    """A JSON file of a path or URI, without its hash. Raises DamagedFile if it is not what was written."""
+    return read_sealed(storage.fetch(location), "Start a new pipeline run, or retry the step that writes it")

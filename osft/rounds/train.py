@@ -1,0 +1,139 @@
+"""Decompose and train."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from osft import storage
+from osft.rounds.pipeline_run import PipelineRun, read_json
+from osft.settings.parameters import number
+from osft.settings.training import SubspaceConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from osft.training.job import Launcher, Limits
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LauncherSettings:
+    """Where the training processes run."""
+
+    launcher: str = "local"
+    """"local": on this machine. "pytorchjob": in pods of a PyTorchJob, for which the rest is."""
+    pytorchjob: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `osft.kubernetes.settings.PyTorchJobSettings`."""
+    training_image: str = ""
+    storage_claim: str = ""
+    storage_secret: str = ""
+    """With the credentials of an s3:// storage root."""
+
+
+def precompute_svd(
+    run: PipelineRun, *, model_path: str, data_path: str, subspace: SubspaceConfig, accelerators: str = ""
+) -> str:
+    """Decompose the target weights that the store does not hold yet. Returns the path or URI of the set's manifest.
+
+    The prepared data is looked at with `rank_allocation="adaptive"` only.
+    """
+    from osft.models.loading import model_folder
+    from osft.subspace.preflight import preflight
+    from osft.training.inputs import compute_factors
+
+    store = storage.join(run.storage_root, "factors")
+    with run.step("precompute_svd") as step:
+        step.log_params(asdict(subspace) | {"accelerators": accelerators})
+        model = model_folder(model_path)
+        found = preflight(model)
+        print(found.line(), flush=True)
+        factors = compute_factors(model, data_path, store, subspace, batching=found.batching)
+        step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
+        step.log_params({"factors": factors.key, "statistics": factors.statistics})
+    return storage.join(store, "sets", factors.path.name)
+
+
+def train_osft(
+    run: PipelineRun, where: LauncherSettings, *, manifest_file: str | Path, **settings: Any
+) -> dict[str, Any]:
+    """Train; `settings` are the fields of `TrainConfig` but for `ckpt_output_dir`. Returns the summary.
+
+    With a `replay_ratio`, and no `replay_data` of one's own, samples of the datasets that the champion and its
+    ancestors learned are replayed, as far as these are still there. What is started is written to `manifest_file`
+    before.
+    """
+    from osft.training.job import run_job
+
+    folder = run.address("train")
+    settings |= {"ckpt_output_dir": folder, "use_processed_dataset": True}
+    config = TrainConfig.from_parameters(settings | replay_settings(run, settings))
+    with run.step("train_osft") as step:
+        step.log_params(config.to_dict() | {"launcher": where.launcher})
+        job, limits = _training_job(run, config, where)
+        Path(manifest_file).write_text(job.describe(), encoding="utf-8")
+        step.log_artifact(Path(manifest_file))
+        run_job(job, limits=limits, output=folder, callbacks=[step.live_metrics()])
+        summary = read_json(storage.join(folder, "training.json"))
+        step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
+        saved = summary.get("saved") or {}
+        step.log_metrics({f"saved/{k}": v for k, v in saved.items() if isinstance(v, float)})
+        step.log_metrics(curve_of_the_step(summary))
+        replayed = summary.get("replay") or {}
+        step.log_metrics({f"replay/{k}": v for k, v in replayed.items() if isinstance(v, int)})
+        step.log_artifact(storage.local(storage.join(folder, "training.json")))
+    return summary | {"checkpoint": storage.join(folder, summary["checkpoints"][-1])}
+
+
+def curve_of_the_step(summary: dict[str, Any]) -> dict[str, float]:
+    """What fit_step tried, as metrics: loss, gain and drift at each part of the update; none of a run without."""
+    fitted = summary.get("fitted_step") or {"tried": []}
+    return {
+        f"fitted_step/{name}_at_{tried['scale']:g}": tried[name]
+        for tried in fitted["tried"]
+        for name in ("loss", "gain", "standard_error", "drift")
+    }
+
+
+def replay_settings(run: PipelineRun, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of replay, for a round with a `replay_ratio`: its earlier data that is still there, or none."""
+    from osft.data.dataset_folder import is_dataset
+
+    if settings.get("replay_data") or not number(settings.get("replay_ratio"), whole=False):
+        return {}
+    earlier = run.resolved().earlier_data
+    there = {task: data for task, data in earlier.items() if is_dataset(data)}
+    for task in earlier.keys() - there.keys():
+        print(f"replay: nothing of {task}: its data, {earlier[task]}, is not there any more", flush=True)
+    if not there:
+        print("replay: nothing, for there is no data of an earlier round", flush=True)
+        return {"replay_ratio": 0.0}
+    return {"replay_data": list(there.values())}
+
+
+def _training_job(run: PipelineRun, config: TrainConfig, where: LauncherSettings) -> "tuple[Launcher, Limits]":
+    """What trains, and its limits. Raises ValueError for settings that cannot work."""
+    from osft.training.job import Limits
+
+    if where.launcher == "local":
+        from osft.training.command import train_arguments
+        from osft.training.local_job import LocalJob
+
+        return LocalJob(train_arguments(config)), Limits()
+    if where.launcher != "pytorchjob":
+        raise ValueError(f"launcher must be 'local' or 'pytorchjob', got {where.launcher!r}")
+    from osft.kubernetes.manifest import Storage
+    from osft.kubernetes.settings import PyTorchJobSettings
+    from osft.kubernetes.training_job import training_job
+
+    settings = PyTorchJobSettings.from_parameters(where.pytorchjob)
+    if storage.is_remote(run.storage_root):
+        volume = Storage(secret=where.storage_secret or None)
+    else:
+        volume = Storage(claim=where.storage_claim)
+    job = training_job(
+        config,
+        settings,
+        image=where.training_image,
+        storage=volume,
+        pipeline_run_id=run.pipeline_run_id,
+        mlflow_run_id=run.mlflow_run_id,
+    )
+    return job, settings.limits

@@ -1,0 +1,1 @@
+"""What a user sets of training: documented once, checked where it is set."""

@@ -1,0 +1,538 @@
+"""What a user sets, validated where it is set.
+
+Every check that needs no file or model happens in `__post_init__`, so that a bad value stops a run before
+anything is read. A value that a user can get wrong raises ValueError that names the parameter (a wrong type
+included: the documented contract knows ValueError only).
+"""
+
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from osft.settings import compatibility
+from osft.settings.parameters import Bounds, check_fields, parameters, refuse_unknown
+from osft.storage.paths import expanded
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+Rounding = Literal["nearest", "stochastic", "compensated"]
+FreeSubspace = Literal["complement", "core"]
+RankAllocation = Literal["uniform", "adaptive"]
+Protect = Literal["weights", "activations"]
+DEFAULT_STIFFNESS = 10_000.0
+
+
+@dataclass(kw_only=True, slots=True)
+class SubspaceConfig:
+    """Which weights learn, and in which directions."""
+
+    unfreeze_rank_ratio: Annotated[float, Bounds(low=0.0, high=1.0)]
+    """Share of each target weight's directions that may be trained, in (0, 1]; those with the least singular value, or
+    the least energy (see protect), come first. 0.25 is a good start, 1.0 constrains nothing, 0 is refused: nothing to
+    train."""
+
+    target_patterns: list[str] | None = None
+    """Regular expressions searched in the full names of the modules, such as "q_proj". None: every linear layer and
+    every expert weight of the transformer blocks."""
+
+    protect: Protect = "weights"
+    """What the frozen directions are taken from. "weights": the singular vectors of each weight, the published method
+    (arXiv:2504.07097). "activations": the directions of a layer's inputs that carry most energy, C = E[x x^T], over
+    text that stands for what the model knows (calibration_tokens, calibration_data); what training adds is zero on
+    them. Measured, the model drifts far less from what it knew (benchmarks/results/frontier_cuda.md)."""
+
+    calibration_tokens: Annotated[int | None, Bounds(low=0)] = None
+    """With protect="activations": tokens of text that the model writes itself (plain text, chats, code, lists and
+    other kinds), on which its layers' inputs are measured. None: by the width of the model, 3,072 up to 2,048. 0:
+    calibration_data only. distill_weight and fit_step take the same text, whatever is protected."""
+
+    calibration_data: str | None = None
+    """With protect="activations": records that stand for what the model should keep, beside or instead of its own text;
+    a path or URI as data_path."""
+
+    calibration_temperature: Annotated[float, Bounds(low=0.0)] = 1.0
+    """Temperature at which the model writes that text."""
+
+    calibration_seed: Annotated[int, Bounds(low=0)] = 0
+    """Seed of the sampling of that text."""
+
+    free_subspace: FreeSubspace = "complement"
+    """With protect="weights". "complement": every update orthogonal to the frozen directions on both sides, the
+    reachable set of the published method. "core": only updates between the unfrozen singular vectors themselves (least
+    memory)."""
+
+    rank_allocation: RankAllocation = "uniform"
+    """With protect="weights". "uniform": the same ratio for every weight. "adaptive": blocks that change their input
+    little, measured on a calibration sample, keep more directions frozen; the mean stays at unfreeze_rank_ratio
+    (arXiv:2504.07097)."""
+
+    min_retention_ratio: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.1
+    """With rank_allocation="adaptive": the smallest share of directions that stays frozen in any layer."""
+
+    calibration_samples: Annotated[int, Bounds(low=1)] = 16
+    """Training samples on which the layers' importance is measured (rank_allocation="adaptive"), and the inputs of the
+    layers (save_rounding="compensated")."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.unfreeze_rank_ratio == 0:
+            raise ValueError(
+                "unfreeze_rank_ratio is 0: every direction would be frozen and there is nothing to train. "
+                "Choose a value in (0, 1], for example 0.25"
+            )
+        if self.protect == "activations":
+            for name, only in (("free_subspace", "complement"), ("rank_allocation", "uniform")):
+                if getattr(self, name) != only:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} splits singular values: it goes with protect='weights', not "
+                        "with protect='activations'. Leave it out"
+                    )
+            if self.calibration_tokens == 0 and not self.calibration_data:
+                raise ValueError(
+                    "calibration_tokens=0 without calibration_data leaves nothing to measure the layers' inputs on. "
+                    "Give one of them"
+                )
+        elif self.calibration_data:
+            raise ValueError("calibration_data is of use with protect='activations' only. Give that, or leave it out")
+        for pattern in self.target_patterns or []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"target_patterns: {pattern!r} is not a regular expression: {error}") from None
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig(SubspaceConfig):
+    """Everything that a training run depends on: the parameters of `osft()`, of `osft train` and of the component."""
+
+    model_path: str
+    """Folder of the model to tune (config.json and safetensors), a path or a URI such as `s3://bucket/model`; or its
+    Hugging Face id, `org/name` or `org/name@revision`."""
+
+    data_path: str
+    """Training data: a file, a folder of files or a glob, as a path or an `s3://` URI, or the id of a Hugging Face data
+    set, `org/name` or `org/name@revision`. JSON lines, a JSON array, CSV and TSV, also compressed, Parquet, Arrow, and
+    what `datasets` saved. See `use_processed_dataset` and `is_pretraining` for what a record holds; otherwise it is a
+    chat, {"messages": [{"role": …, "content": …}, …]}, or in a form that is converted: ShareGPT, Alpaca,
+    prompt/completion, question/answer."""
+
+    effective_batch_size: Annotated[int, Bounds(low=1)]
+    """Samples per optimizer step, over all processes and accumulation steps."""
+
+    max_tokens_per_gpu: Annotated[int, Bounds(low=1)]
+    """Hard bound on the tokens of one micro-batch of one process. The way to less memory, with no effect on the
+    result: more micro-batches make up a step."""
+
+    max_seq_len: Annotated[int, Bounds(low=2)]
+    """Longest sample in tokens; longer ones are dropped, and their number and share of tokens reported."""
+
+    learning_rate: Annotated[float, Bounds(low=0.0)]
+    """Peak learning rate of AdamW."""
+
+    ckpt_output_dir: str
+    """Folder for checkpoints (`hf_format/samples_<n>.0`, plain Hugging Face models), metrics and training state. With
+    an `s3://` URI the run writes to a scratch folder (OSFT_SCRATCH), and all of it is published to the URI as it
+    comes; a node that is started anew, with an empty scratch folder, goes on from there. See osft/storage."""
+
+    data_output_dir: str | None = None
+    """Folder for prepared data and factors, a path or an `s3://` URI. None: `_internal_data_processing` in
+    ckpt_output_dir. Shared between runs, it spares them the work: what is in it is found by content."""
+
+    use_processed_dataset: bool = False
+    """data_path is already tokenized for this model: records with `input_ids` and `labels` (JSON lines, Parquet, or a
+    folder of `datasets`), where a label of -100 takes a token out of the loss."""
+
+    unmask_messages: bool = False
+    """Loss on all messages but the system's. False: on the assistant's. A record decides for itself with
+    `"unmask": true`."""
+
+    is_pretraining: bool = False
+    """Train on raw documents: they are joined, an end-of-text token after each, and cut into blocks of exactly
+    block_size tokens, with loss on all. The remainder that fills no block is dropped and reported."""
+
+    block_size: Annotated[int | None, Bounds(low=2)] = None
+    """Tokens of a block. Required with is_pretraining, and of no use without."""
+
+    document_column_name: str = "document"
+    """With is_pretraining: the key of a record's text."""
+
+    replay_ratio: Annotated[float, Bounds(low=0.0, high=0.99)] = 0.0
+    """Share of the training samples that is drawn from replay_data, earlier data, so that training on new data does not
+    move the model away from what it learned before. The datasets of replay_data take turns; no sample comes twice in an
+    epoch. With too few there, all are taken, which is reported."""
+
+    replay_data: list[str] | None = None
+    """With replay_ratio: the earlier data, each as data_path, or the folder of a dataset that this package prepared
+    (`data/<hash>` in data_output_dir). What is held out, there or here, is not replayed."""
+
+    num_epochs: Annotated[int, Bounds(low=1)] = 1
+    """Passes over the training set."""
+
+    max_steps: Annotated[int | None, Bounds(low=1)] = None
+    """Stop after this many optimizer steps, whatever num_epochs says."""
+
+    lr_scheduler: str = "cosine"
+    """A learning-rate schedule by its name in `transformers` (`SchedulerType`): cosine, linear, constant,
+    cosine_with_min_lr, …"""
+
+    warmup_steps: Annotated[int, Bounds(low=0)] = 0
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
+
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of the schedule, such as {"min_lr": "1e-6"}. Strings that are numbers, true or false become
+    those."""
+
+    weight_decay: Annotated[float, Bounds(low=0.0)] = 0.0
+    """Decoupled weight decay of AdamW. It acts on the update, not on the model: it pulls back to the base model."""
+
+    beta1: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.9
+    """AdamW's decay of the gradient's first moment."""
+
+    beta2: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.95
+    """AdamW's decay of the gradient's second moment."""
+
+    eps: Annotated[float, Bounds(low=0.0)] = 1e-8
+    """AdamW's term for numerical stability."""
+
+    stiffness: Annotated[float, Bounds(low=0.0)] = DEFAULT_STIFFNESS
+    """With protect="activations": how much the free directions are held back, each by the energy that it carries. After
+    each optimizer step a coefficient of direction j is divided by 1 + learning_rate * stiffness * c_j, with c_j its
+    curvature as a multiple of the model's mean and in units of the weights' size, so that one value serves all models:
+    a direction of mean curvature can move a weight by about 1 / stiffness of its size. The mean is over all that is
+    protected, which shares it: a later round learns as easily as the first. 0: not at all. The default was best of
+    1,000, 3,000, 10,000 and 30,000 in benchmarks/results/frontier_cuda.md, and the optimum is broad."""
+
+    max_grad_norm: Annotated[float, Bounds(low=0.0)] = 1.0
+    """Clip the gradient's global 2-norm to this; 0 turns clipping off."""
+
+    distill_weight: Annotated[float, Bounds(low=0.0)] = 0.0
+    """Weight of self-distillation: adds distill_weight * KL(start || current), in nats per token of text that the model
+    wrote itself before it was trained, to the loss. It needs no old data. 0: none."""
+
+    distill_tokens: Annotated[int, Bounds(low=2)] = 64
+    """With distill_weight: tokens of that text in an optimizer step. Their share of a step's tokens is about what
+    distillation costs in time."""
+
+    fit_step: bool = False
+    """When training ends, try the update at each of step_scales, with the exact weights, and write the model with the
+    largest gain whose drift is at most max_step_drift (osft/training/fitting.py). The gain is measured on
+    selection_samples training samples that are held out for it, the drift on text that the model wrote itself."""
+
+    step_scales: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
+    """With fit_step: the factors of the update that are tried, each in (0, 1]."""
+
+    max_step_drift: Annotated[float, Bounds(low=0.0)] = 0.05
+    """With fit_step: the most that the model may move, as KL(start || tuned) in nats per token."""
+
+    selection_samples: Annotated[int, Bounds(low=16)] = 64
+    """With fit_step: training samples that are held out for it, by the hash of their prompt: at most a tenth of them,
+    but 16 at least. Training, validation and evaluation do not use them."""
+
+    seed: Annotated[int, Bounds(low=0)] = 42
+    """Seed of the sample order. The same seed on the same machine gives the same losses, bit for bit on a CPU and, with
+    deterministic, on CUDA. Dropout is off: with it the losses would depend on how the work is cut."""
+
+    deterministic: bool = False
+    """On CUDA, use algorithms that give the same result twice, where there are such; they are slower. Without, two runs
+    differ in the last digits. A CPU's always do."""
+
+    validation_split: Annotated[float, Bounds(low=0.0, high=0.99)] = 0.0
+    """Share of the data that is held out for the validation loss. Which side a record falls on depends on its
+    content only."""
+
+    validation_data_path: str | None = None
+    """Data for the validation loss, of the same kind as data_path. Instead of validation_split."""
+
+    validation_frequency: Annotated[int | None, Bounds(low=1)] = None
+    """Optimizer steps between two validations. None: at the end of each epoch. The last step is always validated."""
+
+    save_best_val_loss: bool = False
+    """Also keep the model with the lowest validation loss, as `hf_format/samples_<n>.0_best_val_loss`."""
+
+    checkpoint_at_epoch: bool = False
+    """Write a model at the end of each epoch."""
+
+    save_final_checkpoint: bool = True
+    """Write the model when training ends."""
+
+    save_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of the weights in the written models. "auto": as they came. Where it cannot hold what was learned, the rest
+    is kept beside the weights, in the folder `exact/`, from which a next run starts (osft/models/checkpoint.py)."""
+
+    save_rounding: Rounding = "stochastic"
+    """How weights are rounded where the files' dtype cannot hold them exactly (osft/models/rounding.py). "stochastic":
+    without bias, so that the served model has what was learned, with a little noise. "nearest": least noise, but most
+    of what small learning rates learn is lost. "compensated": errors are passed on so that what the layers compute
+    changes least, as in GPTQ, by the moments of their inputs over calibration_samples training samples (experts:
+    nearest)."""
+
+    save_state_minutes: Annotated[float, Bounds(low=0.0)] = 15.0
+    """Minutes between two savings of the training state (coefficients, optimizer, position), from which a run that
+    was killed goes on. 0: only when the run is asked to end (SIGTERM)."""
+
+    save_state_steps: Annotated[int | None, Bounds(low=1)] = None
+    """Optimizer steps between two savings of the training state. None: by the clock only."""
+
+    resume: str = "auto"
+    """"auto": go on from the newest training state of the same run in ckpt_output_dir, and return a finished run as it
+    is. "off": begin anew; what the folder holds of an earlier run is replaced. Else the path or URI of a training
+    state, `…/state/step-<n>`."""
+
+    nproc_per_node: Annotated[int | Literal["auto", "gpu"], Bounds(low=1)] = "auto"
+    """Processes on this node. "gpu": one per GPU. "auto": the same, or one on a machine without a GPU."""
+
+    nnodes: Annotated[int, Bounds(low=1)] = 1
+    """Nodes that train together; call the function on each of them."""
+
+    node_rank: Annotated[int, Bounds(low=0)] = 0
+    """Rank of this node, from 0 to nnodes - 1. Node 0 is the master and writes the checkpoints."""
+
+    rdzv_id: int | str | None = None
+    """Id of the job, the same on all nodes. None: a random one on a single node, else "osft"."""
+
+    rdzv_endpoint: str | None = None
+    """Where the nodes meet, "host:port" of node 0. Required with more than one node, unless master_addr is given."""
+
+    master_addr: str | None = None
+    """Host of node 0; instead of rdzv_endpoint, with master_port."""
+
+    master_port: Annotated[int | None, Bounds(low=1, high=65535)] = None
+    """Port of node 0 that goes with master_addr. None: 29500, as torchrun."""
+
+    rdzv_timeout_minutes: Annotated[float, Bounds(low=0.01)] = 15.0
+    """How long a node waits for the others to come. A single node waits for none."""
+
+    process_group_timeout_minutes: Annotated[float, Bounds(low=0.01)] = 30.0
+    """How long a process waits for another one in a collective operation (NCCL, gloo) before it gives the run up.
+    Longer than rank 0 takes to write a model; uploads do not count."""
+
+    use_liger: bool | None = None
+    """Liger kernels (the extra `osft[liger]`, CUDA only). None: where both are there. True: refuse to run without."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    attn_implementation: str | None = None
+    """Attention kernel, as `transformers` names it: sdpa, eager, flash_attention_2, … None: sdpa, or eager for an
+    architecture that does not support it (Gemma 2, gpt-oss)."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Computation dtype. "auto": bfloat16 on CUDA, float32 on CPUs. The trained coefficients are always float32."""
+
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository brings along. Leave off unless you have read it."""
+
+    factors: str | None = None
+    """Precomputed decompositions: the manifest of a factor set, or a factor store's folder, in which what is missing
+    is computed; a path or an `s3://` URI. None: the store `factors` in data_output_dir."""
+
+    mlflow_tracking_uri: str | None = None
+    """Log the run to this MLflow server (or `sqlite:///…`). None: MLFLOW_TRACKING_URI, or no logging where that is not
+    set."""
+
+    mlflow_experiment_name: str | None = None
+    """MLflow experiment. None: MLFLOW_EXPERIMENT_NAME, or "osft"."""
+
+    mlflow_run_name: str | None = None
+    """Name of the MLflow run. None: MLflow makes one up."""
+
+    wandb_project: str | None = None
+    """Log the run to this project of Weights & Biases (the extra `osft[wandb]`). None: WANDB_PROJECT, or no logging
+    where that is not set."""
+
+    wandb_entity: str | None = None
+    """Team or user of Weights & Biases that the project belongs to. None: WANDB_ENTITY, or the key's own."""
+
+    wandb_run_name: str | None = None
+    """Name of the run in Weights & Biases. None: WANDB_RUN_NAME, or one that it makes up."""
+
+    tensorboard_log_dir: str | None = None
+    """Write TensorBoard event files to this folder (the extra `osft[tensorboard]`)."""
+
+    dry_run: bool = False
+    """Check everything, and return what would be done (samples, tokens, steps, memory, number of GPUs) without loading
+    weights or starting a process."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_patterns", "replay_data"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a list of strings, got the string {getattr(self, name)!r}")
+        SubspaceConfig.__post_init__(self)
+        for name in ("model_path", "data_path", "ckpt_output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        for name in _LOCATIONS:
+            try:
+                setattr(self, name, getattr(self, name) and expanded(getattr(self, name)))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        self._check_replay()
+        self._check_data_mode()
+        self._check_drift()
+        self._check_schedule()
+        self._check_processes()
+
+    def _check_replay(self) -> None:
+        if self.replay_ratio and not self.replay_data:
+            raise ValueError(f"replay_ratio={self.replay_ratio} needs replay_data: the earlier data to draw from")
+        if self.replay_data and not self.replay_ratio:
+            raise ValueError(
+                "replay_data needs replay_ratio: the share of the training samples to draw from it, such as 0.05"
+            )
+        try:
+            self.replay_data = [expanded(path) for path in self.replay_data] if self.replay_data else None
+        except ValueError as error:
+            raise ValueError(f"replay_data: {error}") from None
+
+    def _check_data_mode(self) -> None:
+        if self.is_pretraining and self.block_size is None:
+            raise ValueError("block_size is required with is_pretraining=True: the tokens of a block, such as 1024")
+        if self.is_pretraining and (self.unmask_messages or self.use_processed_dataset):
+            other = "unmask_messages" if self.unmask_messages else "use_processed_dataset"
+            raise ValueError(f"is_pretraining=True and {other}=True exclude each other. Turn one of them off")
+        if self.validation_split and self.validation_data_path:
+            raise ValueError("validation_split and validation_data_path exclude each other. Give one of them")
+        if not (self.validation_split or self.validation_data_path):
+            for name in ("validation_frequency", "save_best_val_loss"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} needs validation data: give validation_split or validation_data_path")
+        if self.block_size is not None:
+            if not self.is_pretraining:
+                warnings.warn("block_size is of use with is_pretraining=True only; it is ignored", stacklevel=4)
+                return
+            for name in ("max_seq_len", "max_tokens_per_gpu"):
+                if self.block_size > getattr(self, name):
+                    raise ValueError(f"block_size={self.block_size} is more than {name}={getattr(self, name)}")
+
+    def _check_drift(self) -> None:
+        if self.distill_weight and self.distill_tokens > self.max_tokens_per_gpu:
+            raise ValueError(
+                f"distill_tokens={self.distill_tokens} is more than max_tokens_per_gpu={self.max_tokens_per_gpu}, the "
+                "bound on every micro-batch. Lower it, or raise that"
+            )
+        if not self.step_scales or not all(0 < scale <= 1 for scale in self.step_scales):
+            raise ValueError(f"step_scales must be factors in (0, 1], such as [0.5, 1.0], got {self.step_scales}")
+
+    def _check_schedule(self) -> None:
+        import torch
+        from torch import nn
+        from torch.optim import AdamW
+        from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
+
+        known = [scheduler.value for scheduler in SchedulerType]
+        if self.lr_scheduler not in known:
+            raise ValueError(f"lr_scheduler {self.lr_scheduler!r} is unknown; known are {', '.join(known)}")
+        if self.warmup_steps:
+            if self.lr_scheduler == "constant":
+                self.lr_scheduler = "constant_with_warmup"
+            if self.lr_scheduler in ("reduce_lr_on_plateau", "greedy"):
+                raise ValueError(f"lr_scheduler={self.lr_scheduler!r} has no warm-up. Set warmup_steps to 0")
+        self.lr_scheduler_kwargs = {key: _converted(value) for key, value in self.lr_scheduler_kwargs.items()}
+        make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(self.lr_scheduler)]
+        signature = inspect.signature(make).parameters
+        try:
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
+                given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+                refuse_unknown(self.lr_scheduler_kwargs, [name for name in signature if name not in given])
+            self.make_scheduler(AdamW([nn.Parameter(torch.zeros(1))], lr=self.learning_rate), num_training_steps=1000)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"lr_scheduler_kwargs of {self.lr_scheduler!r}: {error}") from None
+
+    def warmup_warning(self, num_training_steps: int) -> str | None:
+        """What to say of a warm-up that the run does not get to the end of; None if it does."""
+        if self.warmup_steps < num_training_steps or not self.warmup_steps:
+            return None
+        return (
+            f"warmup_steps={self.warmup_steps} but the run has {num_training_steps} steps: the peak learning rate is "
+            "never reached. Lower warmup_steps, or train for longer"
+        )
+
+    def make_scheduler(self, optimizer: "Optimizer", *, num_training_steps: int) -> Any:
+        """The learning-rate schedule of these settings."""
+        from transformers import get_scheduler
+
+        return get_scheduler(
+            self.lr_scheduler,
+            optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=dict(self.lr_scheduler_kwargs),
+        )
+
+    def _check_processes(self) -> None:
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank must be less than nnodes={self.nnodes}, got {self.node_rank}")
+        if self.rdzv_endpoint and self.master_addr:
+            raise ValueError("rdzv_endpoint and master_addr exclude each other. Give one of them")
+        if self.master_port and not self.master_addr:
+            raise ValueError("master_port goes with master_addr. Give both, or rdzv_endpoint='host:port'")
+        if self.nnodes > 1 and not (self.rdzv_endpoint or self.master_addr):
+            raise ValueError("rdzv_endpoint is required with nnodes > 1: 'host:port' of node 0, the same on all nodes")
+        if self.rdzv_endpoint and not re.fullmatch(r".+:\d{1,5}", self.rdzv_endpoint):
+            raise ValueError(f"rdzv_endpoint must be 'host:port', got {self.rdzv_endpoint!r}")
+
+    @classmethod
+    def from_parameters(cls, given: Mapping[str, Any]) -> "TrainConfig":
+        """The settings from named values, where None stands for the default; training_hub's own names are understood.
+
+        Raises ValueError for an unknown name (with the nearest known one), for required ones that are missing, and
+        for values that cannot be.
+        """
+        known = parameters(cls)
+        refuse_unknown(given, [*known, *compatibility.NAMES])
+        values = compatibility.translated(given)
+        missing = [name for name, parameter in known.items() if parameter.required and name not in values]
+        if missing:
+            raise ValueError(f"required parameters are missing: {', '.join(missing)}")
+        return cls(**values)
+
+    @property
+    def subspace(self) -> SubspaceConfig:
+        """Only what determines the factors."""
+        return SubspaceConfig(**{f.name: getattr(self, f.name) for f in fields(SubspaceConfig)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values; `TrainConfig(**d)` restores them."""
+        return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that determine the result. Two runs that differ only in others are one run."""
+        return {name: value for name, value in self.to_dict().items() if name not in _NOT_IDENTITY}
+
+
+_LOCATIONS = (
+    *("model_path", "data_path", "validation_data_path", "calibration_data", "factors", "data_output_dir"),
+    *("ckpt_output_dir", "resume", "tensorboard_log_dir"),
+)
+"""Paths, in which `~` is expanded, or URIs, which must not hold credentials: all of this is logged and written down."""
+
+_NOT_IDENTITY = frozenset(
+    {
+        *("ckpt_output_dir", "data_output_dir", "resume", "save_state_minutes", "save_state_steps", "dry_run"),
+        *("nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"),
+        *("rdzv_timeout_minutes", "process_group_timeout_minutes", "deterministic"),
+        *("max_tokens_per_gpu", "gradient_checkpointing", "use_liger", "attn_implementation", "trust_remote_code"),
+        *("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "tensorboard_log_dir"),
+        *("wandb_project", "wandb_entity", "wandb_run_name"),
+    }
+)
+"""How and where a run is executed, saved and logged, not what it computes."""
+
+
+def _converted(value: Any) -> Any:
+    """A schedule's argument: the documented type of the values is str, schedules want numbers."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return float(value)  # 1E-6, .5 and other spellings that JSON does not know
+    except ValueError:
+        return value

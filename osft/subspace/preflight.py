@@ -1,0 +1,279 @@
+"""What a model does with several samples at once, tried before anything expensive.
+
+Whether packed samples stay apart is a property of a model's code, not of its name or its weights: a recurrent state,
+a convolution or a running position carries one sample into the next. So the code is run, on a few tokens, with random
+weights and one block of each kind. The logits of samples that share a micro-batch are compared with those of a
+sample alone:
+
+    as alone, packed in one row                 PACKED
+    as alone only with a row for each sample    PADDED
+    neither, or other without what follows      refused
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, PreTrainedModel
+from transformers.masking_utils import flash_attention_mask
+
+from osft.data.chat import Sample
+from osft.data.packing import Batching, collate
+from osft.models.checkpoint import CheckpointReader
+from osft.models.likelihood import target_logits, token_nll
+from osft.models.loading import UnsupportedModelError, empty_model
+from osft.subspace.model import inject_empty, osft_layers
+from osft.subspace.random_weights import ROWS, compute_one_block_of_each_kind, fill_at_random
+from osft.subspace.targets import select_targets
+
+TOLERANCE = 1e-3
+"""Largest difference of logits, as a share of their standard deviation, that rounding may make in float32."""
+_LENGTHS = (9, 14, 11)
+"""Tokens of the samples that are tried."""
+_LARGEST_GRADIENT = 2**26
+"""Elements of the largest weight whose training is tried: that of a stack of experts forms a gradient of its size."""
+_CUT = 8
+"""Tokens that are left of the second one, to see whether it misses what follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What was found out about a model."""
+
+    batching: Batching
+    """How its samples are fed."""
+    reason: str
+    """Why, in a few words."""
+
+    def text(self) -> str:
+        """Both, in a phrase."""
+        how = "samples are packed" if self.batching is Batching.PACKED else "one sample a row"
+        return f"{how}: {self.reason}"
+
+    def line(self) -> str:
+        """For a log."""
+        return f"model: {self.text()}"
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, str]) -> "Preflight":
+        """What `to_dict` gave."""
+        return cls(Batching(values["batching"]), values["reason"])
+
+
+def preflight(
+    model_path: str | Path, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> Preflight:
+    """Check the files of a model folder against each other and try its architecture.
+
+    The headers of weights and the tokenizer are checked where the folder has them; config.json it must have. Raises
+    FileNotFoundError for what is missing, DamagedFileError for a file that is not whole, ValueError for weights that
+    are quantized, a tokenizer that is larger than the model and an attention that the architecture does not have, and
+    UnsupportedModelError for one that cannot be trained as a causal language model.
+    """
+    folder = Path(model_path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{model_path} is not a model folder: it has no config.json")
+    if any(folder.glob("*.safetensors*")):
+        CheckpointReader(folder)
+    key = ((folder / "config.json").read_bytes(), attn_implementation)
+    if trust_remote_code or key not in _tried:  # custom code is no part of the key
+        _tried[key] = _preflight(folder, attn_implementation, trust_remote_code)
+    found, vocabulary = _tried[key]
+    if any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
+        _check_tokenizer(folder, vocabulary, trust_remote_code)
+    return found
+
+
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges")
+"""What the names of a tokenizer's files begin with."""
+_tried: dict[tuple[bytes, str | None], tuple[Preflight, int]] = {}
+"""By config.json and attention: what this process has tried, and the rows of the embeddings."""
+
+
+def _check_tokenizer(folder: Path, vocabulary: int, trust_remote_code: bool) -> None:
+    """Raise ValueError if the tokenizer gives ids for which the model has no embedding.
+
+    A padding token of its own is not used in training and allowed.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    outside = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocabulary}
+    outside.pop(tokenizer.pad_token, None)
+    if outside:
+        first = min(outside, key=outside.__getitem__)
+        raise ValueError(
+            f"{folder}: the tokenizer is larger than the model: {first!r} is token {outside[first]}"
+            f"{f' and {len(outside) - 1} more follow' if len(outside) > 1 else ''}, and the model has embeddings for 0 "
+            f"to {vocabulary - 1}. Give the model's own tokenizer, or call `model.resize_token_embeddings("
+            f"{max(outside.values()) + 1})`, train the new rows and save both"
+        )
+
+
+def check_data(folder: Path, model_path: str | Path, *, trust_remote_code: bool = False) -> None:
+    """Raise ValueError if a prepared dataset has a token for which the model has no embedding."""
+    from osft.data.dataset_folder import load_split
+
+    vocabulary = _vocabulary(empty_model(model_path, trust_remote_code=trust_remote_code))
+    largest = load_split(folder, "train").largest_token
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer of {model_path} gave token {largest} for the data, and the model has embeddings for 0 to "
+            f"{vocabulary - 1}. Give the model's own tokenizer"
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Rows of the embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
+
+
+def _preflight(folder: Path, attn_implementation: str | None, trust_remote_code: bool) -> tuple[Preflight, int]:
+    varlen = attn_implementation not in (None, "sdpa", "eager")
+    model = empty_model(
+        folder, attn_implementation=None if varlen else attn_implementation, trust_remote_code=trust_remote_code
+    )
+    if varlen and not (model._supports_flash_attn or model._supports_flex_attn):
+        raise ValueError(
+            f"attn_implementation={attn_implementation!r}: {type(model).__name__} does not have it. Use 'sdpa' or "
+            "'eager'"
+        )
+    vocabulary = _vocabulary(model)
+    model.config._experts_implementation = "eager"  # the others copy all experts
+    targets = [target for target in select_targets(model) if math.prod(target.shape) < _LARGEST_GRADIENT]
+    names = [target.name for target in targets]
+    inject_empty(model, targets, dict.fromkeys(names, 1), split_kinds=dict.fromkeys(names, "complement"))
+    fill_at_random(model)
+    compute_one_block_of_each_kind(model)
+    found = examine(model, name=str(folder))
+    if varlen and found.batching is Batching.PACKED:
+        model.config._attn_implementation = _VARLEN
+        try:
+            found = examine(model, name=str(folder))
+        except UnsupportedModelError:  # it has a way of its own into the kernel, which a CPU cannot go
+            found = Preflight(Batching.PADDED, f"whether {attn_implementation} packs them well cannot be seen here")
+    return found, vocabulary
+
+
+def examine(model: PreTrainedModel, *, name: str = "the model") -> Preflight:
+    """Try `model`, which has its OSFT layers, in float32 on any device. Raises UnsupportedModelError as `preflight`."""
+    first, second, third = _samples(model)
+    cut = Sample(second.input_ids[:_CUT], second.labels[:_CUT])
+    model.eval()
+    try:
+        (alone,) = _logits(model, [second], Batching.PADDED)
+        *rows, cut_row = _logits(model, [first, second, third, cut], Batching.PADDED)
+    except Exception as error:
+        raise UnsupportedModelError(f"{name}: {_what(model)} cannot compute a plain text: {_told(error)}") from error
+    if not alone.isfinite().all():
+        raise UnsupportedModelError(f"{name}: {_what(model)} computes logits that are not finite")
+    if not _difference(cut_row, alone[: _CUT - 1]) <= TOLERANCE:
+        raise UnsupportedModelError(
+            f"{name}: {_what(model)} sees the tokens that follow, so it is not a causal language model. Give one that "
+            "is (with is_decoder=true in config.json, where its architecture has that setting)"
+        )
+    if not (difference := _difference(rows[1], alone)) <= TOLERANCE:
+        raise UnsupportedModelError(
+            f"{name}: {_what(model)} lets samples that are computed together change each other's logits (by "
+            f"{difference:.2g} standard deviations), so they cannot be trained in batches"
+        )
+    result = _try_packed(model, [first, second, third], rows)
+    try:
+        _backward(model, [first, second, third], result.batching)
+    except Exception as error:
+        raise UnsupportedModelError(f"{name}: {_what(model)} cannot be trained: {_told(error)}") from error
+    finally:
+        model.eval()
+    return result
+
+
+def _what(model: PreTrainedModel) -> str:
+    return type(model).__name__
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _try_packed(model: PreTrainedModel, samples: Sequence[Sample], rows: Sequence[torch.Tensor]) -> Preflight:
+    """Compare `samples` in one row with what they are in `rows` of their own."""
+    try:
+        packed = _logits(model, samples, Batching.PACKED)
+    except Exception as error:
+        return Preflight(Batching.PADDED, f"packed ones cannot be computed ({_told(error)[:80]})")
+    difference = max(_difference(*pair) for pair in zip(packed, rows, strict=True))
+    if not difference <= TOLERANCE:
+        return Preflight(
+            Batching.PADDED, f"packed ones would change each other's logits, by {difference:.2g} standard deviations"
+        )
+    return Preflight(Batching.PACKED, f"they do not change each other's logits (by {difference:.0e})")
+
+
+def _samples(model: PreTrainedModel) -> list[Sample]:
+    """Samples of ordinary tokens."""
+    text_config = model.config.get_text_config()
+    special: set[int] = set()
+    for config in (model.config, text_config):
+        for key, value in vars(config).items():
+            if key.endswith(("token_id", "token_index")) and value is not None:
+                special |= set(value if isinstance(value, list) else [value])
+    ordinary = [token for token in range(min(ROWS, text_config.vocab_size)) if token not in special]
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for length in _LENGTHS:
+        row = [ordinary[i] for i in torch.randint(len(ordinary), (length,), generator=generator).tolist()]
+        samples.append(Sample(row, row))
+    return samples
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, samples: Sequence[Sample], batching: Batching) -> list[torch.Tensor]:
+    """Of each sample but for its last token, (tokens - 1, vocabulary)."""
+    logits = target_logits(model, collate(samples, batching).to(model.device))
+    return list(logits.float().split([len(sample.input_ids) - 1 for sample in samples]))
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference of two sets of logits, as a share of the standard deviation of the second."""
+    return ((found - expected).abs().max() / expected.std().clamp_min(1e-30)).item()
+
+
+def _backward(model: PreTrainedModel, samples: Sequence[Sample], batching: Batching) -> None:
+    """One backward pass in training mode. Raises what the model raises, and FloatingPointError without a gradient."""
+    token_nll(model.train(), collate(samples, batching).to(model.device)).sum().backward()
+    gradients = [layer.coefficients.grad for _, layer in osft_layers(model)]
+    there = [gradient for gradient in gradients if gradient is not None]
+    if not there or not all(gradient.isfinite().all() for gradient in there):
+        raise FloatingPointError("its gradient is not finite" if there else "no weight gets a gradient")
+
+
+_VARLEN = "osft_varlen"
+
+
+def _varlen_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **settings: Any
+) -> tuple[torch.Tensor, None]:
+    """Flash attention on any device: it takes no mask, and knows packed samples by their position ids."""
+    length = query.shape[2]
+    position_ids = settings.get("position_ids")
+    if position_ids is None or query.shape[0] != 1:
+        position_ids = torch.arange(length, device=query.device)[None]
+    sample = (position_ids[0].diff(prepend=position_ids[0, :1]) != 1).cumsum(0)
+    allowed = (sample[:, None] == sample) & torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, scale=settings.get("scaling")
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_VARLEN, _varlen_attention)
+AttentionMaskInterface.register(_VARLEN, flash_attention_mask)
