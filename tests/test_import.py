@@ -19,10 +19,9 @@ def test_import_needs_torch_and_transformers_only():
 
 
 def test_import_alone_loads_neither_torch_nor_transformers():
-    """Nor do the settings of a PyTorchJob, which a notebook checks before it submits a run."""
-    code = (
-        "import sys, osft, osft.kubernetes.settings; print([n for n in ('torch', 'transformers') if n in sys.modules])"
-    )
+    """Nor do the steps that compute nothing, nor the settings of a PyTorchJob, which a notebook checks."""
+    needed = "osft, osft.kubernetes.settings, osft.rounds, osft.tracking.registry, osft.tracking.champion, mlflow"
+    code = f"import sys, {needed}; print([n for n in ('torch', 'transformers') if n in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
