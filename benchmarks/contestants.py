@@ -14,7 +14,8 @@ from torch import nn
 from benchmarks.peers import LORA_RANK, adapted
 from osft.data.chat import Sample
 from osft.data.packing import MicroBatch, collate
-from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.settings.subspace import SubspaceConfig
+from osft.settings.training import TrainConfig
 from osft.storage.atomic import write_json
 from osft.subspace import factor_store, select_targets
 from osft.subspace.calibration import measure

@@ -32,7 +32,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.texts import blocks_of_tokens, manual_pages, web_text
 from osft.data import examples
 from osft.models.rounding import Rounding, generator_of, round_weight
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.storage.atomic import write_json
 from osft.subspace import inject, merge, osft_layers, refresh, select_targets
 from osft.subspace.moment_sums import MomentSums

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from osft.api import OSFTAlgorithm as OSFTAlgorithm
     from osft.api import create_algorithm as create_algorithm
     from osft.api import osft as osft
-    from osft.settings.training import SubspaceConfig as SubspaceConfig
+    from osft.settings.subspace import SubspaceConfig as SubspaceConfig
     from osft.settings.training import TrainConfig as TrainConfig
     from osft.subspace import OSFTLinear as OSFTLinear
     from osft.subspace import inject as inject
@@ -32,7 +32,8 @@ _HOMES = {
     **dict.fromkeys(
         ("Algorithm", "AlgorithmRegistry", "Backend", "OSFTAlgorithm", "create_algorithm", "osft"), "osft.api"
     ),
-    **dict.fromkeys(("SubspaceConfig", "TrainConfig"), "osft.settings.training"),
+    "SubspaceConfig": "osft.settings.subspace",
+    "TrainConfig": "osft.settings.training",
     **dict.fromkeys(("OSFTLinear", "inject", "merge", "refresh"), "osft.subspace"),
     **dict.fromkeys(("StopTraining", "TrainResult", "TrainingCallback", "TrainingContext", "train"), "osft.training"),
 }

@@ -104,7 +104,7 @@ def decompose(
     """Split the weights of a model before it is trained, and print the path to give as `factors`."""
     with failures():
         from osft.models.loading import model_folder
-        from osft.settings.training import SubspaceConfig
+        from osft.settings.subspace import SubspaceConfig
         from osft.subspace.preflight import preflight
         from osft.training.inputs import compute_factors
 

@@ -13,7 +13,7 @@ from osft.models.checkpoint import CheckpointReader
 from osft.models.conversion import ModelWeights
 from osft.models.likelihood import token_nll
 from osft.models.loading import empty_model, load_model, without_dropout
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace import inject, osft_layers
 from osft.subspace.preflight import Preflight
 from osft.training.loop import train_step

@@ -14,7 +14,7 @@ from transformers.core_model_loading import Chunk, ConversionOps, WeightConverte
 from osft.models.checkpoint import CheckpointReader, tensor_sha256
 from osft.models.conversion import ModelWeights
 from osft.models.loading import empty_model
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace.factor_store import precompute
 from osft.training.saving import save_merged
 from tests.conftest import tiny_llama

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from osft.settings.parameters import parameters
-from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.settings.subspace import SubspaceConfig
+from osft.settings.training import TrainConfig
 
 REQUIRED = {
     "model_path": "m",

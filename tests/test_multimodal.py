@@ -15,7 +15,7 @@ from osft.models.checkpoint import CheckpointReader
 from osft.models.conversion import ModelWeights
 from osft.models.likelihood import token_nll
 from osft.models.loading import empty_model
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace import inject, osft_layers, select_targets
 from osft.subspace.preflight import preflight
 from osft.training.saving import save_merged

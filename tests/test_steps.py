@@ -16,7 +16,7 @@ from osft.rounds.prepare import check_chats
 from osft.rounds.promote import below_the_root
 from osft.rounds.resolution import ResolvedRound
 from osft.rounds.train import replay_settings
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.storage.sealed import DamagedFile, unsealed
 from osft.subspace.statistics_store import load_statistics
 from osft.tracking import lineage, runs

@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.frontier.measured import BothSides
 from benchmarks.frontier.network import Network
 from benchmarks.peers import LORA_RANK, Peer, adapted
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace import inject, merge, osft_layers, refresh, select_targets
 from osft.subspace.statistics import Statistics
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from osft import storage
 from osft.rounds.pipeline_run import PipelineRun, read_json
 from osft.settings.parameters import number
-from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.settings.subspace import SubspaceConfig
+from osft.settings.training import TrainConfig
 
 if TYPE_CHECKING:
     from osft.training.job import Launcher, Limits

@@ -1,109 +1,25 @@
-"""What a user sets, validated where it is set.
+"""What a user sets of a training run, validated where it is set.
 
 Every check that needs no file or model happens in `__post_init__`, so that a bad value stops a run before
 anything is read. A value that a user can get wrong raises ValueError that names the parameter (a wrong type
 included: the documented contract knows ValueError only).
 """
 
-import inspect
-import json
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from osft.settings import compatibility
-from osft.settings.parameters import Bounds, check_fields, parameters, refuse_unknown
+from osft.settings import compatibility, schedule
+from osft.settings.parameters import Bounds, parameters, refuse_unknown
+from osft.settings.subspace import DEFAULT_STIFFNESS, SubspaceConfig
 from osft.storage.paths import expanded
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Rounding = Literal["nearest", "stochastic", "compensated"]
-FreeSubspace = Literal["complement", "core"]
-RankAllocation = Literal["uniform", "adaptive"]
-Protect = Literal["weights", "activations"]
-DEFAULT_STIFFNESS = 10_000.0
-
-
-@dataclass(kw_only=True, slots=True)
-class SubspaceConfig:
-    """Which weights learn, and in which directions."""
-
-    unfreeze_rank_ratio: Annotated[float, Bounds(low=0.0, high=1.0)]
-    """Share of each target weight's directions that may be trained, in (0, 1]; those with the least singular value, or
-    the least energy (see protect), come first. 0.25 is a good start, 1.0 constrains nothing, 0 is refused: nothing to
-    train."""
-
-    target_patterns: list[str] | None = None
-    """Regular expressions searched in the full names of the modules, such as "q_proj". None: every linear layer and
-    every expert weight of the transformer blocks."""
-
-    protect: Protect = "weights"
-    """What the frozen directions are taken from. "weights": the singular vectors of each weight, the published method
-    (arXiv:2504.07097). "activations": the directions of a layer's inputs that carry most energy, C = E[x x^T], over
-    text that stands for what the model knows (calibration_tokens, calibration_data); what training adds is zero on
-    them. Measured, the model drifts far less from what it knew (benchmarks/results/frontier_cuda.md)."""
-
-    calibration_tokens: Annotated[int | None, Bounds(low=0)] = None
-    """With protect="activations": tokens of text that the model writes itself (plain text, chats, code, lists and
-    other kinds), on which its layers' inputs are measured. None: by the width of the model, 3,072 up to 2,048. 0:
-    calibration_data only. distill_weight and fit_step take the same text, whatever is protected."""
-
-    calibration_data: str | None = None
-    """With protect="activations": records that stand for what the model should keep, beside or instead of its own text;
-    a path or URI as data_path."""
-
-    calibration_temperature: Annotated[float, Bounds(low=0.0)] = 1.0
-    """Temperature at which the model writes that text."""
-
-    calibration_seed: Annotated[int, Bounds(low=0)] = 0
-    """Seed of the sampling of that text."""
-
-    free_subspace: FreeSubspace = "complement"
-    """With protect="weights". "complement": every update orthogonal to the frozen directions on both sides, the
-    reachable set of the published method. "core": only updates between the unfrozen singular vectors themselves (least
-    memory)."""
-
-    rank_allocation: RankAllocation = "uniform"
-    """With protect="weights". "uniform": the same ratio for every weight. "adaptive": blocks that change their input
-    little, measured on a calibration sample, keep more directions frozen; the mean stays at unfreeze_rank_ratio
-    (arXiv:2504.07097)."""
-
-    min_retention_ratio: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.1
-    """With rank_allocation="adaptive": the smallest share of directions that stays frozen in any layer."""
-
-    calibration_samples: Annotated[int, Bounds(low=1)] = 16
-    """Training samples on which the layers' importance is measured (rank_allocation="adaptive"), and the inputs of the
-    layers (save_rounding="compensated")."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.unfreeze_rank_ratio == 0:
-            raise ValueError(
-                "unfreeze_rank_ratio is 0: every direction would be frozen and there is nothing to train. "
-                "Choose a value in (0, 1], for example 0.25"
-            )
-        if self.protect == "activations":
-            for name, only in (("free_subspace", "complement"), ("rank_allocation", "uniform")):
-                if getattr(self, name) != only:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} splits singular values: it goes with protect='weights', not "
-                        "with protect='activations'. Leave it out"
-                    )
-            if self.calibration_tokens == 0 and not self.calibration_data:
-                raise ValueError(
-                    "calibration_tokens=0 without calibration_data leaves nothing to measure the layers' inputs on. "
-                    "Give one of them"
-                )
-        elif self.calibration_data:
-            raise ValueError("calibration_data is of use with protect='activations' only. Give that, or leave it out")
-        for pattern in self.target_patterns or []:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"target_patterns: {pattern!r} is not a regular expression: {error}") from None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -419,29 +335,12 @@ class TrainConfig(SubspaceConfig):
             raise ValueError(f"step_scales must be factors in (0, 1], such as [0.5, 1.0], got {self.step_scales}")
 
     def _check_schedule(self) -> None:
-        import torch
-        from torch import nn
-        from torch.optim import AdamW
-        from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
-
-        known = [scheduler.value for scheduler in SchedulerType]
-        if self.lr_scheduler not in known:
-            raise ValueError(f"lr_scheduler {self.lr_scheduler!r} is unknown; known are {', '.join(known)}")
-        if self.warmup_steps:
-            if self.lr_scheduler == "constant":
-                self.lr_scheduler = "constant_with_warmup"
-            if self.lr_scheduler in ("reduce_lr_on_plateau", "greedy"):
-                raise ValueError(f"lr_scheduler={self.lr_scheduler!r} has no warm-up. Set warmup_steps to 0")
-        self.lr_scheduler_kwargs = {key: _converted(value) for key, value in self.lr_scheduler_kwargs.items()}
-        make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(self.lr_scheduler)]
-        signature = inspect.signature(make).parameters
-        try:
-            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
-                given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
-                refuse_unknown(self.lr_scheduler_kwargs, [name for name in signature if name not in given])
-            self.make_scheduler(AdamW([nn.Parameter(torch.zeros(1))], lr=self.learning_rate), num_training_steps=1000)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"lr_scheduler_kwargs of {self.lr_scheduler!r}: {error}") from None
+        self.lr_scheduler, self.lr_scheduler_kwargs = schedule.checked(
+            self.lr_scheduler,
+            self.lr_scheduler_kwargs,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+        )
 
     def warmup_warning(self, num_training_steps: int) -> str | None:
         """What to say of a warm-up that the run does not get to the end of; None if it does."""
@@ -454,14 +353,12 @@ class TrainConfig(SubspaceConfig):
 
     def make_scheduler(self, optimizer: "Optimizer", *, num_training_steps: int) -> Any:
         """The learning-rate schedule of these settings."""
-        from transformers import get_scheduler
-
-        return get_scheduler(
+        return schedule.make(
             self.lr_scheduler,
+            self.lr_scheduler_kwargs,
             optimizer,
-            num_warmup_steps=self.warmup_steps,
+            warmup_steps=self.warmup_steps,
             num_training_steps=num_training_steps,
-            scheduler_specific_kwargs=dict(self.lr_scheduler_kwargs),
         )
 
     def _check_processes(self) -> None:
@@ -500,39 +397,9 @@ class TrainConfig(SubspaceConfig):
         """The settings as plain values; `TrainConfig(**d)` restores them."""
         return asdict(self)
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that determine the result. Two runs that differ only in others are one run."""
-        return {name: value for name, value in self.to_dict().items() if name not in _NOT_IDENTITY}
-
 
 _LOCATIONS = (
     *("model_path", "data_path", "validation_data_path", "calibration_data", "factors", "data_output_dir"),
     *("ckpt_output_dir", "resume", "tensorboard_log_dir"),
 )
 """Paths, in which `~` is expanded, or URIs, which must not hold credentials: all of this is logged and written down."""
-
-_NOT_IDENTITY = frozenset(
-    {
-        *("ckpt_output_dir", "data_output_dir", "resume", "save_state_minutes", "save_state_steps", "dry_run"),
-        *("nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"),
-        *("rdzv_timeout_minutes", "process_group_timeout_minutes", "deterministic"),
-        *("max_tokens_per_gpu", "gradient_checkpointing", "use_liger", "attn_implementation", "trust_remote_code"),
-        *("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "tensorboard_log_dir"),
-        *("wandb_project", "wandb_entity", "wandb_run_name"),
-    }
-)
-"""How and where a run is executed, saved and logged, not what it computes."""
-
-
-def _converted(value: Any) -> Any:
-    """A schedule's argument: the documented type of the values is str, schedules want numbers."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value.lower() if value.lower() in ("true", "false") else value)
-    except json.JSONDecodeError:
-        pass
-    try:
-        return float(value)  # 1E-6, .5 and other spellings that JSON does not know
-    except ValueError:
-        return value

@@ -34,7 +34,7 @@ from osft import storage
 from osft.models.checkpoint import CheckpointReader, tensor_sha256
 from osft.models.conversion import ModelWeights
 from osft.models.loading import empty_model
-from osft.settings.training import Protect, SubspaceConfig
+from osft.settings.subspace import Protect, SubspaceConfig
 from osft.storage.atomic import atomic_path
 from osft.storage.hashes import named_sha256
 from osft.storage.sealed import DamagedFile, read_sealed, write_sealed

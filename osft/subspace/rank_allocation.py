@@ -29,7 +29,7 @@ from osft.data.chat import Sample
 from osft.data.packing import Batching, collate, plan_micro_batches
 from osft.models.likelihood import target_logits
 from osft.models.loading import load_model
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace.decomposition import unfrozen_rank
 from osft.subspace.targets import Target, transformer_blocks
 

@@ -8,7 +8,7 @@
     replay                  the samples that were drawn from earlier data: the key of their dataset
     own_text                what the model wrote to be held to and measured on: the text's file
     factors                 the bases of all target weights
-    settings                those that determine the result (`TrainConfig.identity`)
+    settings                those that determine the result (all but _NOT_IDENTITY)
 
 A finished run is returned, and an unfinished one is resumed, only if all of that is what it was. Where the model, the
 data and the factors lie, and what those places are called, does not matter.
@@ -31,6 +31,17 @@ from osft.settings.training import TrainConfig
 from osft.storage.hashes import files_sha256, named_sha256
 
 MADE_OF = "made_of"
+_NOT_IDENTITY = frozenset(
+    {
+        *("ckpt_output_dir", "data_output_dir", "resume", "save_state_minutes", "save_state_steps", "dry_run"),
+        *("nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"),
+        *("rdzv_timeout_minutes", "process_group_timeout_minutes", "deterministic"),
+        *("max_tokens_per_gpu", "gradient_checkpointing", "use_liger", "attn_implementation", "trust_remote_code"),
+        *("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "tensorboard_log_dir"),
+        *("wandb_project", "wandb_entity", "wandb_run_name"),
+    }
+)
+"""How and where a run is executed, saved and logged, not what it computes."""
 _PATHS = {
     "model_path": "weights",
     "factors": "factors",
@@ -73,7 +84,7 @@ def differences(recorded: dict[str, Any], config: TrainConfig, made_of: dict[str
         for what, now in made_of.items()
         if what in there and there[what] != now
     ]
-    settings = json.loads(json.dumps(config.identity()))
+    settings = json.loads(json.dumps(_determining(config)))
     before = {name: parameter.default for name, parameter in parameters(TrainConfig).items() if not parameter.required}
     before |= recorded
     for name, now in settings.items():
@@ -89,3 +100,8 @@ def cannot_be_compared(recorded: dict[str, Any], made_of: dict[str, str]) -> lis
     """What a run of an older release does not say of itself."""
     there = {"dataset", *(recorded.get(MADE_OF) or {})}
     return [what for what in made_of if what not in there]
+
+
+def _determining(config: TrainConfig) -> dict[str, Any]:
+    """The settings that determine the result. Two runs that differ only in others are one run."""
+    return {name: value for name, value in config.to_dict().items() if name not in _NOT_IDENTITY}

@@ -20,7 +20,8 @@ from osft import storage
 from osft.data.samples import SampleList
 from osft.data.self_written import FORMAT, as_samples, default_num_tokens, write_text
 from osft.models.loading import empty_model, load_model
-from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.settings.subspace import SubspaceConfig
+from osft.settings.training import TrainConfig
 from osft.storage.sealed import read_sealed, write_sealed
 from osft.subspace.targets import Target, select_targets
 from osft.training.identity import model_contents

@@ -28,7 +28,8 @@ from osft.data.packing import Batching
 from osft.data.samples import Samples
 from osft.models.loading import empty_model
 from osft.models.origin import StoredStatistics, read_origin
-from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.settings.subspace import SubspaceConfig
+from osft.settings.training import TrainConfig
 from osft.subspace.calibration import measure
 from osft.subspace.statistics_store import load_statistics, save_statistics, statistics_address
 from osft.subspace.targets import select_targets

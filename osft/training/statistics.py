@@ -21,7 +21,7 @@ from osft.data.packing import Batching
 from osft.data.records import read_records
 from osft.data.self_written import FORMAT, as_samples, save_texts
 from osft.models.loading import load_model
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.storage.hashes import files_sha256, named_sha256
 from osft.subspace.calibration import measure, text_sha256
 from osft.subspace.statistics import Statistics

@@ -10,7 +10,7 @@ import torch
 from osft.data.chat import Sample
 from osft.evaluation.report.subspace import subspace_section
 from osft.models.loading import load_model
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace import select_targets
 from osft.subspace.calibration import measure
 from osft.subspace.factor_store import FactorSet, precompute_by_inputs

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from osft.data.chat import Sample
 from osft.data.packing import Batching
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace import calibration, inject, select_targets
 from osft.subspace.calibration import measure, sample_tokens
 

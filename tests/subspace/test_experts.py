@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace import OSFTExperts, decompose, inject, merge, osft_layers, select_targets
 from tests.subspace.test_linear import SHAPES, SUBSPACES, frozen_directions
 

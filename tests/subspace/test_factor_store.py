@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from osft.models.checkpoint import CheckpointReader
 from osft.models.conversion import ModelWeights
 from osft.models.loading import empty_model
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.storage.sealed import DamagedFile
 from osft.subspace import decomposition, factor_store, select_targets
 from osft.subspace.factor_store import (

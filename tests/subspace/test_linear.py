@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace import OSFTLinear, decompose, inject, merge, osft_layers, refresh, unfrozen_rank
 from tests.conftest import tiny_llama
 

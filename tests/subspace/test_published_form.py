@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace import inject, refresh, select_targets
 from tests.conftest import tiny_llama
 from tests.subspace.published_form import inject_published, published_step

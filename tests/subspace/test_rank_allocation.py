@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace import allocate_ranks, select_targets
 from osft.subspace.factor_store import FactorsMismatchError, check_settings, precompute
 from osft.subspace.rank_allocation import layer_importance, measure_importance, retention_ratios

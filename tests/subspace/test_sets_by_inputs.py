@@ -8,7 +8,7 @@ import torch
 
 from osft.data.chat import Sample
 from osft.models.loading import load_model
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.storage.sealed import read_sealed, write_sealed
 from osft.subspace.calibration import measure
 from osft.subspace.factor_store import FactorsMismatchError, load_factor_set, precompute_by_inputs

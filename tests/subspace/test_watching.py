@@ -12,7 +12,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace import inject, select_targets
 from osft.subspace.calibration import measure
 from osft.subspace.moment_sums import FLOOR_TOKENS

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.settings.subspace import SubspaceConfig
+from osft.settings.training import TrainConfig
 from osft.subspace import factor_store
 from osft.subspace.factor_store import load_factor_set
 from osft.training import loop, train

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace.calibration import measure
 from osft.subspace.model import inject, osft_layers
 from osft.subspace.statistics import Statistics

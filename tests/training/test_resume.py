@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.settings.subspace import SubspaceConfig
+from osft.settings.training import TrainConfig
 from osft.storage.sealed import DamagedFile
 from osft.subspace import decomposition, factor_store
 from osft.training import TrainResult, loop, train

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from osft.data.chat import Sample
 from osft.data.packing import Feeding
 from osft.data.samples import SampleList
-from osft.settings.training import SubspaceConfig
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace.calibration import measure
 from osft.subspace.model import inject, osft_layers, refresh
 from osft.subspace.targets import select_targets

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from osft.data.prepare import prepare
 from osft.models.checkpoint import CheckpointReader
-from osft.settings.training import SubspaceConfig, TrainConfig
+from osft.settings.subspace import SubspaceConfig
+from osft.settings.training import TrainConfig
 from osft.subspace import factor_store
 from osft.training import TrainResult, train
 from tests.conftest import byte_tokenizer, tiny_llama

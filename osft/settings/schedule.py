@@ -1,0 +1,71 @@
+"""Learning-rate schedules: those of transformers, by name."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from osft.settings.parameters import refuse_unknown
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+def checked(
+    name: str, settings: Mapping[str, Any], *, learning_rate: float, warmup_steps: int
+) -> tuple[str, dict[str, Any]]:
+    """The schedule's name and arguments as transformers takes them. Raises ValueError for what it would not take."""
+    import torch
+    from torch import nn
+    from torch.optim import AdamW
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
+
+    known = [scheduler.value for scheduler in SchedulerType]
+    if name not in known:
+        raise ValueError(f"lr_scheduler {name!r} is unknown; known are {', '.join(known)}")
+    if warmup_steps:
+        if name == "constant":
+            name = "constant_with_warmup"
+        if name in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(f"lr_scheduler={name!r} has no warm-up. Set warmup_steps to 0")
+    converted = {key: _converted(value) for key, value in settings.items()}
+    build: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    signature = inspect.signature(build).parameters
+    try:
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
+            given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+            refuse_unknown(converted, [name for name in signature if name not in given])
+        optimizer = AdamW([nn.Parameter(torch.zeros(1))], lr=learning_rate)
+        make(name, converted, optimizer, warmup_steps=warmup_steps, num_training_steps=1000)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_kwargs of {name!r}: {error}") from None
+    return name, converted
+
+
+def make(
+    name: str, settings: Mapping[str, Any], optimizer: "Optimizer", *, warmup_steps: int, num_training_steps: int
+) -> Any:
+    """The schedule of an optimizer."""
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=num_training_steps,
+        scheduler_specific_kwargs=dict(settings),
+    )
+
+
+def _converted(value: Any) -> Any:
+    """A schedule's argument: the documented type of the values is str, schedules want numbers."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return float(value)  # 1E-6, .5 and other spellings that JSON does not know
+    except ValueError:
+        return value
