@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,10 +148,14 @@ def records(file: Path) -> Iterator[bytes]:
 
 
 def logged_offline(folder: Path) -> tuple[dict, dict[int, float], dict]:
-    """Names, losses by step and settings of the one run that W&B wrote below a folder."""
+    """Names, losses by step and settings of the one run that W&B wrote below a folder, by a process of its own."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = folder.rglob("run-*.wandb")
+    for _ in range(600):
+        if any(Record.FromString(record).WhichOneof("record_type") == "exit" for record in records(file)):
+            break
+        time.sleep(0.1)
     names, found, settings = {}, {}, {}
     for record in map(Record.FromString, records(file)):
         if record.WhichOneof("record_type") == "run":
