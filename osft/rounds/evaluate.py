@@ -10,7 +10,7 @@ from osft.tracking import lineage, runs
 from osft.tracking.lineage import Lineage, Row, Scores
 
 if TYPE_CHECKING:
-    from osft.subspace.factor_store import FactorSet
+    from osft.subspace.factor_set import FactorSet
 
 _METRICS = ("loss", "loss_stderr", "accuracy", "accuracy_stderr")
 """Of the scores, what a later round needs."""
@@ -45,7 +45,7 @@ def evaluate_model(
     from osft.evaluation.evaluate import evaluate, load_set
     from osft.evaluation.gate import GateRules, MeasuredVersion, decide
     from osft.evaluation.report import render_report
-    from osft.subspace.factor_store import load_factor_set
+    from osft.subspace.factor_set import load_factor_set
 
     rules = GateRules.from_parameters(gate)
     with run.step("evaluate_model") as step:

@@ -17,7 +17,7 @@ import torch
 from osft.models.checkpoint import CheckpointReader
 from osft.settings.training import TrainConfig
 from osft.subspace.decomposition import factor_shapes
-from osft.subspace.factor_store import FactorSet
+from osft.subspace.factor_set import FactorSet
 from osft.subspace.moment_sums import OUTPUT_DIRECTIONS, kept_rank
 from osft.training.mirror import MODELS
 

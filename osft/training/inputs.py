@@ -18,7 +18,8 @@ from osft.models.checkpoint import CheckpointReader
 from osft.models.loading import model_folder
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
-from osft.subspace.factor_store import FactorSet, load_factor_set, precompute, precompute_by_inputs
+from osft.subspace.factor_set import FactorSet, load_factor_set
+from osft.subspace.factor_store import precompute, precompute_by_inputs
 from osft.subspace.preflight import Preflight, check_data, preflight
 from osft.subspace.rank_allocation import measure_importance
 from osft.subspace.statistics_store import load_statistics

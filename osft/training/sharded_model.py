@@ -20,7 +20,7 @@ from osft.models.conversion import ModelWeights
 from osft.models.loading import empty_model
 from osft.models.weight_files import check_finite
 from osft.settings.training import TrainConfig
-from osft.subspace.factor_store import FactorSet, check_settings, check_weights, load_factor_set
+from osft.subspace.factor_set import FactorSet, check_settings, check_weights, load_factor_set
 from osft.subspace.model import inject_empty, osft_layers
 from osft.subspace.targets import select_targets, transformer_blocks
 from osft.subspace.weight import local

@@ -28,7 +28,7 @@ from osft.storage.atomic import write_json
 from osft.storage.sealed import write_sealed
 from osft.subspace.decomposition import SplitKind, num_directions
 from osft.subspace.effective_rank import effective_rank
-from osft.subspace.factor_store import load_factor_set
+from osft.subspace.factor_set import load_factor_set
 from osft.subspace.model import osft_layers
 from osft.subspace.preflight import Preflight
 from osft.subspace.statistics_store import stored_output_moments

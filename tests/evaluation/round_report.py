@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from osft.evaluation import matrix as measures
-from osft.subspace.factor_store import FORMAT, FactorSet, load_factor_set
+from osft.subspace.factor_set import FORMAT, FactorSet, load_factor_set
 
 TASKS = ("sarcasm-headlines", "science-questions", "film-reviews")
 ANCHORS = ("web-text", "code-comments")

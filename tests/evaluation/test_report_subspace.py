@@ -13,7 +13,8 @@ from osft.models.loading import load_model
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace import select_targets
 from osft.subspace.calibration import measure
-from osft.subspace.factor_store import FactorSet, precompute_by_inputs
+from osft.subspace.factor_set import FactorSet
+from osft.subspace.factor_store import precompute_by_inputs
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from osft.evaluation.report import render_report
 from osft.evaluation.report.subspace import relative_update_sizes, used_shares
 from osft.evaluation.report.training import cost_of
-from osft.subspace.factor_store import FactorSet
+from osft.subspace.factor_set import FactorSet
 from tests.evaluation.html_page import Page
 from tests.evaluation.round_report import COST, KINDS, new_evaluation, new_factors, new_metrics, new_training
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import osft as package
 from osft.models.checkpoint import CheckpointReader
-from osft.subspace.factor_store import load_factor_set
+from osft.subspace.factor_set import load_factor_set
 from osft.subspace.statistics_store import load_statistics
 
 

@@ -19,13 +19,8 @@ from osft.models.loading import empty_model
 from osft.settings.subspace import SubspaceConfig
 from osft.storage.sealed import DamagedFile
 from osft.subspace import decomposition, factor_store, select_targets
-from osft.subspace.factor_store import (
-    FactorsMismatchError,
-    check_settings,
-    check_weights,
-    load_factor_set,
-    precompute,
-)
+from osft.subspace.factor_set import FactorsMismatchError, check_settings, check_weights, load_factor_set
+from osft.subspace.factor_store import precompute
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.test_families import save_model
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace import allocate_ranks, select_targets
-from osft.subspace.factor_store import FactorsMismatchError, check_settings, precompute
+from osft.subspace.factor_set import FactorsMismatchError, check_settings
+from osft.subspace.factor_store import precompute
 from osft.subspace.rank_allocation import layer_importance, measure_importance, retention_ratios
 from tests.conftest import tiny_llama
 from tests.test_families import load, make_samples, train_config

@@ -11,7 +11,8 @@ from osft.models.loading import load_model
 from osft.settings.subspace import SubspaceConfig
 from osft.storage.sealed import read_sealed, write_sealed
 from osft.subspace.calibration import measure
-from osft.subspace.factor_store import FactorsMismatchError, load_factor_set, precompute_by_inputs
+from osft.subspace.factor_set import FactorsMismatchError, load_factor_set
+from osft.subspace.factor_store import precompute_by_inputs
 from osft.subspace.statistics import Statistics
 from osft.subspace.targets import select_targets
 

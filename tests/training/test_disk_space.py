@@ -11,7 +11,7 @@ import torch
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 from osft.subspace import factor_store
-from osft.subspace.factor_store import load_factor_set
+from osft.subspace.factor_set import load_factor_set
 from osft.training import loop, train
 from osft.training.disk_space import output_sizes
 from tests.conftest import byte_tokenizer, tiny_llama

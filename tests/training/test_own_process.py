@@ -10,7 +10,7 @@ import torch
 
 from osft.process.exit_codes import CONNECTION_LOST
 from osft.settings.training import TrainConfig
-from osft.subspace.factor_store import FactorSet
+from osft.subspace.factor_set import FactorSet
 from osft.training import inputs, launch, own_process, train, worker
 
 

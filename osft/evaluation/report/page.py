@@ -13,7 +13,7 @@ from osft.evaluation.report.subspace import subspace_section
 from osft.evaluation.report.training import cost_of, fitted_step, training_plots
 
 if TYPE_CHECKING:
-    from osft.subspace.factor_store import FactorSet
+    from osft.subspace.factor_set import FactorSet
 
 
 def render_report(

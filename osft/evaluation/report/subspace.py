@@ -9,7 +9,7 @@ from osft.evaluation.report.heat_map import Scale, heat_map
 from osft.evaluation.report.svg import LINES, PANEL, WORSE, Plot, log_scale, plot_style, printable, thinned, to_svg
 
 if TYPE_CHECKING:
-    from osft.subspace.factor_store import FactorSet
+    from osft.subspace.factor_set import FactorSet
 
 MAX_NUMBERED_BLOCKS = 36
 """Heat map columns up to which the cells are wide enough for their numbers."""
