@@ -58,7 +58,7 @@ test: setup ## Run the tests: JOBS=2 side by side
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: setup ## Run the tests that `make test` leaves out: several nodes, many processes
-	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile --timeout=1800
 
 test-gpu: setup ## Compare training on a CUDA GPU with training on the CPU
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \

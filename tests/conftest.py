@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+# Before torch is imported, and for all that tests start: tiny models gain nothing from a second thread, and as many
+# threads as cores in each of several processes wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

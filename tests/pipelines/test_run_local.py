@@ -17,7 +17,7 @@ from osft.training import TrainResult
 from pipelines.run_local import YAML, app, without_retries
 from tests.conftest import arithmetic, write_jsonl
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 ROOT = Path(__file__).parents[2]
 

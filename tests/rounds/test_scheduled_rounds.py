@@ -109,7 +109,7 @@ def night(tmp_path, model_folder, mlflow, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_five_scheduled_rounds(night):
     # New data: the base model learns it and becomes the champion.
     night.arrive("apples", questions("apples", 60))
