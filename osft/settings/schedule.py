@@ -57,6 +57,16 @@ def make(
     )
 
 
+def warmup_warning(warmup_steps: int, num_training_steps: int) -> str | None:
+    """What to say of a warm-up that the run does not get to the end of; None if it does."""
+    if warmup_steps < num_training_steps or not warmup_steps:
+        return None
+    return (
+        f"warmup_steps={warmup_steps} but the run has {num_training_steps} steps: the peak learning rate is never "
+        "reached. Lower warmup_steps, or train for longer"
+    )
+
+
 def _converted(value: Any) -> Any:
     """A schedule's argument: the documented type of the values is str, schedules want numbers."""
     if not isinstance(value, str):

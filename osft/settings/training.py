@@ -342,15 +342,6 @@ class TrainConfig(SubspaceConfig):
             warmup_steps=self.warmup_steps,
         )
 
-    def warmup_warning(self, num_training_steps: int) -> str | None:
-        """What to say of a warm-up that the run does not get to the end of; None if it does."""
-        if self.warmup_steps < num_training_steps or not self.warmup_steps:
-            return None
-        return (
-            f"warmup_steps={self.warmup_steps} but the run has {num_training_steps} steps: the peak learning rate is "
-            "never reached. Lower warmup_steps, or train for longer"
-        )
-
     def make_scheduler(self, optimizer: "Optimizer", *, num_training_steps: int) -> Any:
         """The learning-rate schedule of these settings."""
         return schedule.make(

@@ -17,7 +17,7 @@ from typing import Any
 from osft import storage
 from osft.training.metrics_file import MetricsFile
 from osft.training.mirror import INTERVAL_SECONDS, STOP_FILE
-from osft.training.wishes import GO_ON, INTERRUPT, STOP
+from osft.training.requests import Request
 
 _LAST_LOOKS = 3
 
@@ -112,7 +112,7 @@ class Follower:
         self._interval = interval_seconds or (INTERVAL_SECONDS if self._remote else 0.5)
         self._last = TrainingContext(output_dir=self._output, step=after, metrics={})
         self._error: BaseException | None = None
-        self._wish = GO_ON
+        self._request = Request.NOTHING
         self._problems: set[str] = set()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="osft-callbacks", daemon=True)
@@ -158,8 +158,8 @@ class Follower:
                 self.heard = self.looked
         for metrics in lines:
             self._deliver(metrics)
-            self._try(self._leave_wish)
-        return self._try(self._leave_wish) and read
+            self._try(self._leave_request)
+        return self._try(self._leave_request) and read
 
     def _try(self, action: Callable[[], None]) -> bool:
         """Do what may fail while the run itself is well, and tell a failure once."""
@@ -204,15 +204,15 @@ class Follower:
                 if call is not None:
                     call(context)
             except StopTraining:
-                self._wish = max(self._wish, STOP)
+                self._request = max(self._request, Request.STOP)
             except Exception as error:
                 self._callbacks.remove(callback)
                 error.add_note(CALLBACK_RAISED)
                 self._error = self._error or error
-                self._wish = max(self._wish, INTERRUPT)
+                self._request = max(self._request, Request.INTERRUPT)
 
-    def _leave_wish(self) -> None:
+    def _leave_request(self) -> None:
         """Ask the run to end, if a callback wants that. Left once: a run that starts removes what it finds."""
-        if self._wish != GO_ON:
-            storage.write(storage.join(self._output, STOP_FILE), str(self._wish).encode())
-            self._wish = GO_ON
+        if self._request != Request.NOTHING:
+            storage.write(storage.join(self._output, STOP_FILE), str(self._request).encode())
+            self._request = Request.NOTHING

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
+from osft.process.parent import end_with_parent
 from osft.training.job import JobStatus, Phase
-from osft.training.parent import end_with_parent
 
 _LAST_LINES = 40
 _GRACE_SECONDS = 150.0  # to save the training state in: the agent itself waits 120 s for its processes

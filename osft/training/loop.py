@@ -26,7 +26,7 @@ from osft.training.distillation import NOTHING_DISTILLED, Distillation, Distille
 from osft.training.fitting import FittedStep, fit_step
 from osft.training.held_out import mean_nll
 from osft.training.predicted_drift import DriftPrediction
-from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE, STOP
+from osft.training.requests import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class Saving(Protocol):
         """Write the tuned model after a step under a name."""
 
     def wanted(self) -> int:
-        """This rank's wish: GO_ON, SAVE_STATE, INTERRUPT (save the state and end) or STOP (end training)."""
+        """This rank's `Request`."""
 
     def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
         """Write the training state, and begin to upload it."""
@@ -238,7 +238,7 @@ def run(
     `text` is what the model wrote itself, for distill_weight and fit_step, and `selection` are the held-out samples by
     which fit_step chooses; what it found is returned. `prediction`, if given, is asked after each step. `on_step` is
     called after each step, on every rank with the same values. Raises RuntimeError if the loss is no longer finite, and
-    InterruptedTraining if `saving` wished to end and go on later.
+    InterruptedTraining if `saving` requested to end and to be resumed.
     """
     model.train()
     optimizer = make_optimizer(model, config, fused=device.type == "cuda" or world_size == 1)
@@ -275,12 +275,12 @@ def run(
             distilled=distilled,
             world_size=world_size,
         )
-        told = torch.tensor([saving.wanted(), saving.is_uploading()] if saving else [GO_ON, 0], device=device)
+        told = torch.tensor([saving.wanted(), saving.is_uploading()] if saving else [Request.NOTHING, 0], device=device)
         totals = torch.stack(sums)
         if world_size > 1:
             torch.distributed.all_reduce(totals)
             torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-        wish, is_uploading = told.tolist()
+        request, is_uploading = told.tolist()
         (loss_sum, divergence_sum), norm = totals.tolist(), grad_norm.item()
         loss = loss_sum / num_loss_tokens
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -295,7 +295,7 @@ def run(
         position.samples += len(step.indices)
         position.tokens += num_tokens
         position.loss_tokens += num_loss_tokens
-        is_last = step.is_last or wish == STOP
+        is_last = step.is_last or request == Request.STOP
         if is_last and config.fit_step:
             assert selection is not None, "a run that fits its step has held-out samples"
             assert text is not None, "and text"
@@ -331,11 +331,11 @@ def run(
             if saving:
                 saving.settle()
             break
-        if saving and (wish in (SAVE_STATE, INTERRUPT) or _state_due(step, config)):
+        if saving and (request in (Request.SAVE_STATE, Request.INTERRUPT) or _state_due(step, config)):
             position.scheduler = {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
             position.learning_rate = optimizer.param_groups[0]["lr"]
             saving.state(optimizer, position)
-            if wish == INTERRUPT:
+            if request == Request.INTERRUPT:
                 saving.settle()
                 raise InterruptedTraining(INTERRUPTED)
     return fitted

@@ -187,10 +187,10 @@ class Mirror:
     def _look(self) -> None:
         try:
             self._publish_metrics()
-            wish = storage.read(storage.join(self._uri, STOP_FILE))
+            request = storage.read(storage.join(self._uri, STOP_FILE))
         except Exception as error:  # of any object store's client; whoever follows elsewhere waits for the next try
             print(f"train: the metrics could not be published, trying again later: {error}", flush=True)
             return
-        if wish:
+        if request:
             with atomic_path(self.folder / STOP_FILE) as temporary:
-                temporary.write_bytes(wish)
+                temporary.write_bytes(request)

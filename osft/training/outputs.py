@@ -6,7 +6,7 @@
 Where ckpt_output_dir is a URI, they are written to a scratch folder and published from there (osft.training.mirror).
 
 A process that receives SIGTERM (a preempted pod, a stopped or killed launcher) or an interrupt finishes its step, and
-the run saves its state and ends. All processes agree on that: each step's wishes are reduced over the ranks.
+the run saves its state and ends. All processes agree on that: each step's requests are reduced over the ranks.
 """
 
 import signal
@@ -28,11 +28,11 @@ from osft.training.calibration import BlockMoments
 from osft.training.identity import MADE_OF
 from osft.training.loop import Position, StepMetrics, WrittenModel
 from osft.training.mirror import METRICS, MODELS, STOP_FILE, Mirror
+from osft.training.requests import Request
 from osft.training.resume import metrics_sha256
 from osft.training.round_statistics import RoundStatistics
 from osft.training.saving import SavedModel, save_merged
 from osft.training.state import save_state
-from osft.training.wishes import GO_ON, INTERRUPT, SAVE_STATE, STOP
 
 
 class Outputs:
@@ -69,14 +69,16 @@ class Outputs:
         self._terminated = True
 
     def wanted(self) -> int:
-        """This rank's wish after a step."""
-        asked = max(self._asked_by_file() if self._rank == 0 else GO_ON, INTERRUPT if self._terminated else GO_ON)
-        if asked != GO_ON:
+        """This rank's request after a step."""
+        asked = self._asked_by_file() if self._rank == 0 else Request.NOTHING
+        if self._terminated:
+            asked = max(asked, Request.INTERRUPT)
+        if asked != Request.NOTHING:
             return asked
         is_due = self._interval and time.monotonic() - self._last_state > self._interval
         if self._rank == 0 and is_due and self._mirror.state_upload.is_over:
-            return SAVE_STATE
-        return GO_ON
+            return Request.SAVE_STATE
+        return Request.NOTHING
 
     def is_uploading(self) -> bool:
         """Whether this rank uploads a state. Raises what went wrong while it did."""
@@ -93,17 +95,17 @@ class Outputs:
         self.seconds += time.perf_counter() - started
 
     def _asked_by_file(self) -> int:
-        """The wish of whoever follows the run. A file that cannot be read is looked at again after the next step."""
+        """The request of whoever follows the run. A file that cannot be read is looked at again after the next step."""
         try:
-            wish = int((self._folder / STOP_FILE).read_text(encoding="utf-8"))
+            request = int((self._folder / STOP_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return GO_ON
+            return Request.NOTHING
         except (OSError, ValueError) as error:
             if not self._told:
                 print(f"train: {self._folder / STOP_FILE} cannot be read, trying again: {error}", flush=True)
             self._told = True
-            return GO_ON
-        return wish if wish in (INTERRUPT, STOP) else GO_ON
+            return Request.NOTHING
+        return request if request in (Request.INTERRUPT, Request.STOP) else Request.NOTHING
 
     def model(self, name: str, metrics: StepMetrics) -> WrittenModel:
         """Write the tuned model after a step under a name."""

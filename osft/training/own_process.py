@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from osft.training.parent import end_with_parent
+from osft.process.parent import end_with_parent
 
 _RAISED: dict[str, type[Exception]] = {
     error.__name__: error for error in (ValueError, FileNotFoundError, ConnectionError, PermissionError, OSError)

@@ -17,6 +17,7 @@ from osft.data.chat import Sample
 from osft.data.packing import Batching, collate
 from osft.data.selection import selection_size
 from osft.models.loading import empty_model, model_folder
+from osft.settings.schedule import warmup_warning
 from osft.settings.training import TrainConfig
 from osft.subspace.decomposition import SplitKind, split_of_inputs, unfrozen_rank
 from osft.subspace.model import inject_empty, osft_layers
@@ -156,7 +157,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     if held_out:
         notes.append(f"fit_step holds out about {held_out:,} of the samples, which are not trained on.")
     steps = num_steps(data.samples - held_out, config)
-    warning = config.warmup_warning(steps)
+    warning = warmup_warning(config.warmup_steps, steps)
     if warning:
         notes.insert(0, warning)
 

@@ -23,6 +23,8 @@ from osft.models.checkpoint import tensor_sha256
 from osft.models.conversion import ModelWeights
 from osft.models.origin import Origin, read_origin
 from osft.process.errors import noted
+from osft.process.parent import end_with_parent
+from osft.settings.schedule import warmup_warning
 from osft.settings.training import TrainConfig
 from osft.storage.atomic import write_json
 from osft.storage.sealed import write_sealed
@@ -39,7 +41,6 @@ from osft.training.loop import Position, StepMetrics, num_steps, run
 from osft.training.mirror import METRICS, SUMMARY, Mirror
 from osft.training.outputs import Outputs
 from osft.training.own_text import read_own_text
-from osft.training.parent import end_with_parent
 from osft.training.predicted_drift import DriftPrediction
 from osft.training.progress import Progress
 from osft.training.resume import metrics_sha256, model_files
@@ -126,7 +127,7 @@ def train_process(work: dict[str, Any]) -> None:
         print(
             f"train: {_start(stored, [name + layer.tensor_suffix for name, layer in osft_layers(model)])}", flush=True
         )
-        warning = config.warmup_warning(total_steps)
+        warning = warmup_warning(config.warmup_steps, total_steps)
         if warning:
             print(f"train: {warning}", flush=True)
         print(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}", flush=True)

@@ -140,7 +140,7 @@ def test_steps_arrive_when_the_file_can_be_read_again(tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.count("the run cannot be followed") == 1
 
 
-def test_wish_of_a_callback_is_left_when_it_can_be_written_again(tmp_path, monkeypatch):
+def test_request_of_a_callback_is_left_when_it_can_be_written_again(tmp_path, monkeypatch):
     class Stops(TrainingCallback):
         def on_step_end(self, context):
             raise StopTraining
