@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,17 @@ def test_display_that_fails_loses_neither_the_run_nor_its_log(printed, tmp_path,
     assert folder.name in log_of(tmp_path)
     assert "noise 29" in log_of(tmp_path)
     assert "ZeroDivisionError" in log_of(tmp_path)
+
+
+def test_runs_at_the_same_time_have_logs_and_rounds_of_their_own(printed, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        folders = list(pool.map(lambda behaviour: run_local.run({"behaviour": behaviour}, tmp_path), ("one", "two")))
+    logs = [file.read_text() for file in (tmp_path / "logs").iterdir()]
+    assert len(logs) == 2
+    for folder, behaviour, other in ((folders[0], "one", "two"), (folders[1], "two", "one")):
+        (own,) = [text for text in logs if f'"pipeline_run_id": "{folder.name}"' in text]
+        assert f"nothing to learn: {behaviour}" in own
+        assert f"nothing to learn: {other}" not in own
 
 
 def test_runs_that_begin_in_one_second_have_logs_of_their_own(tmp_path):
