@@ -4,10 +4,14 @@
     python -m pipelines.run_local --model ./my-model --data chats.jsonl --set num_epochs=3
 
 It executes `pipelines/continual_learning/continual_learning.yaml` itself with kfp.local: every step is a process
-of its own, with the code that a pod would run. Only a step that fails is not tried again.
+of its own, with the code that a pod would run. Only a step that fails is not tried again. What kfp.local and the steps
+print goes to a file in `logs/` of the storage; the terminal has the steps, their progress and their results.
 """
 
 import os
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +23,8 @@ from osft.orchestration import CompiledPipeline, pipeline_arguments
 from osft.process.console import errors, failures
 from osft.settings.parameters import number
 from osft.storage.paths import check_writable, expanded
+from pipelines.local_console import RunConsole, display_for
+from pipelines.local_process import execute, new_log
 from pipelines.show_round import show_round
 
 YAML = Path(__file__).parent / "continual_learning" / "continual_learning.yaml"
@@ -114,20 +120,39 @@ def check(arguments: dict[str, Any]) -> None:
 
 
 def run(arguments: dict[str, Any], storage: Path) -> Path:
-    """Execute the compiled YAML. Returns the round's folder. Raises RuntimeError if a step fails."""
+    """Execute the compiled YAML. Returns the round's folder. Raises typer.Exit with code 1 if a step fails."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from kfp import components, local
+    pipeline = without_retries(YAML.read_text(encoding="utf-8"))
+    log = new_log(storage / "logs")
+    with RunConsole(console, display_for(console, step_names(pipeline)), log) as shown:
+        if execute(pipeline, arguments, storage / "kfp", log, shown) != 0:
+            shown.failed()
+            raise typer.Exit(1)
+    return storage / "rounds" / round_id(log)
 
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(storage / "kfp"), raise_on_error=True)
-    rounds = storage / "rounds"
-    before = set(rounds.iterdir()) if rounds.is_dir() else set()
-    try:
-        components.load_component_from_text(without_retries(YAML.read_text(encoding="utf-8")))(**arguments)
-    except RuntimeError as error:
-        console.print(f"[red]error:[/red] {error}. The step's own message is above.", highlight=False)
-        raise typer.Exit(1) from None
-    (folder,) = set(rounds.iterdir()) - before
-    return folder
+
+def round_id(log: Path) -> str:
+    """The id that kfp.local gave to a run, by which the steps name its folder."""
+    found = re.search(r'"pipeline_run_id": "([^"]+)"', log.read_text(encoding="utf-8", errors="replace"))
+    assert found is not None, f"{log} has no step"
+    return found[1]
+
+
+def step_names(pipeline: str) -> list[str]:
+    """The steps of a compiled pipeline, in the order in which they run."""
+    spec = next(yaml.safe_load_all(pipeline))
+
+    def steps(dag: dict[str, Any]) -> Iterator[str]:
+        tasks = dag["tasks"]
+        for task in TopologicalSorter({name: tasks[name].get("dependentTasks", ()) for name in tasks}).static_order():
+            name = tasks[task]["componentRef"]["name"]
+            component = spec["components"][name]
+            if "dag" in component:
+                yield from steps(component["dag"])
+            else:
+                yield name.removeprefix("comp-")
+
+    return list(steps(spec["root"]["dag"]))
 
 
 def without_retries(pipeline: str) -> str:

@@ -46,12 +46,16 @@ def show_matrix(console: Console, evaluation: dict[str, Any]) -> None:
     block, digits = matrix["metrics"][kind], 1 if unit == 100 else 3
     shown = f"{kind}, {'%' if unit == 100 else 'nats per token'}"
     table = Table(title=f"continual-learning matrix: {shown}, on held-out data")
-    table.add_column("model", no_wrap=True)
-    for task in tasks:
-        table.add_column(task, justify="right", overflow="fold")
-    for name, scores in [("base", block["baseline"])] + [
+    rows = [("base", block["baseline"])] + [
         (f"after {task}", row) for task, row in zip(tasks, block["rows"], strict=True)
-    ]:
+    ]
+    # Names may go on in the next line, those of the columns rather than those of the rows; a number may not.
+    longest = max(len(format_number(v and unit * v, digits)) for _, scores in rows for v in scores)
+    all_fit = max(len(name) for name, _ in rows) + (longest + 3) * len(tasks) + 4 <= console.width
+    table.add_column("model", no_wrap=all_fit, overflow="fold")
+    for task in tasks:
+        table.add_column(task, justify="right", overflow="fold", min_width=longest)
+    for name, scores in rows:
         values = [*scores, *[None] * (len(tasks) - len(scores))]
         table.add_row(name, *(format_number(None if v is None else unit * v, digits) for v in values))
     console.print(table)
@@ -68,7 +72,11 @@ def show_history(console: Console, rounds: list[Path], model_name: str, mlflow: 
 
     console.rule("all rounds")
     evaluations = [_read(folder / "evaluation.json") for folder in rounds]
-    table = Table("round", "rule", "number", "bound", "", title="decisions of the gate")
+    table = Table(title="decisions of the gate")
+    for column in ("round", "rule"):
+        table.add_column(column, overflow="fold")
+    for column in ("number", "bound", ""):
+        table.add_column(column, no_wrap=True)
     for number, evaluation in enumerate(evaluations, start=1):
         decision = evaluation["decision"]
         for rule in decision["rules"]:
@@ -130,8 +138,8 @@ def _scores(evaluation: dict[str, Any]) -> Table:
     reference = evaluation["reference"]
     models = (reference, "candidate")
     table = Table(title=f"{evaluation['task']}: {reference} -> candidate, on held-out data")
-    for column in ("evaluation set", "role"):
-        table.add_column(column, no_wrap=True)
+    table.add_column("evaluation set", overflow="fold")
+    table.add_column("role", overflow="fold")
     for column in ("loss", "change", "accuracy"):
         table.add_column(column, justify="right", no_wrap=True)
     for name in evaluation["results"]["candidate"]:

@@ -87,6 +87,7 @@ def evaluate_model(
         earlier_versions = [MeasuredVersion(version, row.task, row.scores) for version, row in known]
         evaluation["decision"] = decide(evaluation, rules, history=earlier_versions)
         evaluation_file = run.write_record(EVALUATION_FILE, evaluation)
+        print(f"gate: {_outcome(evaluation)}", flush=True)
         for model, scores in evaluation["results"].items():
             for name, score in scores.items():
                 numbers = {key: score[key] for key in ("loss", "perplexity", "accuracy")}
@@ -108,6 +109,14 @@ def evaluate_model(
         step.log_artifact(run.write("report.html", html), to_parent=True)
         step.log_artifact(evaluation_file, to_parent=True)
     return evaluation
+
+
+def _outcome(evaluation: Mapping[str, Any]) -> str:
+    """The decision, and what the new task's loss became."""
+    task, decision = evaluation["task"], evaluation["decision"]
+    before, after = (evaluation["results"][model][task]["loss"] for model in (evaluation["reference"], "candidate"))
+    outcome = "passed" if decision["promote"] else f"refused, {decision['reason']}"
+    return f"{outcome}; loss on {task} {before:.3f} -> {after:.3f}"
 
 
 def next_scores(evaluation: Mapping[str, Any], parent: Lineage | None) -> tuple[Scores, tuple[Row, ...]]:

@@ -95,7 +95,8 @@ def promote_model(run: PipelineRun, *, model_name: str, version: int, parent_ver
             raise
         step.log_params({"model_name": model_name, "model_version": version, "previous_champion": previous})
         step.tag_round(outcome=Outcome.PROMOTED)
-        print(f"registry: {model_name} version {version} is the champion, before it was {previous}", flush=True)
+        before = f", before it was version {previous}" if previous else ""
+        print(f"registry: {model_name} version {version} is the champion{before}", flush=True)
         step.client.set_terminated(run.mlflow_run_id, "FINISHED")
 
 

@@ -1,7 +1,9 @@
 """The whole pipeline from the compiled YAML, step by step in processes, and what it refuses before the first one."""
 
+import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from docs.console_picture import draw
 from osft.tracking import runs
 from osft.training import TrainResult
 from pipelines.run_local import YAML, app, without_retries
@@ -106,6 +109,40 @@ def test_run_ends_with_table_version_and_report(promoted, storage):
     assert AutoModelForCausalLM.from_pretrained(trained.checkpoint).num_parameters() > 0
 
 
+def test_run_shows_each_step_with_its_result_and_leaves_the_rest_in_its_log(promoted, storage):
+    (log,) = (storage / "logs").iterdir()
+    first, *lines = promoted.stdout[: promoted.stdout.index("base -> candidate")].splitlines()
+    assert first == f"log:     {log}"
+    ended = [re.fullmatch(r"(\S+): done in (?:\d+m)?\d+s: (.+)", line) for line in lines if "done in" in line]
+    results = {line[1]: line[2] for line in ended}
+    (folder,) = (storage / "rounds").iterdir()
+    task = json.loads((folder / "evaluation.json").read_text())["results"]
+    before, after = (task[model]["larger-number"]["loss"] for model in ("base", "candidate"))
+    losses = [json.loads(line)["loss"] for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert results == {
+        "resolve-round": "120 of 120 records are new; the base model learns larger-number",
+        "prepare-data": results["prepare-data"],
+        "precompute-svd": "computed 14, reused 0 of 14 weights",
+        "train-osft": f"{len(losses)} steps, training loss {losses[0]:.4f} -> {losses[-1]:.4f}",
+        "evaluate-model": f"gate: passed; loss on larger-number {before:.3f} -> {after:.3f}",
+        "register-model": "tiny version 1 is the candidate",
+        "promote-model": "tiny version 1 is the champion",
+    }
+    assert re.fullmatch(r"\d+ training samples \(\d+ tokens, \d+ with loss\), \d+ held out", results["prepare-data"])
+    for noise in ("KFP Executor", "parameterValues", "RuntimeWarning", "it/s]", "\x1b", "\r"):
+        assert noise not in promoted.stdout + promoted.stderr
+    for noise in ("Got executor_input", "RuntimeWarning", "token/s]"):
+        assert noise in log.read_text()
+
+
+def test_picture_of_the_console_has_the_steps_and_what_was_found(promoted, storage, tmp_path):
+    (log,) = (storage / "logs").iterdir()
+    draw(log, tmp_path / "run.svg")
+    text = html.unescape(re.sub("<[^>]+>", "", (tmp_path / "run.svg").read_text())).replace("\xa0", " ")
+    for words in ("promote-model tiny version 1 is the champion", "nats per token (KL)", "gate:    passed", "make run"):
+        assert words in text
+
+
 def test_pipelines_artifacts_hold_metrics_and_report(promoted, storage):
     (pipeline,) = (storage / "kfp").iterdir()
     report = (pipeline / "evaluate-model" / "report").read_text()
@@ -142,6 +179,8 @@ def test_second_run_on_the_same_data_has_nothing_to_learn_and_one_with_more_goes
     again = run_local(*arguments)
     assert again.returncode == 0, again.stdout[-5000:] + again.stderr[-5000:]
     assert "nothing to learn" in again.stdout.splitlines()[-1]
+    steps = [line for line in again.stdout.splitlines() if line.endswith(": started")]
+    assert steps == ["resolve-round: started"], "what there is no need for is not shown"
     mlflow = runs.client("", storage)
     assert len(mlflow.search_model_versions("name = 'tiny'")) == 1
     more = shutil.copytree(chats.parent, tmp_path / "inbox")
