@@ -328,7 +328,7 @@ def osft(
             path cannot be read or written to. Nothing was started then, and nothing lost.
         FileNotFoundError: model_path or data_path does not exist, or is incomplete.
         RuntimeError: Training failed; the message holds the traceback of the process that failed first. Also a full
-            disk, or too little memory: the same call goes on from the saved state.
+            disk, or too little memory: the same call resumes from the saved state.
         ConnectionError: An object store or another node does not answer. A tracking server that is away ends nothing.
     """
     given = dict(locals())

@@ -61,7 +61,7 @@ def train(
     """Train a model, with parameters from a YAML file and from --set.
 
     Exit code 2: a parameter, the data or the model cannot be used. Exit code 1: training failed. From 128 on: the run
-    was interrupted or lost a peer, and the same command goes on from its saved state.
+    was interrupted or lost a peer, and the same command resumes from its saved state.
     """
     with failures(connection_lost=exit_codes.CONNECTION_LOST):
         given = read_parameters(config_file, settings or [])

@@ -213,8 +213,8 @@ class RunConsole:
             self._display.drop()
         self._display = None
         with suppress(*_ANY), self._file.open("a", encoding="utf-8") as file:
-            file.write(f"the display has failed, the run goes on\n{traceback.format_exc()}")
-        self._say(Text(f"the display has failed, the run goes on. Follow it in {self._file}", "yellow"))
+            file.write(f"the display has failed, the run continues\n{traceback.format_exc()}")
+        self._say(Text(f"the display has failed, the run continues. Follow it in {self._file}", "yellow"))
 
     def _say(self, line: Text) -> None:
         with suppress(*_ANY):

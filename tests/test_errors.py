@@ -180,7 +180,7 @@ def test_line_below_a_traceback_is_what_the_command_says_of_a_failed_training():
     told = note_in("".join(traceback.format_exception(full.value)))
     assert (
         told
-        == "/data/x: no space is left on the disk. Free some, or give a path on a larger one; the same call goes on"
+        == "/data/x: no space is left on the disk. Free some, or give a path on a larger one; the same call resumes"
     )
     failed = TrainingFailed("training failed\nTraceback …", 1, reason=f"rank 0: {told}")
     assert one_line(failed) == f"rank 0: {told}"

@@ -106,5 +106,5 @@ def test_few_records_are_those_with_the_smallest_hashes_and_stay(tmp_path):
     assert file == tmp_path / "inbox" / "numbers.jsonl"
     hashes = [record.content_hash for record in read_records(str(file))]
     assert hashes == sorted(record.content_hash for record in read_records(str(source)))[:10]
-    examples.few_records(str(source), tmp_path, tmp_path / "inbox", 20)  # a second run goes on with what is there
+    examples.few_records(str(source), tmp_path, tmp_path / "inbox", 20)  # a second run continues with what is there
     assert len(file.read_text().splitlines()) == 10

@@ -42,7 +42,7 @@ def train_osft(
 ) -> str:
     """Tune the model in the free directions of its weights, in processes of this step or in a PyTorchJob.
 
-    The step can be retried: it finds the job that it has started, or goes on from the saved training state. Cancelled,
+    The step can be retried: it finds the job that it has started, or resumes from the saved training state. Cancelled,
     it deletes the job and waits until it is gone. It fails with the reason of the rank that failed first.
 
     Args:

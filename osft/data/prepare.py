@@ -48,7 +48,7 @@ def prepare(
     """Prepare `data_uri` (as in `osft.data.files.data_files`) for the model at `model_path`.
 
     Which side of the split a record is on depends on the hash of its prompt only, so it stays there when the file is
-    sorted anew or grows, and one question is never on both sides. Only where a side would be empty, one prompt is
+    sorted again or grows, and one question is never on both sides. Only where a side would be empty, one prompt is
     moved to it. With a `validation_fraction` of 0 everything trains, unless `hold_out_a_prompt` asks for one to
     measure, and `validation_data` (a path as `data_uri`) may name the held-out records.
 

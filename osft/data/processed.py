@@ -63,13 +63,13 @@ def import_processed(
         if validation_fraction or validation_data:
             raise ValueError(
                 f"{data_path} is a prepared dataset with a held-out side of its own. Leave validation_fraction and "
-                "validation_data out, or prepare the raw data anew with them"
+                "validation_data out, or prepare the raw data again with them"
             )
         for side in ("train", "validation"):
             largest = load_split(given, side).largest_token
             if largest >= vocabulary_size:
                 problem = f"its {side} side has token {largest}, but the model's vocabulary has {vocabulary_size}"
-                raise DataError(f"{data_path}: {problem}. It was prepared for another model; prepare it anew")
+                raise DataError(f"{data_path}: {problem}. It was prepared for another model; prepare it again")
         report(f"data: reused {data_path}")
         return check_dataset(given)
 

@@ -1,7 +1,7 @@
 """Experience replay: samples of earlier data that train beside the new ones (see `osft.data.dataset_folder`).
 
 Drawn samples are a dataset folder of their own, so that what is measured on the new data (its validation loss, the
-layers' importance, what the round learned) sees the new data only, and what a round takes is not counted anew.
+layers' importance, what the round learned) sees the new data only, and what a round takes is not counted again.
 """
 
 import hashlib

@@ -7,13 +7,13 @@ restarts                              the job is left as it is, and a retried st
                                       is refused all of a sudden (401, 403), and an answer that breaks off.
 the answer to a creation got lost     The repeated creation says 409; the job is found by its name, and is ours if its
                                       spec has our hash.
-this process dies                     The job goes on. The retried step has the same job name, finds the job and watches
-                                      it further. If it has succeeded meanwhile, nothing is trained again. If it has
+this process dies                     The job keeps running. The retried step has the same job name, finds the job and
+                                      follows it. If it has succeeded meanwhile, nothing is trained again. If it has
                                       failed by a program error, the step fails with the same reason, until somebody
-                                      deletes the job; by anything else, it is made anew and goes on from its state.
+                                      deletes the job; by anything else, it is recreated and resumes from its state.
 the step is cancelled                 SIGTERM: the job is deleted, with its pods, and the step ends when they are gone.
 the pipeline run is deleted           Kubernetes deletes what the run's workflow owns, the job too.
-a pod dies                            The operator makes it anew (manifest.py), at most max_restarts times.
+a pod dies                            The operator recreates it (manifest.py), at most max_restarts times.
 the log stream breaks                 It is opened again where it broke; a line is printed once.
 """
 
@@ -54,7 +54,7 @@ class PyTorchJobLauncher:
         self._name: str = manifest["metadata"]["name"]
         self._expected = sum(spec["replicas"] for spec in manifest["spec"]["pytorchReplicaSpecs"].values())
         self._pods_seen: dict[str, list[str]] = {}  # name -> uids, of which there is one more after each restart
-        self._ends: dict[str, PodEnd] = {}  # uid -> how it ended; the operator deletes pods that it makes anew
+        self._ends: dict[str, PodEnd] = {}  # uid -> how it ended; the operator deletes pods that it recreates
         self._ended = False
 
     def describe(self) -> str:
@@ -84,7 +84,7 @@ class PyTorchJobLauncher:
             if _condition(found, "Failed") is None or self._program_error():
                 print(f"train: found PyTorchJob {self._api.namespace}/{self._name}, watching it", flush=True)
                 return
-            print("train: the job of an earlier attempt has failed; it is made anew and goes on from there", flush=True)
+            print("train: the job of an earlier attempt has failed; it is recreated and resumes from there", flush=True)
             self._delete(found["metadata"]["uid"])
             self._pods_seen.clear()
 
@@ -207,7 +207,7 @@ class PyTorchJobLauncher:
         lines = self._api.log(end.pod, tail_lines=_LAST_LINES) or end.message.splitlines()[-_LAST_LINES:]
         return (
             f"{end}. The job stays for people to look at (kubectl delete pytorchjob {self._name} lets a retried step "
-            "start it anew). The last lines of its log:\n" + "\n".join(lines)
+            "restart it). The last lines of its log:\n" + "\n".join(lines)
         )
 
     def _queued_since(self, job: dict[str, Any]) -> datetime:

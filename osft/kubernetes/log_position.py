@@ -1,4 +1,4 @@
-"""Where one is in the log of a container, so that a stream that broke can go on without a line lost or shown twice."""
+"""Where one is in a container's log, so that a stream that broke is taken up with no line lost or shown twice."""
 
 from datetime import UTC, datetime
 

@@ -3,10 +3,10 @@
 What is set deliberately, and why:
 
 restartPolicy ExitCode          A training process that was killed, evicted or has lost a peer ends its pod with a code
-                                of 128 or more, and the operator makes the pod anew: it resumes from the saved state. A
+                                of 128 or more, and the operator recreates the pod: it resumes from the saved state. A
                                 program error (1 to 127) fails the job at once; repeating it would only burn GPUs.
 backoffLimit                    As max_restarts. The operator counts container restarts only, which this policy does not
-                                make; that the pods are not made anew for ever is the launcher's doing.
+                                make; that the pods are not recreated for ever is the launcher's doing.
 cleanPodPolicy Running          Pods that still run when the job ends are ended; those that have ended keep their logs.
 ttlSecondsAfterFinished         A day, so that a retried step finds the job and people find the logs. (Operator v1.9
                                 notes no completion time for a job that an exit code failed, and keeps it for longer.)

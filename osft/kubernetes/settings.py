@@ -100,7 +100,7 @@ class PyTorchJobSettings:
     """End the job if it runs but makes no training step for so long. None: no limit."""
 
     max_restarts: Annotated[int, Bounds(low=0)] = 5
-    """How often pods that died of a signal, an eviction or a lost peer are started anew; they go on from the last
+    """How often pods that died of a signal, an eviction or a lost peer are restarted; they resume from the last
     saved state. A program error (exit codes 1 to 127) fails the job at once."""
 
     ttl_seconds_after_finished: Annotated[int, Bounds(low=0)] = 86_400

@@ -135,7 +135,7 @@ def _status(
     """Show a run's steps, or the newest runs.
 
     Exit code 0: the run succeeded or goes on. Exit code 1: it failed or was cancelled. Exit code 130: --follow was
-    interrupted; the run goes on.
+    interrupted; the run continues.
     """
     with failures():
         client = _client(host, namespace, token_file, cookie_file)
@@ -314,7 +314,7 @@ def _follow(client: "kfp.Client", run_id: str, interval: float = 5.0) -> None:
     try:
         found = follow_in_terminal(client, run_id, interval)
     except KeyboardInterrupt:
-        errors.print(f"no longer following {run_id}, which goes on; `osft cancel {run_id}` ends it", soft_wrap=True)
+        errors.print(f"no longer following {run_id}, which continues; `osft cancel {run_id}` ends it", soft_wrap=True)
         raise typer.Exit(exit_codes.KEYBOARD_INTERRUPT) from None
     _exit_as(found)
 

@@ -3,7 +3,7 @@
 The API has no update and does not keep names unique. What a schedule does is therefore kept as a hash in its
 description, and replacing goes in four steps: create the new one disabled, disable the old, enable the new, delete the
 old. At no time are two enabled. A process that dies on the way leaves at most one enabled, and two of the name: the
-sign for the next call to go on from there. (Two that create the same name at the same moment do not see each other;
+sign for the next call to resume from there. (Two that create the same name at the same moment do not see each other;
 the next call leaves one.) A pause is the user's and outlives a replacement: the new one's description then says
 "paused", so that a crash does not undo the pause.
 """

@@ -6,7 +6,7 @@ often without a name. `explained` says it in ours, as an exception of the contra
     a path that cannot be used, a damaged file,       UnusableError, a ValueError (and an OSError): correct what
     a package or a server that is missing             was given
     a full disk, too little memory, an I/O error      ExhaustedError, a RuntimeError (and an OSError): the settings may
-                                                      be right, and the same call goes on from the saved state
+                                                      be right, and the same call resumes from the saved state
     a file that is not there                          FileNotFoundError
     another machine that does not answer              ConnectionError
 
@@ -41,8 +41,8 @@ _UNUSABLE = {
     errno.ETXTBSY: "a running program uses it. Give another path",
 }
 _EXHAUSTED = {
-    errno.ENOSPC: "no space is left on the disk. Free some, or give a path on a larger one; the same call goes on",
-    errno.EDQUOT: "the disk quota is used up. Free some, or give a path elsewhere; the same call goes on",
+    errno.ENOSPC: "no space is left on the disk. Free some, or give a path on a larger one; the same call resumes",
+    errno.EDQUOT: "the disk quota is used up. Free some, or give a path elsewhere; the same call resumes",
     errno.EFBIG: "the file is larger than the file system or the limit (ulimit -f) takes. Raise it",
     errno.EIO: "the disk reports an input/output error. Check it",
     errno.EMFILE: "too many files are open. Raise the limit (ulimit -n)",

@@ -1,7 +1,7 @@
-"""What `osft train` ends with: a scheduler decides by it whether to start the process anew.
+"""What `osft train` ends with: a scheduler decides by it whether to restart the process.
 
 Kubeflow's training operator (restartPolicy ExitCode) takes 1 to 127 for a program error, which fails the job, and 128
-and more for something that another attempt may not meet: that one goes on from the saved state.
+and more for something that another attempt may not meet: that one resumes from the saved state.
 """
 
 import signal

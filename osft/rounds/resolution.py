@@ -89,7 +89,7 @@ def resolve(
         if parent.base_model != base_model:
             raise ValueError(
                 f"{model_name} descends from {parent.base_model}, not from {base_model}. Give that base_model, or "
-                "another model_name to begin anew"
+                "another model_name to start over"
             )
         model = _checkpoint(parent, f"version {champion} of {model_name}")
         known = lineage.known_records(mlflow, model_name, versions)

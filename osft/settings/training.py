@@ -53,7 +53,7 @@ class TrainConfig(SubspaceConfig):
     ckpt_output_dir: str
     """Folder for checkpoints (`hf_format/samples_<n>.0`, plain Hugging Face models), metrics and training state. With
     an `s3://` URI the run writes to a scratch folder (OSFT_SCRATCH), and all of it is published to the URI as it
-    comes; a node that is started anew, with an empty scratch folder, goes on from there. See osft/storage."""
+    comes; a node that is restarted, with an empty scratch folder, resumes from there. See osft/storage."""
 
     data_output_dir: str | None = None
     """Folder for prepared data and factors, a path or an `s3://` URI. None: `_internal_data_processing` in
@@ -195,8 +195,8 @@ class TrainConfig(SubspaceConfig):
     """Optimizer steps between two savings of the training state. None: by the clock only."""
 
     resume: str = "auto"
-    """"auto": go on from the newest training state of the same run in ckpt_output_dir, and return a finished run as it
-    is. "off": begin anew; what the folder holds of an earlier run is replaced. Else the path or URI of a training
+    """"auto": resume from the newest training state of the same run in ckpt_output_dir, and return a finished run as it
+    is. "off": start over; what the folder holds of an earlier run is replaced. Else the path or URI of a training
     state, `…/state/step-<n>`."""
 
     nproc_per_node: Annotated[int | Literal["auto", "gpu"], Bounds(low=1)] = "auto"

@@ -237,7 +237,7 @@ def history(mlflow: "MlflowClient", model_name: str, version: int) -> dict[int, 
     """A version and its ancestors, from the first one after the base model on.
 
     Raises LineageError that names the version if an ancestor is missing, the parents form a cycle, or a version does
-    not go on from its parent's tasks and base model.
+    not continue its parent's tasks and base model.
     """
     found: dict[int, Lineage] = {}
     at: int | None = version
@@ -259,7 +259,7 @@ def history(mlflow: "MlflowClient", model_name: str, version: int) -> dict[int, 
             expected = [row.task for row in before.rows]
             if [row.task for row in lineage.rows[:-1]] != expected or lineage.base_model != before.base_model:
                 raise LineageError(
-                    f"{_name(model_name, number)} does not go on from its parent, version {lineage.parent_version}, "
+                    f"{_name(model_name, number)} does not continue its parent, version {lineage.parent_version}, "
                     f"which comes from {before.base_model} and learned {', '.join(expected)}"
                 )
         before = lineage

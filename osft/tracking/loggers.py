@@ -43,7 +43,7 @@ class _Logger(TrainingCallback):
         except Exception as error:
             self._failed = True
             print(
-                f"{self.name}: {one_line(explained(error) or error)}. Training goes on; metrics.jsonl has all metrics"
+                f"{self.name}: {one_line(explained(error) or error)}. Training continues; metrics.jsonl has all metrics"
             )
 
 
@@ -118,7 +118,7 @@ def wandb_run(config: TrainConfig) -> Iterator[list[TrainingCallback]]:
 def _started(config: TrainConfig, given: dict[str, str | None]) -> WeightsAndBiases | None:
     if importlib.util.find_spec("wandb") is None:
         print(
-            "wandb: not installed, so nothing is logged to it. Install it: pip install 'osft[wandb]'. Training goes on",
+            "wandb: not installed, nothing is logged to it. Install it: pip install 'osft[wandb]'. Training continues",
             flush=True,
         )
         return None
@@ -144,7 +144,7 @@ def _started(config: TrainConfig, given: dict[str, str | None]) -> WeightsAndBia
             ),
         )
     except Exception as error:  # each release has errors of its own
-        print(f"wandb: {one_line(explained(error) or error)}. Nothing is logged to it, training goes on", flush=True)
+        print(f"wandb: {one_line(explained(error) or error)}. Nothing is logged to it, training continues", flush=True)
         return None
     print(f"wandb: {run.url or run.dir}", flush=True)
     return WeightsAndBiases(run)

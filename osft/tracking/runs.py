@@ -18,7 +18,7 @@ A round's run carries tags that find it, in the search field of MLflow's page or
 When the tracking server does not answer:
 
     when a step begins            it is asked again for half a minute, then the step fails, before any work
-    when `osft()` begins          training goes on; the run is made, with all that was logged, when the server answers
+    when `osft()` begins          training continues; the run is made, with all that was logged, when the server answers
                                   (osft.tracking.training_run)
     a call of a step              is repeated by MLflow's client, for about four minutes
                                   (MLFLOW_HTTP_REQUEST_MAX_RETRIES, MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR); then it fails
@@ -66,7 +66,7 @@ _PARAMS_PER_REQUEST = 100
 _WAIT_SECONDS = 150.0  # MLflow's client makes its sixth attempt two minutes after its first
 WAIT_AFTER_FAILURE_SECONDS = 5.0  # a cancelled pod has 30 s in all
 _RETRY_SECONDS = 2.0
-_START_SECONDS = 30.0  # a server that is started anew is back by then
+_START_SECONDS = 30.0  # a server that is restarted is back by then
 
 
 class Outcome(StrEnum):

@@ -65,7 +65,7 @@ def _mlflow_run(config: TrainConfig, uri: str) -> Iterator[TrainingCallback]:
             run.begin()
         except ConnectionError as error:
             outbox.problem = str(error)
-            print(f"mlflow: {error}. Training goes on; what it logs is sent when the server answers", flush=True)
+            print(f"mlflow: {error}. Training continues; what it logs is sent when the server answers", flush=True)
         try:
             with system_metrics(outbox):
                 yield LiveMetrics(outbox)

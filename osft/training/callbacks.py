@@ -51,7 +51,7 @@ class TrainingCallback:
 
     Raise StopTraining to end training after the step at hand: the final model is written as if it were the last one.
     Any other exception ends training too and is raised from `osft()`; the training state is saved, and the same call
-    goes on from there.
+    resumes from there.
     """
 
     def on_train_begin(self, context: TrainingContext) -> None:
@@ -92,7 +92,7 @@ class Follower:
     """Calls the callbacks for each line that is added to the metrics of a run, until the block ends.
 
     `output` is the run's folder, or its URI in an object store, where metrics arrive every 10 s. `after` is the step
-    that the run goes on from; lines up to it are not new. `interval_seconds` is the time between two looks: 0.5, or 10
+    that the run resumes from; lines up to it are not new. `interval_seconds` is the time between two looks: 0.5, or 10
     for a URI. A look that fails is told and repeated; it never ends the block. On leaving, what remains is delivered,
     and an exception of a callback is raised, whatever became of the block.
     """

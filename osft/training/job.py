@@ -8,7 +8,7 @@
     it fails                        JobFailed with the launcher's reason; what is left of it can be looked at
     a limit is reached              cancelled, then RuntimeError
     this process gets SIGTERM       cancelled, and gone before the process ends with 143 (a cancelled pipeline run)
-    this process is killed          the job goes on; the next call with the same job finds it (or, for local
+    this process is killed          the job continues; the next call with the same job finds it (or, for local
                                     processes, they end with this one and the next call resumes their state)
     nobody can tell how it is       JobUnreachable; the job is left alone, for the next call to find. So it is whatever
                                     else asking for it raises: only its own answer, a limit or a person ends a job
@@ -52,9 +52,9 @@ class JobStatus:
     reason: str = ""
     """What a queued job waits for, or why it failed."""
     restarts: int = 0
-    """How often a part of it was started anew, as far as this process has seen."""
+    """How often a part of it was restarted, as far as this process has seen."""
     failure: str = ""
-    """How the last part that was started anew had ended."""
+    """How the last part that was restarted had ended."""
 
 
 class Launcher(Protocol):
@@ -168,7 +168,7 @@ def _check_limits(status: JobStatus, limits: Limits, follower: Follower) -> None
     minutes = (now - status.since).total_seconds() / 60
     if status.restarts > limits.max_restarts:
         raise RuntimeError(
-            f"the job was started anew {status.restarts} times, more than max_restarts={limits.max_restarts}. "
+            f"the job was restarted {status.restarts} times, more than max_restarts={limits.max_restarts}. "
             f"Last: {status.failure or 'no reason known'}"
         )
     if status.phase is Phase.QUEUED:

@@ -3,7 +3,7 @@
 What happens to a run that does not end well: if a process dies, torchrun's agent stops the others and the call raises
 with the first one's own traceback. If the caller is told to end (SIGTERM, an interrupt: `osft.process.termination`) or
 is killed, the processes save their training state and end. If the machine goes, what was saved last is there. The next
-call with the same settings and `resume="auto"` goes on from it. Two calls at once for one folder: the second is
+call with the same settings and `resume="auto"` resumes from it. Two calls at once for one folder: the second is
 refused.
 """
 
@@ -241,7 +241,7 @@ def _tell_interruption(error: Exception, signum: signal.Signals) -> None:
         failure = _training_failed(error)
         if failure.exit_code != INTERRUPTED:
             print(f"train: {failure}", flush=True)
-    print(f"train: ended by {signum.name}; the same call goes on from the state that was saved last", flush=True)
+    print(f"train: ended by {signum.name}; the same call resumes from the state that was saved last", flush=True)
 
 
 def _training_failed(error: "ChildFailedError") -> TrainingFailed:
@@ -250,7 +250,7 @@ def _training_failed(error: "ChildFailedError") -> TrainingFailed:
     if failure.exitcode == INTERRUPTED:
         return TrainingFailed(
             f"training was interrupted: rank {rank} was asked to end (SIGTERM). Its state is saved; the same call "
-            "goes on from there",
+            "resumes from there",
             INTERRUPTED,
         )
     details = failure.error_file_data.get("message", failure.message)

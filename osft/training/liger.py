@@ -29,7 +29,7 @@ def apply_liger(model: PreTrainedModel) -> None:
     from liger_kernel.transformers import monkey_patch
 
     if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        print(f"train: Liger has no kernels for {model.config.model_type}, training goes on without", flush=True)
+        print(f"train: Liger has no kernels for {model.config.model_type}, training continues without", flush=True)
         return
     # The loss is ours: only the tokens that count get logits (osft.models.likelihood).
     monkey_patch._apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)

@@ -4,12 +4,12 @@ Every node writes to a scratch folder of its own, as it would to a plain `ckpt_o
 does nothing. `osft.storage` lists what lies below the URI, who writes it and which file completes it.
 
 - At the start, each node's folder is made equal to the store: settings, metrics, summary, newest complete state.
-- A model is uploaded by a thread of rank 0 while training goes on. Metrics are uploaded every INTERVAL_SECONDS, where
+- A model is uploaded by a thread of rank 0 while training continues. Metrics are uploaded every INTERVAL_SECONDS, where
   the `stop` file of whoever follows the run elsewhere is looked for, too; if the store does not answer then, a line
   says so and the next time is another try.
-- A state: every rank uploads its own files, while training goes on; when all have, and models and metrics up to there
+- A state: every rank uploads its own files, while training continues; when all have, and models and metrics up to there
   are in the store, rank 0 uploads position.json and removes the older states (osft.training.state_upload). What fails
-  here ends the run, which goes on from the older state.
+  here ends the run, which resumes from the older state.
 - The summary goes last, when everything else is there.
 
 Nothing keeps two runs on different machines from writing to one URI at once: give each its own. What lies below a path

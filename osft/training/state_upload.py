@@ -1,4 +1,4 @@
-"""Uploading a training state while training goes on, and agreeing that all ranks have.
+"""Uploading a training state while training continues, and agreeing that all ranks have.
 
 A collective operation in which some ranks wait while another one uploads would hit its timeout on a slow store. So an
 upload runs in a thread of each rank, and the ranks tell each other after each training step, in an operation that none
@@ -7,7 +7,7 @@ over again (`settle`).
 
     stage       rank 0 removes what an earlier start left; every rank uploads its files; rank 0 completes the state
     next        begins on every rank when none is busy any more
-    an error    is raised on its rank with the next step, and ends the run, which goes on from the state before
+    an error    is raised on its rank with the next step, and ends the run, which resumes from the state before
 """
 
 import threading

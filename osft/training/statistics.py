@@ -60,7 +60,9 @@ def calibrated(
         statistics = load_statistics(carried)
         report(f"statistics: {_described(statistics)}, carried by the model ({carried})")
         if subspace.calibration_data:
-            report("statistics: calibration_data is not read: what a model carries is more than it is measured on anew")
+            report(
+                "statistics: calibration_data is not read: what a model carries is more than it is measured on again"
+            )
         return carried if carried.startswith(f"{store}/") else save_statistics(statistics, store)
     key = statistics_key(**_made_of(model, subspace))
     if found := find_statistics(store, key):

@@ -304,7 +304,7 @@ def _check_same_inputs(work: dict[str, Any]) -> None:
     mine = [data, weights, Path(work["factors"]).name, digests, Path(work["state"] or "").name]
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    compared = ("data", "model files", "factor set", "singular vectors", "training state to go on from")
+    compared = ("data", "model files", "factor set", "singular vectors", "training state to resume from")
     for what, values in zip(compared, zip(*everyone, strict=True), strict=True):
         if any(value != values[0] for value in values):
             raise RuntimeError(

@@ -128,13 +128,13 @@ def one_round(
 
     Args:
         base_model: Model that the first round tunes: Hugging Face id (org/name), folder on the shared volume, or
-            example: URI. Later rounds go on from the champion.
+            example: URI. Later rounds start from the champion.
         data_uri: Where new data arrives: file, folder or glob of chats ({"messages": [...]}; JSON lines, JSON, CSV,
             Parquet) on the shared volume, s3:// prefix, Hugging Face data set id (org/name@revision), or example: URI.
             What the champion has learned of it is left out.
         anchor_uris: Evaluation sets of what the model should not forget: chats or plain texts, as data_uri. Give what
             should stay as it is; a task whose form of answers a round teaches moves, and max_drift refuses it.
-        model_name: Name of the model in the MLflow registry; its alias champion is what a round goes on from.
+        model_name: Name of the model in the MLflow registry; its alias champion is what a round starts from.
         min_new_samples: With fewer records that the champion does not know, the run ends with "nothing to learn".
         unfreeze_rank_ratio: Share of each weight's directions that may be trained, in (0, 1]. Low values preserve, high
             values adapt; 0.25 is a good start.

@@ -275,7 +275,7 @@ def test_first_failure_is_told_from_its_consequences(cluster, launch):
 
 
 def test_end_of_an_earlier_pod_is_not_the_reason_of_the_failure(cluster, launch, tmp_path):
-    """The Worker is killed once; made anew, it fails by itself."""
+    """The Worker is killed once; recreated, it fails by itself."""
     script = f"if mkdir {tmp_path}/was-here-$RANK; then kill -9 $$; fi; echo the reason of it; exit 7"
     with pytest.raises(RuntimeError, match=r"^node \d \(pod .*\) ended with exit code 7 .*\n(.*\n)*the reason of it"):
         launch(script).run()
@@ -322,7 +322,7 @@ def test_evicted_pod_is_made_anew(cluster, launch, tmp_path):
 
 
 def test_pods_that_die_for_ever_end_the_job(cluster, launch):
-    with pytest.raises(RuntimeError, match=r"started anew 3 times, more than max_restarts=2.*exit code 137"):
+    with pytest.raises(RuntimeError, match=r"restarted 3 times, more than max_restarts=2.*exit code 137"):
         launch("sleep 1; kill -9 $$", max_restarts=2).run()
     assert_nothing_left(cluster)
 

@@ -149,7 +149,7 @@ def test_interrupted_follow_ends_with_130_and_the_run_goes_on(server, run_id):
         process.send_signal(signal.SIGINT)
         _, printed = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert b"which goes on" in printed
+    assert b"which continues" in printed
     assert server.runs[run_id]["state"] == "RUNNING"
 
 

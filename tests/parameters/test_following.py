@@ -90,7 +90,7 @@ def test_exception_of_a_callback_ends_training_and_is_raised(call, tmp_path):
     done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert done < 300
     assert (tmp_path / "run" / "state" / f"step-{done}").is_dir()
-    assert call(**settings).num_steps == 300, "the same call goes on"
+    assert call(**settings).num_steps == 300, "the same call resumes"
 
 
 @pytest.mark.covers("callbacks")
@@ -193,7 +193,7 @@ def test_training_goes_on_where_weights_and_biases_cannot_be_used(call, monkeypa
     assert "pip install 'osft[wandb]'" in told
     monkeypatch.setattr("wandb.init", lambda **_: (_ for _ in ()).throw(RuntimeError("no API key configured")))
     assert call(wandb_project="p").num_steps == 4
-    assert "wandb: no API key configured. Nothing is logged to it, training goes on" in capsys.readouterr().out
+    assert "wandb: no API key configured. Nothing is logged to it, training continues" in capsys.readouterr().out
 
 
 @pytest.mark.covers("wandb_entity", "wandb_run_name")

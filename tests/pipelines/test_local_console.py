@@ -180,7 +180,7 @@ def test_display_that_fails_ends_neither_the_run_nor_its_log(tmp_path):
         run.feed("this is what it fails at\n")
         run.feed(recorded("refused"))
         run.failed()
-    assert "the display has failed, the run goes on" in console.file.getvalue()
+    assert "the display has failed, the run continues" in console.file.getvalue()
     assert "ZeroDivisionError: no picture" in log.read_text()
     assert "error: resolve-round has failed" in console.file.getvalue()
 

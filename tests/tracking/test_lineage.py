@@ -120,7 +120,7 @@ def test_a_version_that_does_not_go_on_from_its_parent_is_refused(mlflow, tmp_pa
     register_round(mlflow, tmp_path / "1", a_lineage(model_name="other"), arithmetic(3), [])
     elsewhere = a_lineage(task="elsewhere", model_name="other")
     register_round(mlflow, tmp_path / "2", a_lineage(elsewhere, 1, task="t", model_name="other"), arithmetic(3), [])
-    with pytest.raises(LineageError, match="version 2 of other does not go on from its parent, version 1"):
+    with pytest.raises(LineageError, match="version 2 of other does not continue its parent, version 1"):
         lineage.history(mlflow, "other", 2)
 
 

@@ -110,7 +110,7 @@ def test_server_that_is_down_at_the_start_gets_the_whole_run_when_it_is_back(mlf
     assert abs(run.info.start_time / 1000 - began) < 5, "when training began"
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlflow:")]
     assert "does not answer" in told[0]
-    assert "Training goes on" in told[0]
+    assert "Training continues" in told[0]
 
 
 def test_run_whose_server_came_back_is_finished(mlflow, config, port, answering):

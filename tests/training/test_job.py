@@ -74,7 +74,7 @@ def test_failure_is_raised_with_its_reason_and_what_is_left_can_be_looked_at(tmp
         (status(Phase.QUEUED, 11, "no node"), {"queued_minutes": 10}, "max_queued_minutes=10. It waits for: no node"),
         (status(Phase.RUNNING, 11), {"running_minutes": 10}, "ran longer than max_running_minutes=10"),
         (status(Phase.RUNNING, 11), {"heartbeat_minutes": 10}, "no training step for heartbeat_minutes=10"),
-        (status(Phase.RUNNING, 0, restarts=3), {"max_restarts": 2}, "started anew 3 times"),
+        (status(Phase.RUNNING, 0, restarts=3), {"max_restarts": 2}, "restarted 3 times"),
     ],
 )
 def test_limit_cancels_the_job_and_is_told(tmp_path, found, limits, message):
