@@ -32,6 +32,14 @@ def split(location: str | Path) -> tuple[str, str]:
     return found[1].lower(), found[2]
 
 
+def path_of(location: str | Path) -> str:
+    """The path of a URI within its store."""
+    from fsspec.core import strip_protocol
+
+    protocol, rest = split(location)
+    return str(strip_protocol(f"{protocol}://{rest}"))
+
+
 def scratch_path() -> Path:
     """The folder that holds all mirrors."""
     given = os.environ.get("OSFT_SCRATCH")

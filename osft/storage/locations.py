@@ -16,7 +16,17 @@ from typing import Any
 from tqdm import tqdm
 
 from osft.storage.atomic import atomic_path, create_exclusively
-from osft.storage.client import PROTOCOL, StorageRefused, endpoint, explained, no_room, scratch, scratch_path, split
+from osft.storage.client import (
+    PROTOCOL,
+    StorageRefused,
+    endpoint,
+    explained,
+    no_room,
+    path_of,
+    scratch,
+    scratch_path,
+    split,
+)
 
 MARKERS = ("training.json", "position.json", "dataset.json", "config.json")
 """What makes a folder complete is removed before the rest of it."""
@@ -81,7 +91,7 @@ def files(location: str | Path) -> dict[str, Entry]:
     if the store does not answer, and ValueError if the package that knows the protocol is not installed.
     """
     with explained(location) as store:
-        path = store._strip_protocol(str(location))
+        path = path_of(location)
         found = (store.glob if glob.has_magic(path) else store.find)(path, detail=True)
         base = _glob_base(path) if glob.has_magic(path) else path
         return {
@@ -186,7 +196,7 @@ def remove(location: str | Path) -> None:
     """Remove a file or folder of the store if it is there; the mirror stays. Nothing for a path."""
     if is_remote(location):
         with explained(location) as store:
-            path = store._strip_protocol(str(location))
+            path = path_of(location)
             found = store.find(path)
             markers = [name for name in found if name.rsplit("/", 1)[-1] in MARKERS]
             for part in (markers, [name for name in found if name not in markers]):
@@ -200,7 +210,7 @@ def read(location: str | Path) -> bytes | None:
         if not is_remote(location):
             return Path(location).read_bytes()
         with explained(location) as store:
-            content: bytes = store.cat_file(store._strip_protocol(str(location)))
+            content: bytes = store.cat_file(path_of(location))
             return content
     except FileNotFoundError:
         return None
@@ -210,7 +220,7 @@ def write(location: str | Path, content: bytes) -> None:
     """Make a small file, whole or not at all."""
     if is_remote(location):
         with explained(location) as store:
-            store.pipe_file(store._strip_protocol(str(location)), content)
+            store.pipe_file(path_of(location), content)
         return
     with atomic_path(Path(location)) as temporary:
         temporary.write_bytes(content)
@@ -228,7 +238,7 @@ def create(location: str | Path, content: bytes) -> bool:
         if attempt:
             time.sleep(0.2 * attempt)
         with explained(location) as store:
-            path = store._strip_protocol(str(location))
+            path = path_of(location)
             made = _made(store, path, content)
             if made is None:
                 continue
@@ -334,7 +344,7 @@ def _transfer(location: str | Path, folder: Path, sizes: Mapping[str, int], move
             base = _glob_base(str(location)) if glob.has_magic(str(location)) else str(location)
             address = join(base, name) if name else base
             with explained(address) as store:
-                move(store, store._strip_protocol(address), folder / name if name else folder, Advance())
+                move(store, path_of(address), folder / name if name else folder, Advance())
 
         with ThreadPoolExecutor(min(_PARALLEL, len(sizes)), thread_name_prefix="osft-transfer") as pool:
             try:
