@@ -230,6 +230,7 @@ def _forgetting_plot(history: dict[str, Any], metric: str) -> Plot:
 def _forgotten_tasks_plot(forgetting: dict[str, float], metric: str) -> Plot:
     """Bars of what the candidate forgot of each task."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     title = f"Forgotten of each task ({UNITS[metric]})"
     kept = sorted(forgetting, key=lambda task: forgetting[task], reverse=True)[:MAX_BARS]
@@ -249,6 +250,7 @@ def _forgotten_tasks_plot(forgetting: dict[str, float], metric: str) -> Plot:
         low, high = min(0.0, *lengths), max(0.0, *lengths)
         room = 0.22 * (high - low or 1.0)
         axes.set_xlim(low - room * (low < 0), high + room)
+        axes.xaxis.set_major_locator(MaxNLocator(4))  # small numbers are long
         axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
