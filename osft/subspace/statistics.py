@@ -7,7 +7,8 @@ of the negative log-likelihood of tokens that the model itself samples, with `S 
 
 to second order: the Fisher information in its Kronecker-factored form (Martens and Grosse 2015, arXiv:1503.05671).
 C is a mean over all tokens of the text. Of an expert it is so too, the inputs of the tokens that are sent elsewhere
-being zero, so that what few tokens reach weighs little; S is a mean over the tokens that reach it.
+being zero, so that what few tokens reach weighs little; S is a mean over the tokens that reach it. Of all
+others S has the trace that it has over all tokens, and the shape of some (`osft.subspace.moment_sums`).
 
 Statistics of several texts add up, `C = C_1 + C_2` (Ritter et al. 2018, arXiv:1805.07810): what is learned must be kept
 on each of them. S does not add up but is averaged, by the energy tr(C) of the inputs that it belongs to, so that

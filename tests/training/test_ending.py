@@ -38,7 +38,7 @@ def configuration(model: Path, data: Path, output: Path) -> TrainConfig:
 @contextmanager
 def container(config: TrainConfig) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
     """The process that waits for the container, and the container's process 1."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OSFT_LOCK_SECONDS": "300"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OSFT_LOCK_SECONDS": "300"}
     command = [*UNSHARE, sys.executable, "-u", "-m", "osft", *train_arguments(config)]
     with subprocess.Popen(
         command,
