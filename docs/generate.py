@@ -6,18 +6,19 @@ import json
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer.main
+from pydantic.fields import FieldInfo
 
 from osft.api import osft
 from osft.cli import app
 from osft.kubernetes.settings import PyTorchJobSettings
 from osft.settings import compatibility
-from osft.settings.parameter_help import default_text, grouped_parameters, one_paragraph
-from osft.settings.parameters import Parameter, parameters
-from osft.settings.training import TrainConfig
+from osft.settings.base import default_text, meaning, type_text
+from osft.settings.training import TrainConfig, grouped_fields
 from osft.training.result import TrainResult
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def render() -> str:
                 _compatibility(),
                 "## The PyTorchJob",
                 _WHERE_JOB_SETTINGS_GO,
-                _settings(list(parameters(PyTorchJobSettings).values())),
+                _settings(PyTorchJobSettings.model_fields),
                 "## The result",
                 _result(),
                 "## The command",
@@ -94,15 +95,20 @@ def _sections(docstring: str) -> dict[str, str]:
 
 def _parameters() -> list[str]:
     pieces = []
-    for title, members in grouped_parameters().items():
+    for title, members in grouped_fields().items():
         pieces += [f"### {title}", _settings(members)]
     return pieces
 
 
-def _settings(members: list[Parameter]) -> str:
+def _settings(members: Mapping[str, FieldInfo]) -> str:
     rows = [
-        (f"`{p.name}`", f"`{p.type_name}`", "required" if p.required else f"`{default_text(p)}`", one_paragraph(p))
-        for p in members
+        (
+            f"`{name}`",
+            f"`{type_text(field)}`",
+            "required" if field.is_required() else f"`{default_text(field)}`",
+            meaning(field),
+        )
+        for name, field in members.items()
     ]
     return _table(("parameter", "type", "default", "meaning"), rows)
 
@@ -121,10 +127,21 @@ def _result() -> str:
         if isinstance(attribute, property):
             kind = inspect.signature(attribute.fget).return_annotation  # type: ignore[arg-type]
             rows.append((f"`{name}`", f"`{_type_text(kind)}`", " ".join((attribute.__doc__ or "").split())))
-    for parameter in reversed(parameters(TrainResult).values()):
-        meaning = " ".join(parameter.doc.split())
-        rows.insert(0, (f"`{parameter.name}`", f"`{parameter.type_name}`", meaning))
-    return f"`TrainResult`: {inspect.getdoc(TrainResult)}\n\n" + _table(("field", "type", "meaning"), rows)
+    fields = [(f"`{name}`", f"`{kind}`", doc) for name, kind, doc in _documented_fields(TrainResult)]
+    return f"`TrainResult`: {inspect.getdoc(TrainResult)}\n\n" + _table(("field", "type", "meaning"), fields + rows)
+
+
+def _documented_fields(owner: type) -> Iterator[tuple[str, str, str]]:
+    """Name, type and documentation of a dataclass's fields: the string literals that follow them in the source."""
+    (definition,) = ast.parse(inspect.getsource(owner)).body
+    assert isinstance(definition, ast.ClassDef)
+    for field, literal in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(literal, ast.Expr):
+            yield (
+                ast.unparse(field.target),
+                ast.unparse(field.annotation),
+                " ".join(ast.literal_eval(literal.value).split()),
+            )
 
 
 def _commands(group: Any = None, prefix: str = "") -> list[str]:
@@ -157,7 +174,7 @@ def _commands(group: Any = None, prefix: str = "") -> list[str]:
 
 def _comparison() -> str:
     contract = json.loads(CONTRACT.read_text(encoding="utf-8"))
-    known, tests = parameters(TrainConfig), covering_tests()
+    known, tests = TrainConfig.model_fields, covering_tests()
     rows = []
     for documented in contract["parameters"]:
         name = documented["name"]

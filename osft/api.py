@@ -12,9 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic.fields import FieldInfo
+
 from osft.settings import compatibility
-from osft.settings.parameters import Parameter, parameters, refuse_unknown
-from osft.settings.training import TrainConfig
+from osft.settings.base import default_text, plain_type, refuse_missing, refuse_unknown, type_text
+from osft.settings.training import TrainConfig, grouped_fields
 
 if TYPE_CHECKING:
     from osft.training.callbacks import TrainingCallback
@@ -189,9 +191,7 @@ def _refuses_missing(function: F) -> F:
             if field in required and name in kwargs and field not in kwargs:
                 kwargs[field] = kwargs.pop(name)  # a call that knows mini-trainer's names only
         given = signature.bind_partial(*args, **kwargs).arguments
-        missing = [name for name in required if given.get(name) is None]
-        if missing:
-            raise ValueError(f"required parameters are missing: {', '.join(missing)}")
+        refuse_missing(name for name in required if given.get(name) is None)
         return function(*args, **kwargs)
 
     return checked  # type: ignore[return-value]
@@ -199,9 +199,10 @@ def _refuses_missing(function: F) -> F:
 
 def _documented(function: F) -> F:
     """Complete a docstring with those of `TrainConfig`'s fields."""
-    known, own = parameters(TrainConfig), inspect.signature(function).parameters
-    described = [known[name] for name in own if name in known]
-    more = [parameter for name, parameter in known.items() if name not in own]
+    known = {name: field for group in grouped_fields().values() for name, field in group.items()}
+    own = inspect.signature(function).parameters
+    described = {name: known[name] for name in own if name in known}
+    more = {name: field for name, field in known.items() if name not in own}
     doc = inspect.cleandoc(function.__doc__ or "")
     for place, listed in (("{parameters}", described), ("{more_parameters}", more)):
         doc = doc.replace(f"    {place}", _listing(listed))
@@ -209,12 +210,12 @@ def _documented(function: F) -> F:
     return function
 
 
-def _listing(described: list[Parameter]) -> str:
+def _listing(described: Mapping[str, FieldInfo]) -> str:
     lines = []
-    for parameter in described:
-        default = "" if parameter.required else f", default {parameter.default!r}"
-        lines.append(f"    {parameter.name} ({parameter.type_name}{default}):")
-        lines += [f"        {line}" for line in parameter.doc.splitlines()]
+    for name, field in described.items():
+        default = "" if field.is_required() else f", default {default_text(field)}"
+        lines.append(f"    {name} ({type_text(field)}{default}):")
+        lines += [f"        {line}" for line in (field.description or "").splitlines()]
     return "\n".join(lines)
 
 
@@ -231,11 +232,13 @@ class OSFTAlgorithm(Algorithm):
 
     def get_required_params(self) -> dict[str, Any]:
         """Name and type of each parameter that must be given."""
-        return {name: parameter.type for name, parameter in parameters(TrainConfig).items() if parameter.required}
+        fields = TrainConfig.model_fields
+        return {name: plain_type(field.annotation) for name, field in fields.items() if field.is_required()}
 
     def get_optional_params(self) -> dict[str, Any]:
         """Name and type of each other parameter."""
-        optional = {name: p.type for name, p in parameters(TrainConfig).items() if not p.required}
+        fields = TrainConfig.model_fields
+        optional = {name: plain_type(field.annotation) for name, field in fields.items() if not field.is_required()}
         return optional | {"callbacks": list}
 
     @_refuses_missing

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+from pydantic.fields import FieldInfo
 from rich.console import Group
 from rich.padding import Padding
 from rich.table import Table
@@ -20,9 +21,8 @@ from osft.orchestration.commands import add_commands
 from osft.process import exit_codes
 from osft.process.console import failures, output
 from osft.settings import compatibility
-from osft.settings.parameter_help import default_text, grouped_parameters, one_paragraph
-from osft.settings.parameters import Parameter, parameters, read_file, refuse_unknown
-from osft.settings.training import TrainConfig
+from osft.settings.base import default_text, meaning, plain_type, read_file, refuse_unknown, type_text
+from osft.settings.training import TrainConfig, grouped_fields
 from osft.storage.paths import expanded
 from osft.tracking.lineage_command import lineage
 
@@ -202,7 +202,7 @@ def read_parameters(config_file: Path | None, settings: list[str]) -> dict[str, 
     """
     import yaml
 
-    known = parameters(TrainConfig)
+    known = TrainConfig.model_fields
     names = [*known, *compatibility.NAMES]
     given = read_file(config_file, "config") if config_file else {}
     refuse_unknown(given, names)
@@ -212,7 +212,7 @@ def read_parameters(config_file: Path | None, settings: list[str]) -> dict[str, 
             raise ValueError(f"--set {setting}: expected NAME=VALUE")
         refuse_unknown([name], names)
         field = known.get(compatibility.RENAMED.get(name, name))
-        if field and _kinds(field) <= {str, type(None)}:
+        if field and _takes_text_only(field):
             given[name] = None if text in ("null", "~") else text  # a name may look like a number or a date
         else:
             try:
@@ -222,20 +222,20 @@ def read_parameters(config_file: Path | None, settings: list[str]) -> dict[str, 
     return given
 
 
-def _kinds(parameter: Parameter) -> set[Any]:
-    """The types that a parameter may have."""
-    return set(get_args(parameter.type)) or {parameter.type}
+def _takes_text_only(field: FieldInfo) -> bool:
+    kind = plain_type(field.annotation)
+    return (set(get_args(kind)) or {kind}) <= {str, type(None)}
 
 
 def parameter_help() -> Group:
     """Name, type, default and documentation of every parameter of training."""
     shown: list[Any] = []
-    for title, members in grouped_parameters().items():
+    for title, members in grouped_fields().items():
         shown.append(Text(f"\n{title}", style="bold"))
-        for parameter in members:
-            head = Text("  ").append(parameter.name, style="cyan").append(f"  {parameter.type_name}")
-            head.append("  required" if parameter.required else f"  = {default_text(parameter)}", style="dim")
-            shown += [head, Padding(Text(one_paragraph(parameter)), (0, 0, 0, 6))]
+        for name, field in members.items():
+            head = Text("  ").append(name, style="cyan").append(f"  {type_text(field)}")
+            head.append("  required" if field.is_required() else f"  = {default_text(field)}", style="dim")
+            shown += [head, Padding(Text(meaning(field)), (0, 0, 0, 6))]
     return Group(*shown)
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from osft.orchestration import CompiledPipeline, pipeline_arguments
 from osft.process.console import errors, failures
-from osft.settings.parameters import number
+from osft.settings.values import number
 from osft.storage.paths import check_writable, expanded
 from pipelines.local_console import RunConsole, display_for
 from pipelines.local_process import execute, new_log
@@ -90,7 +90,6 @@ def check(arguments: dict[str, Any]) -> None:
     from osft.data.records import read_records
     from osft.models.checkpoint import CheckpointReader
     from osft.models.loading import empty_model
-    from osft.settings.parameters import parameters
     from osft.settings.training import TrainConfig
     from osft.subspace import select_targets, unfrozen_rank
     from osft.subspace.preflight import preflight
@@ -101,7 +100,7 @@ def check(arguments: dict[str, Any]) -> None:
         checked_address(arguments["mlflow_tracking_uri"], make=False)
     check_writable("storage", arguments["storage_root"])
     model = arguments["base_model"]
-    settings = {name: value for name, value in arguments.items() if name in parameters(TrainConfig)}
+    settings = {name: value for name, value in arguments.items() if name in TrainConfig.model_fields}
     settings |= {name: arguments[name] or None for name in ("target_patterns", "nproc_per_node")}
     settings |= {"model_path": model, "data_path": arguments["data_uri"], "ckpt_output_dir": arguments["storage_root"]}
     settings["replay_data"] = [arguments["storage_root"]] if arguments["replay_ratio"] else None  # found by the step

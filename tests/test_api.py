@@ -170,7 +170,7 @@ def test_example_of_three_nodes_gives_the_losses_of_one(chats, tmp_path):
         ({"nnodes": 2, "rdzv_endpoint": "host"}, "rdzv_endpoint must be 'host:port', got 'host'"),
         ({"nnodes": 2, "rdzv_endpoint": "a:1", "master_addr": "b"}, "rdzv_endpoint and master_addr exclude"),
         ({"master_port": 1}, "master_port goes with master_addr"),
-        ({"rdzv_id": 1.5}, "rdzv_id must be int | str | None"),
+        ({"rdzv_id": 1.5}, "rdzv_id must be str | int | None"),
     ],
 )
 def test_nodes_that_cannot_meet_are_refused(paths, given, problem):
@@ -256,7 +256,7 @@ def test_class_form_trains(paths, monkeypatch):
         ({"seed": "one"}, r"seed must be int, got 'one' \(str\)"),
         ({"num_epochs": 1.5}, r"num_epochs must be int, got 1.5 \(float\)"),
         ({"use_liger": 1}, r"use_liger must be bool \| None, got 1 \(int\)"),
-        ({"target_patterns": "q_proj"}, "target_patterns must be a list of strings"),
+        ({"target_patterns": "q_proj"}, r"target_patterns must be list\[str\] \| None, got"),
         ({"target_patterns": [1]}, r"target_patterns must be list\[str\] \| None, got \[1\]"),
         ({"lr_scheduler": "cosinus"}, "lr_scheduler 'cosinus' is unknown; known are linear, cosine"),
         ({"nproc_per_node": "cpu"}, "nproc_per_node must be int | 'auto' | 'gpu', got 'cpu'".replace("|", r"\|")),
@@ -307,7 +307,6 @@ def test_result_tells_what_a_user_asks(paths, monkeypatch):
 
 
 def test_docstring_documents_every_parameter():
-    from osft.settings.parameters import parameters
 
-    for name in parameters(package.TrainConfig):
+    for name in package.TrainConfig.model_fields:
         assert f"    {name} (" in osft.__doc__

@@ -12,9 +12,8 @@ import yaml
 from typer.testing import CliRunner
 
 from osft import cli
-from osft.settings.parameter_help import GROUPS, default_text
-from osft.settings.parameters import parameters
-from osft.settings.training import TrainConfig
+from osft.settings.base import default_text, type_text
+from osft.settings.training import TrainConfig, grouped_fields
 from tests.conftest import arithmetic, write_jsonl
 from tests.training.in_process import run_in_process
 
@@ -51,12 +50,12 @@ def test_help_shows_every_parameter_with_type_default_and_documentation():
     code, output, _ = invoke("train", "--help")
     assert code == 0
     lines = output.splitlines()
-    for parameter in parameters(TrainConfig).values():
-        default = "required" if parameter.required else f"= {default_text(parameter)}"
-        head = f"  {parameter.name}  {parameter.type_name}  {default}"
+    for name, field in TrainConfig.model_fields.items():
+        default = "required" if field.is_required() else f"= {default_text(field)}"
+        head = f"  {name}  {type_text(field)}  {default}"
         (at,) = [number for number, line in enumerate(lines) if line.rstrip() == head]
-        assert " ".join(parameter.doc.split())[:60] in lines[at + 1]
-    assert all(title in lines for title in GROUPS)
+        assert " ".join(field.description.split())[:60] in lines[at + 1]
+    assert all(title in lines for title in grouped_fields())
 
 
 def test_help_fits_80_columns():
@@ -65,7 +64,8 @@ def test_help_fits_80_columns():
 
 
 def test_every_parameter_is_in_one_group():
-    assert sorted(name for names in GROUPS.values() for name in names) == sorted(parameters(TrainConfig))
+    assert sorted(name for group in grouped_fields().values() for name in group) == sorted(TrainConfig.model_fields)
+    assert "Other" not in grouped_fields()
 
 
 def test_help_loads_neither_torch_nor_transformers():
@@ -148,7 +148,7 @@ def test_missing_parameters_are_named():
     code, _, error = invoke("train", "--set", "model_path=m")
     assert code == 2
     missing = error.split("required parameters are missing: ")[1].strip().split(", ")
-    assert sorted(missing) == sorted(set(GROUPS["Required"]) - {"model_path"})
+    assert sorted(missing) == sorted(set(grouped_fields()["Required"]) - {"model_path"})
 
 
 def test_dry_run_explains_every_line_and_starts_nothing(file, tmp_path):

@@ -12,7 +12,6 @@ from osft import OSFTAlgorithm, create_algorithm, osft
 from osft.api import MiniTrainerBackend
 from osft.cli import read_parameters
 from osft.settings.compatibility import NAMES, RENAMED, SPECIAL, WITHOUT_EFFECT, translated
-from osft.settings.parameters import parameters
 from osft.settings.training import TrainConfig
 
 REQUIRED = {
@@ -30,13 +29,13 @@ KEYWORDS = json.loads((Path(__file__).parent / "contract.json").read_text(encodi
 
 @pytest.mark.parametrize("name", sorted({name for names in KEYWORDS.values() for name in names.split()}))
 def test_name_is_a_parameter_or_has_its_counterpart(name):
-    assert name in parameters(TrainConfig) or name in NAMES
+    assert name in TrainConfig.model_fields or name in NAMES
 
 
 def test_each_name_is_in_one_table_and_no_parameters():
     assert len(set(NAMES)) == len(NAMES)
-    assert not set(NAMES) & set(parameters(TrainConfig))
-    assert set(RENAMED.values()) <= set(parameters(TrainConfig))
+    assert not set(NAMES) & set(TrainConfig.model_fields)
+    assert set(RENAMED.values()) <= set(TrainConfig.model_fields)
 
 
 RENAMED_VALUES = {

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-from osft.settings.parameters import parameters
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 
@@ -105,7 +104,7 @@ def test_none_stands_for_the_default():
 
 
 def test_every_setting_is_documented():
-    undocumented = [name for name, parameter in parameters(TrainConfig).items() if len(parameter.doc) < 20]
+    undocumented = [name for name, field in TrainConfig.model_fields.items() if len(field.description or "") < 20]
     assert undocumented == []
 
 

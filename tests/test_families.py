@@ -1,6 +1,5 @@
 """Every supported architecture, as a random model of two layers: split, trained, saved, and read by transformers."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,7 +138,7 @@ def train_config(folder: Path, *, factors: Path | None = None, **changes: object
     config = TrainConfig(**(settings | changes))
     if factors is None:
         factors = factors_for(config, folder)
-    return dataclasses.replace(config, factors=str(factors))
+    return config.replace(factors=str(factors))
 
 
 def factors_for(config: TrainConfig, folder: Path) -> Path:
@@ -309,7 +308,7 @@ def test_shards_of_experts_and_of_transposed_weights_train_like_one_process(tmp_
         model, stored = load(config)
         one_process[family] = train_here(configs[family], model)
         save_merged(model, stored, tmp_path / f"{family}-one")
-    configs["qwen3_moe"] = dataclasses.replace(configs["qwen3_moe"], gradient_checkpointing=True)
+    configs["qwen3_moe"] = configs["qwen3_moe"].replace(gradient_checkpointing=True)
     multiprocessing.spawn(train_shard, (tmp_path, configs), nprocs=2)
     for family in SHARDED:
         assert json.loads((tmp_path / f"{family}.json").read_text()) == pytest.approx(one_process[family], rel=1e-4)

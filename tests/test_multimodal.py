@@ -150,7 +150,7 @@ def test_vision_language_checkpoint_trains_on_chats_and_opens_as_what_it_was(cha
     assert result.summary["preflight"]["batching"] == "packed"
     assert type(AutoModelForImageTextToText.from_pretrained(result.checkpoint)).__name__.startswith("Mistral3")
     assert len(AutoTokenizer.from_pretrained(result.checkpoint)) == 258
-    hybrid = dataclasses.replace(config, model_path=str(saved("lfm2_vl", tmp_path / "hybrid")))
+    hybrid = config.replace(model_path=str(saved("lfm2_vl", tmp_path / "hybrid")))
     first = []
     for tokens in (60, 512):
         output = str(tmp_path / f"hybrid-{tokens}")

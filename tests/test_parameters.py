@@ -1,31 +1,28 @@
 """What forms, YAML files and JSON make of numbers and truth values is read as what was meant, and nothing else is."""
 
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from pydantic import Field
 
 from osft.evaluation.gate import GateRules
 from osft.kubernetes.settings import PyTorchJobSettings
 from osft.orchestration import CompiledPipeline, pipeline_arguments
-from osft.settings.parameters import Bounds, boolean, check_fields, number
+from osft.settings.base import Settings
+from osft.settings.values import Boolean, Integer, Number, boolean, number
 
 
-@dataclass(kw_only=True, slots=True)
-class Settings:
-    steps: Annotated[int, Bounds(low=1)] = 1
-    maximum: int | None = None
-    rate: Annotated[float, Bounds(low=0.0)] = 0.0
-    minutes: float | None = None
-    resume: bool = False
-    packing: bool | None = None
-    processes: int | Literal["auto", "gpu"] = "auto"
-    job_id: int | str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+class Example(Settings):
+    steps: Annotated[Integer, Field(ge=1)] = 1
+    maximum: Integer | None = None
+    rate: Annotated[Number, Field(ge=0.0)] = 0.0
+    minutes: Number | None = None
+    resume: Boolean = False
+    packing: Boolean | None = None
+    processes: Integer | Literal["auto", "gpu"] = "auto"
+    job_id: Annotated[str | Integer | None, Field(union_mode="left_to_right")] = None
 
 
 @pytest.mark.parametrize(
@@ -57,7 +54,7 @@ class Settings:
     ],
 )
 def test_number_or_truth_value_in_another_form_is_read(field, given, read):
-    found = getattr(Settings(**{field: given}), field)
+    found = getattr(Example(**{field: given}), field)
     assert found == read
     assert type(found) is type(read)
 
@@ -91,7 +88,7 @@ def test_number_or_truth_value_in_another_form_is_read(field, given, read):
 )
 def test_what_is_no_number_or_truth_value_is_refused_by_name(field, given):
     with pytest.raises(ValueError, match=f"^{field} must be "):
-        Settings(**{field: given})
+        Example(**{field: given})
 
 
 @pytest.mark.parametrize(
@@ -126,7 +123,7 @@ def test_gate_of_a_form_is_the_gate():
     assert (rules.min_gain.bound, rules.min_gain.standard_errors, rules.min_gain.relative) == (0.1, 2.0, False)
     assert rules.max_drift is None
     for wrong in ({"bound": "much"}, {"bound": "nan"}, {"bound": True}, {"bound": "-1"}, {"relative": 1}):
-        with pytest.raises(ValueError, match=f"{next(iter(wrong))} of the gate rule min_gain must be "):
+        with pytest.raises(ValueError, match=f"min_gain: {next(iter(wrong))} must be "):
             GateRules.from_parameters({"min_gain": wrong})
 
 

@@ -1,7 +1,6 @@
 """Paths are read as their users mean them, and those that cannot be written to are refused by name."""
 
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from osft.data.files import data_files
 from osft.models import loading
 from osft.orchestration import CompiledPipeline
-from osft.settings.parameters import read_file
+from osft.settings.base import read_file
 from osft.settings.training import TrainConfig
 from osft.storage.paths import check_writable, expanded
 from pipelines.run_local import local_arguments
@@ -66,7 +65,7 @@ def test_path_that_is_no_path_is_refused(home, given, problem):
 
 
 PATHS = ("_path", "_dir", "factors", "resume")
-LOCATIONS = [field.name for field in fields(TrainConfig) if field.name.endswith(PATHS)]
+LOCATIONS = [name for name in TrainConfig.model_fields if name.endswith(PATHS)]
 
 
 @pytest.mark.parametrize("name", LOCATIONS)

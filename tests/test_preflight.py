@@ -1,6 +1,5 @@
 """What a model does decides how it is fed, and whether it is trained at all, before anything expensive."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -146,7 +145,7 @@ def test_plan_says_how_samples_are_fed(model_folder, chats, tmp_path):
     assert "samples are packed" in dict(found.facts())["batches"]
     t5 = saved(AutoConfig.for_model("t5", d_model=32), tmp_path / "t5")
     with pytest.raises(UnsupportedModelError):
-        plan(dataclasses.replace(config, model_path=str(t5)))
+        plan(config.replace(model_path=str(t5)))
 
 
 TOO_LARGE = {

@@ -46,7 +46,6 @@ def precompute_svd(
     """
     from osft import SubspaceConfig, rounds
     from osft.process.errors import tell_in_one_line
-    from osft.settings.parameters import parameters
 
     tell_in_one_line()
 
@@ -57,7 +56,7 @@ def precompute_svd(
         "target_patterns": target_patterns or None,
         "rank_allocation": rank_allocation,
     }
-    known = parameters(SubspaceConfig)
+    known = SubspaceConfig.model_fields
     settings |= {name: value for name, value in more_settings.items() if name in known}
     return rounds.precompute_svd(
         rounds.PipelineRun(

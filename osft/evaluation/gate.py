@@ -20,70 +20,118 @@ or more of what the champion knows; 1 % of an earlier task's loss and 0.05 nats 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
-from osft.settings.parameters import boolean, number, refuse_unknown
+from pydantic import BeforeValidator, Field, model_validator
 
-METRICS = ("loss", "accuracy")
-KL = "kl"
+from osft.settings.base import Settings
+from osft.settings.values import Boolean, Number, boolean
+
+KL: Final = "kl"
 """The metric of max_drift alone: KL(base || candidate), see `osft.evaluation.drift`."""
 _ROUNDING = 1e-9
 """What a number may lie beyond its bound: 0.90 - 0.88 is more than 0.02 to a computer."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
+class Bound(Settings):
     """A bound on a gain or a loss."""
 
-    metric: str | None = "loss"
-    """"loss", "accuracy", or of max_drift "kl"; None of a benchmark, which has its own."""
-    bound: float
-    relative: bool = True
+    kind = "key of a gate rule"
+    bound: Annotated[Number, Field(ge=0)]
+    relative: Boolean = True
     """Whether the bound is a share of the value before, or in the metric's own unit, as "kl" always is."""
-    standard_errors: float = 0.0
+    standard_errors: Annotated[Number, Field(ge=0)] = 0.0
     """How many standard errors the gain must be above its bound, or a loss may be."""
 
 
-_DRIFT_OF_SCORES = Rule(bound=0.02)
-"""What max_drift is by default if it is on the loss or the accuracy of the anchors."""
+class MinGain(Bound):
+    """Of the new task."""
+
+    metric: Literal["loss", "accuracy"] = "loss"
+    bound: Annotated[Number, Field(ge=0)] = 0.0
+    standard_errors: Annotated[Number, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> Self:
+        if self.relative and self.metric == "loss" and self.bound >= 1:
+            raise ValueError(f"bound is {self.bound!r}: no loss can fall by its whole. Give less than 1")
+        return self
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GateRules:
-    """What decides on promotion. A rule that is None is off."""
+class MaxForgetting(Bound):
+    """Of each earlier task."""
 
-    min_gain: Rule | None = Rule(bound=0.0, standard_errors=1.0)
-    max_forgetting: Rule | None = Rule(bound=0.01, standard_errors=1.0)
-    max_drift: Rule | None = Rule(metric=KL, bound=0.05, relative=False)
-    max_benchmark_regression: Rule | None = Rule(metric=None, bound=0.02, relative=False, standard_errors=1.0)
+    metric: Literal["loss", "accuracy"] = "loss"
+    bound: Annotated[Number, Field(ge=0)] = 0.01
+    standard_errors: Annotated[Number, Field(ge=0)] = 1.0
+
+
+class MaxDrift(Bound):
+    """Of each anchor, and by "kl" of what the base model wrote itself.
+
+    By loss or accuracy, or `relative`, which only these can be, the bound is a share of 2 % unless another is given.
+    """
+
+    metric: Literal["kl", "loss", "accuracy"] = KL
+    bound: Annotated[Number, Field(ge=0)] = 0.05
+    relative: Boolean = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_metric(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        metric = given.get("metric", "loss" if boolean(given.get("relative")) else KL)
+        return {"metric": metric, **({} if metric == KL else {"bound": 0.02, "relative": True}), **given}
+
+    @model_validator(mode="after")
+    def _kl_is_absolute(self) -> Self:
+        if self.metric == KL and self.relative:
+            raise ValueError(
+                f"relative cannot be true of the metric {KL}, which has no value before. Give the metric loss or "
+                "accuracy, or leave it out"
+            )
+        return self
+
+
+class MaxBenchmarkRegression(Bound):
+    """Of each public benchmark, in the metric that it has."""
+
+    bound: Annotated[Number, Field(ge=0)] = 0.02
+    relative: Boolean = False
+    standard_errors: Annotated[Number, Field(ge=0)] = 1.0
+
+
+def _false_is_off(given: Any) -> Any:
+    """A form's word for a rule that is off; None, too, which kfp.local cannot hand on."""
+    return None if boolean(given) is False else given
+
+
+_Off = BeforeValidator(_false_is_off)
+
+
+class GateRules(Settings):
+    """What decides on promotion: the default rules, changed key by key, as by `{"min_gain": {"bound": 0.1}}`.
+
+    False or None turns a rule off. Raises ValueError that names the rule and the key for what is unknown or cannot be.
+    """
+
+    kind = "gate rule"
+    min_gain: Annotated[MinGain | None, _Off] = MinGain()
+    max_forgetting: Annotated[MaxForgetting | None, _Off] = MaxForgetting()
+    max_drift: Annotated[MaxDrift | None, _Off] = MaxDrift()
+    max_benchmark_regression: Annotated[MaxBenchmarkRegression | None, _Off] = MaxBenchmarkRegression()
 
     @classmethod
     def from_parameters(cls, given: Mapping[str, Any] | None) -> "GateRules":
-        """The default rules, changed key by key: `{"min_gain": {"bound": 0.1}, "max_drift": False}`.
-
-        False turns a rule off; so does None, which kfp.local cannot hand on. max_drift by loss or accuracy, or
-        `relative`, which only these can be, has a bound of 2 % unless another is given.
-
-        Raises ValueError that names the rule and the key for what is unknown, or cannot be.
-        """
-        if given is None:
-            return cls()
-        if not isinstance(given, Mapping):
+        """The rules of a pipeline's parameter; None are the default ones."""
+        if given is not None and not isinstance(given, Mapping):
             raise ValueError(f"gate must hold rules, {{rule: {{key: value}}}}, got {given!r}")
-        names = [field.name for field in fields(cls)]
-        refuse_unknown(map(str, given), names, kind="gate rule")
-        changed: dict[str, Rule | None] = {}
-        for name, keys in given.items():
-            default = getattr(cls(), name)
-            off = keys is None or boolean(keys) is False
-            changed[name] = None if off else _rule(name, default, keys)
-        return cls(**changed)
+        return cls(**(given or {}))
 
     def to_parameters(self) -> dict[str, Any]:
         """The rules as `from_parameters` takes them."""
-        rules = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: False if rule is None else _keys(rule) for name, rule in rules.items()}
+        return {name: False if rule is None else rule for name, rule in self.to_dict().items()}
 
 
 class MeasuredVersion(NamedTuple):
@@ -94,6 +142,9 @@ class MeasuredVersion(NamedTuple):
     """What its round learned."""
     scores: Mapping[str, Mapping[str, float | None]]
     """Set -> "loss", "loss_stderr", "accuracy", "accuracy_stderr"; what was not measured is None or absent."""
+
+
+_OnScores = MinGain | MaxForgetting | MaxDrift
 
 
 class _Before(NamedTuple):
@@ -139,14 +190,15 @@ def _outcomes(
     if rules.min_gain:
         for name in names.get("new task", []):
             before = _measured_now(evaluation, "min_gain", rules.min_gain, name, reference)
-            yield _outcome("min_gain", rules.min_gain, name, before, _after(evaluation, rules.min_gain, name))
+            after = _after(evaluation, rules.min_gain, name)
+            yield _outcome("min_gain", rules.min_gain, rules.min_gain.metric, name, before, after)
     if rules.max_forgetting:
         for name in names.get("earlier task", []):
             rule = rules.max_forgetting
             candidates = [_measured_now(evaluation, "max_forgetting", rule, name, reference)]
             candidates += _measured_then(evaluation, rule, name, history)
             after = _after(evaluation, rule, name)
-            compared = [_outcome("max_forgetting", rule, name, before, after) for before in candidates]
+            compared = [_outcome("max_forgetting", rule, rule.metric, name, before, after) for before in candidates]
             yield max(compared, key=_certain_loss)
     if rules.max_drift:
         yield from _drift_outcomes(evaluation, rules.max_drift, names)
@@ -154,21 +206,27 @@ def _outcomes(
         results = evaluation["benchmarks"]["results"]
         for name, task in evaluation["benchmarks"]["tasks"].items():
             was, now = results[reference][name], results["candidate"][name]
-            rule = replace(rules.max_benchmark_regression, metric=task["metric"])
+            bound = rules.max_benchmark_regression
             before = _Before(reference, was["value"], _root_of_squares(was["stderr"], now["stderr"]))
             yield _outcome(
-                "max_benchmark_regression", rule, name, before, now["value"], higher=bool(task["higher_is_better"])
+                "max_benchmark_regression",
+                bound,
+                task["metric"],
+                name,
+                before,
+                now["value"],
+                higher=bool(task["higher_is_better"]),
             )
 
 
 def _drift_outcomes(
-    evaluation: Mapping[str, Any], rule: Rule, names: Mapping[str, Sequence[str]]
+    evaluation: Mapping[str, Any], rule: MaxDrift, names: Mapping[str, Sequence[str]]
 ) -> Iterator[dict[str, Any]]:
     """The rule max_drift on the sets that it applies to; `names` of these by role."""
     if rule.metric != KL:
         for name in names.get("anchor", []):
             before = _measured_now(evaluation, "max_drift", rule, name, "base")
-            yield _outcome("max_drift", rule, name, before, _after(evaluation, rule, name))
+            yield _outcome("max_drift", rule, rule.metric, name, before, _after(evaluation, rule, name))
         return
     for name in (*names.get("anchor", []), *names.get("self-written", [])):
         drift = evaluation.get("drift", {}).get("base", {}).get(name)
@@ -177,12 +235,11 @@ def _drift_outcomes(
                 f"the gate's rule max_drift is on the KL of {name}, which was not measured: base and candidate read it "
                 "as different tokens, or an earlier release evaluated them. Give max_drift the metric 'loss'"
             )
-        yield _outcome("max_drift", rule, name, _Before("base", 0.0, drift["stderr"]), drift["kl"])
+        yield _outcome("max_drift", rule, KL, name, _Before("base", 0.0, drift["stderr"]), drift["kl"])
 
 
-def _measured_now(evaluation: Mapping[str, Any], name: str, rule: Rule, subject: str, model: str) -> _Before:
+def _measured_now(evaluation: Mapping[str, Any], name: str, rule: _OnScores, subject: str, model: str) -> _Before:
     """A model of this evaluation on a set."""
-    assert rule.metric is not None
     change = evaluation["changes"][model][subject][rule.metric]
     if change is None:
         raise ValueError(
@@ -193,7 +250,7 @@ def _measured_now(evaluation: Mapping[str, Any], name: str, rule: Rule, subject:
 
 
 def _measured_then(
-    evaluation: Mapping[str, Any], rule: Rule, subject: str, history: Sequence[MeasuredVersion]
+    evaluation: Mapping[str, Any], rule: _OnScores, subject: str, history: Sequence[MeasuredVersion]
 ) -> Iterator[_Before]:
     """The versions on a set, from the one on that learned it."""
     stderr = f"{rule.metric}_stderr"
@@ -201,22 +258,22 @@ def _measured_then(
     learned = False
     for version, task, scores in history:
         learned = learned or task == subject
-        value = scores.get(subject, {}).get(str(rule.metric))
+        value = scores.get(subject, {}).get(rule.metric)
         if learned and value is not None and math.isfinite(value):
             error = _root_of_squares(scores[subject].get(stderr), now)
             yield _Before(f"version {version}", value, error)
 
 
-def _after(evaluation: Mapping[str, Any], rule: Rule, subject: str) -> float:
+def _after(evaluation: Mapping[str, Any], rule: _OnScores, subject: str) -> float:
     value: float = evaluation["results"]["candidate"][subject][rule.metric]
     return value
 
 
 def _outcome(
-    name: str, rule: Rule, subject: str, before: _Before, after: float, *, higher: bool | None = None
+    name: str, rule: Bound, metric: str, subject: str, before: _Before, after: float, *, higher: bool | None = None
 ) -> dict[str, Any]:
     """One rule's numbers and whether they pass."""
-    higher = rule.metric == "accuracy" if higher is None else higher
+    higher = metric == "accuracy" if higher is None else higher
     is_gain = name == "min_gain"
     value = after - before.value if higher == is_gain else before.value - after
     stderr = before.change_stderr
@@ -226,7 +283,7 @@ def _outcome(
     outcome = {
         "rule": name,
         "subject": subject,
-        "metric": rule.metric,
+        "metric": metric,
         "against": before.against,
         "before": before.value,
         "after": after,
@@ -298,44 +355,3 @@ def _without_gain(outcome: Mapping[str, Any]) -> str:
         return "one record cannot tell a gain from chance"
     lost_more = -outcome["value"] > outcome["standard_errors"] * (outcome["stderr"] or 0.0)
     return "nothing more to learn at this learning rate" if lost_more else "nothing more to learn"
-
-
-def _keys(rule: Rule) -> dict[str, Any]:
-    return {key: value for key, value in asdict(rule).items() if value is not None}
-
-
-def _rule(name: str, default: Rule, given: Any) -> Rule:
-    """`default` with the keys that are given. Raises ValueError for what cannot be."""
-    if not isinstance(given, Mapping):
-        raise ValueError(
-            f"gate rule {name} must hold {', '.join(_keys(default))}, or be false to be off, got {given!r}"
-        )
-    refuse_unknown(map(str, given), _keys(default), kind=f"key of the gate rule {name}")
-    metrics = (KL, *METRICS) if name == "max_drift" else METRICS
-    if name == "max_drift" and given.get("metric", "loss" if boolean(given.get("relative")) else KL) in METRICS:
-        default = _DRIFT_OF_SCORES
-    plain = dict(given)
-    for key, value in given.items():
-        where = f"{key} of the gate rule {name}"
-        if key == "metric":
-            if value not in metrics:
-                raise ValueError(f"{where} must be one of {', '.join(metrics)}, got {value!r}")
-        elif key == "relative":
-            plain[key] = boolean(value)
-            if plain[key] is None:
-                raise ValueError(f"{where} must be true or false, got {value!r}")
-        else:
-            plain[key] = number(value, whole=False)
-            if plain[key] is None or plain[key] < 0:
-                raise ValueError(f"{where} must be a number, at least 0, got {value!r}")
-    rule = replace(default, **plain)
-    if rule.metric == KL and rule.relative:
-        raise ValueError(
-            f"relative of the gate rule {name} cannot be true of the metric {KL}, which has no value before. Give the "
-            "metric loss or accuracy, or leave it out"
-        )
-    if name == "min_gain" and rule.relative and rule.metric == "loss" and rule.bound >= 1:
-        raise ValueError(
-            f"bound of the gate rule min_gain is {rule.bound!r}: no loss can fall by its whole. Give less than 1"
-        )
-    return rule

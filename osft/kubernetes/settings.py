@@ -2,143 +2,145 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from osft.settings.parameters import Bounds, check_fields, parameters, refuse_unknown, whole_numbers
+from pydantic import AfterValidator, Field, model_validator
+
+from osft.settings.base import Settings, refuse_unknown
+from osft.settings.values import Boolean, Integer, Number, Text, Texts, WholeNumbers
 from osft.training.job import Limits
 
-_QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?")  # of Kubernetes: 500m, 4, 16Gi
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 
-@dataclass(kw_only=True, slots=True)
-class PyTorchJobSettings:
+def _quantity(value: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?", value):
+        raise ValueError(f"must be a Kubernetes quantity such as 4, 500m or 16Gi, got {value!r}")
+    return value
+
+
+Quantity = Annotated[str, AfterValidator(_quantity)]
+
+
+class PyTorchJobSettings(Settings):
     """The pods that train, and how long they may. Every field has a default that works on a cluster with GPUs."""
 
-    num_workers: Annotated[int, Bounds(low=1, high=1000)] = 1
+    num_workers: Annotated[Integer, Field(ge=1, le=1000)] = 1
     """Pods that train together. The first is the job's Master, the others are its Workers."""
 
-    num_procs_per_worker: Annotated[int | None, Bounds(low=1)] = None
+    num_procs_per_worker: Annotated[Integer | None, Field(ge=1)] = None
     """Training processes in each pod. None: one for each of its GPUs, or one without."""
 
-    gpus: Annotated[int, Bounds(low=0)] = 1
+    gpus: Annotated[Integer, Field(ge=0)] = 1
     """GPUs of each pod."""
 
-    gpu_resource: str = "nvidia.com/gpu"
+    gpu_resource: Text = "nvidia.com/gpu"
     """The resource that the cluster counts GPUs by, such as "amd.com/gpu" or "nvidia.com/mig-3g.40gb"."""
 
-    cpu: str = "4"
+    cpu: Quantity = "4"
     """CPUs of each pod, as a Kubernetes quantity. It is the request; there is no limit, which would only throttle."""
 
-    memory: str = "32Gi"
+    memory: Quantity = "32Gi"
     """Memory of each pod: request and limit."""
 
-    shared_memory: str = "2Gi"
+    shared_memory: Quantity = "2Gi"
     """/dev/shm of each pod, which NCCL and gloo use. What is used of it counts as memory."""
 
-    image: str | None = None
+    image: Text | None = None
     """Image of the pods. None: the training image that the pipeline was compiled with."""
 
-    image_pull_secrets: list[str] = field(default_factory=list)
+    image_pull_secrets: Texts = []  # noqa: RUF012 (pydantic copies it)
     """Names of secrets that hold a registry's credentials."""
 
-    image_pull_policy: str | None = None
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] | None = None
     """Always, IfNotPresent or Never. None: the cluster's default."""
 
-    env: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies it)
     """Environment variables, by reference only, so that no value stands in a manifest:
     {"HF_TOKEN": {"secret": "osft-huggingface", "key": "HF_TOKEN"}}; with "config_map" in place of "secret" likewise."""
 
-    env_from: list[dict[str, Any]] = field(default_factory=list)
+    env_from: list[dict[str, Any]] = []  # noqa: RUF012 (pydantic copies it)
     """Whole secrets and config maps as environment: [{"secret": "osft-s3"}, {"config_map": "nccl"}]."""
 
-    volumes: list[dict[str, Any]] = field(default_factory=list)
+    volumes: list[dict[str, Any]] = []  # noqa: RUF012 (pydantic copies it)
     """Further claims: [{"claim": "datasets", "mount_path": "/mnt/datasets", "read_only": true}]."""
 
-    node_selector: dict[str, Any] = field(default_factory=dict)
+    node_selector: dict[str, Any] = {}  # noqa: RUF012 (pydantic copies it)
     """Labels that a node must have."""
 
-    tolerations: list[dict[str, Any]] = field(default_factory=list)
+    tolerations: Annotated[list[dict[str, Any]], WholeNumbers] = []  # noqa: RUF012 (pydantic copies it)
     """As in a pod's spec: [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]."""
 
-    affinity: dict[str, Any] = field(default_factory=dict)
+    affinity: Annotated[dict[str, Any], WholeNumbers] = {}  # noqa: RUF012 (pydantic copies it)
     """As in a pod's spec: nodeAffinity, podAffinity, podAntiAffinity."""
 
-    priority_class: str | None = None
+    priority_class: Text | None = None
     """PriorityClass of the pods."""
 
-    service_account: str | None = None
+    service_account: Text | None = None
     """Service account of the pods; its token is not mounted, as training talks to no API. None: the namespace's
     default."""
 
-    run_as_user: Annotated[int | None, Bounds(low=1)] = None
+    run_as_user: Annotated[Integer | None, Field(ge=1)] = None
     """User id of the processes. None: the image's, 1000; on OpenShift the one that it picks. Never root."""
 
-    fs_group: Annotated[int | None, Bounds(low=0)] = None
+    fs_group: Annotated[Integer | None, Field(ge=0)] = None
     """Group that volumes are made writable for, where the storage supports that."""
 
-    istio_sidecar: bool = False
+    istio_sidecar: Boolean = False
     """Let Istio inject its proxy. A job with it never ends, and gloo and NCCL do not pass through it."""
 
-    kueue_queue: str | None = None
+    kueue_queue: Text | None = None
     """LocalQueue of Kueue that admits the job."""
 
-    gang_scheduling: bool = False
+    gang_scheduling: Boolean = False
     """Ask the operator's gang scheduler (Volcano, scheduler-plugins) to start all pods or none."""
 
-    gang_queue: str | None = None
+    gang_queue: Text | None = None
     """Queue of the gang scheduler."""
 
-    max_queued_minutes: Annotated[float | None, Bounds(low=0)] = None
+    max_queued_minutes: Annotated[Number | None, Field(ge=0)] = None
     """Give up if the pods do not start within this time. None: wait, and report for what."""
 
-    max_running_minutes: Annotated[float | None, Bounds(low=0)] = None
+    max_running_minutes: Annotated[Number | None, Field(ge=0)] = None
     """End the job if it runs longer, counted from the last (re)start of its pods. None: no limit."""
 
-    heartbeat_minutes: Annotated[float | None, Bounds(low=0)] = 60.0
+    heartbeat_minutes: Annotated[Number | None, Field(ge=0)] = 60.0
     """End the job if it runs but makes no training step for so long. None: no limit."""
 
-    max_restarts: Annotated[int, Bounds(low=0)] = 5
+    max_restarts: Annotated[Integer, Field(ge=0)] = 5
     """How often pods that died of a signal, an eviction or a lost peer are restarted; they resume from the last
     saved state. A program error (exit codes 1 to 127) fails the job at once."""
 
-    ttl_seconds_after_finished: Annotated[int, Bounds(low=0)] = 86_400
+    ttl_seconds_after_finished: Annotated[Integer, Field(ge=0)] = 86_400
     """The finished job and its logs stay for so long. A retried step has to find it."""
 
-    active_deadline_seconds: Annotated[int | None, Bounds(low=1)] = None
+    active_deadline_seconds: Annotated[Integer | None, Field(ge=1)] = None
     """The operator's own limit, which holds even if the step that watches the job is gone. It counts the time in the
     queue too, so there is none unless asked for."""
 
-    termination_grace_seconds: Annotated[int, Bounds(low=1)] = 150
+    termination_grace_seconds: Annotated[Integer, Field(ge=1)] = 150
     """Between SIGTERM and SIGKILL: time to save the training state in."""
 
-    namespace: str | None = None
+    namespace: Text | None = None
     """Namespace of the job. None: that of the step."""
 
-    storage_mount: str = "/mnt/osft"
+    storage_mount: Text = "/mnt/osft"
     """Where the storage claim is mounted: the same path as in the pipeline's steps."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        self.tolerations, self.affinity = whole_numbers(self.tolerations), whole_numbers(self.affinity)
-        for name in ("cpu", "memory", "shared_memory"):
-            value = getattr(self, name)
-            if not _QUANTITY.fullmatch(value):
-                raise ValueError(f"{name} must be a Kubernetes quantity such as 4, 500m or 16Gi, got {value!r}")
-        if self.image_pull_policy not in (None, "Always", "IfNotPresent", "Never"):
-            raise ValueError(f"image_pull_policy must be Always, IfNotPresent or Never, got {self.image_pull_policy!r}")
+    @model_validator(mode="after")
+    def _check_references(self) -> Self:
         for name, reference in self.env.items():
             _check_reference(f"env[{name!r}]", reference, {"key"})
         for position, reference in enumerate(self.env_from):
             _check_reference(f"env_from[{position}]", reference, set())
         for position, volume in enumerate(self.volumes):
             _check_volume(f"volumes[{position}]", volume)
+        return self
 
     @classmethod
     def from_parameters(cls, given: Mapping[str, Any]) -> "PyTorchJobSettings":
         """The settings from named values. Raises ValueError for an unknown name and for what cannot be."""
-        refuse_unknown(given, parameters(cls))
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     @property

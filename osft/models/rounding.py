@@ -16,7 +16,7 @@ import hashlib
 
 import torch
 
-from osft.settings.training import Rounding
+from osft.settings.run import Rounding
 
 BLOCK_COLUMNS = 128
 """Columns between which errors are passed on one by one; to the columns after them it is one matrix product."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from osft.evaluation.gate import GateRules
-from osft.settings.parameters import boolean, number, read_file, refuse_unknown
+from osft.settings.base import read_file, refuse_unknown
+from osft.settings.values import boolean, number
 from osft.tracking.addresses import check_model_name
 
 _TYPES: dict[str, type] = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from osft.orchestration.arguments import refuse_missing
 from osft.orchestration.connection import NotFoundError, api_errors, links_to_stderr
 from osft.orchestration.pipelines import UploadedPipeline
-from osft.settings.parameters import refuse_unknown
+from osft.settings.base import refuse_unknown
 
 if TYPE_CHECKING:
     import kfp

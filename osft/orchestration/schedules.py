@@ -18,7 +18,7 @@ from osft.orchestration.connection import NotFoundError, all_pages, api_errors, 
 from osft.orchestration.pipelines import UploadedPipeline, content_digest
 from osft.orchestration.runs import EXPERIMENT
 from osft.orchestration.triggers import Trigger
-from osft.settings.parameters import refuse_unknown
+from osft.settings.base import refuse_unknown
 
 if TYPE_CHECKING:
     import kfp

@@ -10,7 +10,7 @@ from osft.data import examples
 from osft.data.record_hashes import NONE
 from osft.rounds.new_records import find_new_records
 from osft.rounds.sources import open_source
-from osft.settings.parameters import number
+from osft.settings.values import number
 from osft.tracking import lineage
 from osft.tracking.champion import settled_champion
 from osft.tracking.lineage import DataFile, DataManifest, Lineage, check_task

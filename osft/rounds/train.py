@@ -1,15 +1,15 @@
 """Decompose and train."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osft import storage
 from osft.rounds.pipeline_run import PipelineRun, read_json
-from osft.settings.parameters import number
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
+from osft.settings.values import number
 
 if TYPE_CHECKING:
     from osft.training.job import Launcher, Limits
@@ -42,7 +42,7 @@ def precompute_svd(
 
     store = storage.join(run.storage_root, "factors")
     with run.step("precompute_svd") as step:
-        step.log_params(asdict(subspace) | {"accelerators": accelerators})
+        step.log_params(subspace.to_dict() | {"accelerators": accelerators})
         model = model_folder(model_path)
         found = preflight(model)
         print(found.line(), flush=True)

@@ -5,16 +5,14 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from osft.settings.parameters import refuse_unknown
+from osft.settings.base import refuse_unknown
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-def checked(
-    name: str, settings: Mapping[str, Any], *, learning_rate: float, warmup_steps: int
-) -> tuple[str, dict[str, Any]]:
-    """The schedule's name and arguments as transformers takes them. Raises ValueError for what it would not take."""
+def check(name: str, settings: Mapping[str, Any], *, learning_rate: float, warmup_steps: int) -> None:
+    """Raise ValueError for a schedule, or arguments of one, that transformers would not take."""
     import torch
     from torch import nn
     from torch.optim import AdamW
@@ -23,23 +21,18 @@ def checked(
     known = [scheduler.value for scheduler in SchedulerType]
     if name not in known:
         raise ValueError(f"lr_scheduler {name!r} is unknown; known are {', '.join(known)}")
-    if warmup_steps:
-        if name == "constant":
-            name = "constant_with_warmup"
-        if name in ("reduce_lr_on_plateau", "greedy"):
-            raise ValueError(f"lr_scheduler={name!r} has no warm-up. Set warmup_steps to 0")
-    converted = {key: _converted(value) for key, value in settings.items()}
-    build: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    if warmup_steps and name in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(f"lr_scheduler={name!r} has no warm-up. Set warmup_steps to 0")
+    build: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(_with_warmup(name, warmup_steps))]
     signature = inspect.signature(build).parameters
     try:
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.values()):
             given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
-            refuse_unknown(converted, [name for name in signature if name not in given])
+            refuse_unknown(settings, [name for name in signature if name not in given])
         optimizer = AdamW([nn.Parameter(torch.zeros(1))], lr=learning_rate)
-        make(name, converted, optimizer, warmup_steps=warmup_steps, num_training_steps=1000)
+        make(name, settings, optimizer, warmup_steps=warmup_steps, num_training_steps=1000)
     except (TypeError, ValueError) as error:
         raise ValueError(f"lr_scheduler_kwargs of {name!r}: {error}") from None
-    return name, converted
 
 
 def make(
@@ -49,12 +42,17 @@ def make(
     from transformers import get_scheduler
 
     return get_scheduler(
-        name,
+        _with_warmup(name, warmup_steps),
         optimizer,
         num_warmup_steps=warmup_steps,
         num_training_steps=num_training_steps,
         scheduler_specific_kwargs=dict(settings),
     )
+
+
+def _with_warmup(name: str, warmup_steps: int) -> str:
+    """The schedule that has a warm-up where one is wanted."""
+    return "constant_with_warmup" if name == "constant" and warmup_steps else name
 
 
 def warmup_warning(warmup_steps: int, num_training_steps: int) -> str | None:
@@ -67,8 +65,15 @@ def warmup_warning(warmup_steps: int, num_training_steps: int) -> str | None:
     )
 
 
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A schedule's arguments, where strings that are numbers, true or false become those.
+
+    The documented type of the values is str, schedules want numbers.
+    """
+    return {name: _converted(value) for name, value in settings.items()}
+
+
 def _converted(value: Any) -> Any:
-    """A schedule's argument: the documented type of the values is str, schedules want numbers."""
     if not isinstance(value, str):
         return value
     try:

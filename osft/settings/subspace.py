@@ -1,27 +1,29 @@
-"""What a user sets of the method, validated where it is set."""
+"""What a user sets of the method."""
 
 import re
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from osft.settings.parameters import Bounds, check_fields
+from pydantic import ConfigDict, Field, model_validator
+
+from osft.settings.base import Settings
+from osft.settings.values import Integer, Location, Number, Texts
 
 FreeSubspace = Literal["complement", "core"]
 RankAllocation = Literal["uniform", "adaptive"]
 Protect = Literal["weights", "activations"]
-DEFAULT_STIFFNESS = 10_000.0
 
 
-@dataclass(kw_only=True, slots=True)
-class SubspaceConfig:
-    """Which weights learn, and in which directions."""
+class SubspaceConfig(Settings):
+    """Which weights learn, and in which directions: what determines the factors."""
 
-    unfreeze_rank_ratio: Annotated[float, Bounds(low=0.0, high=1.0)]
+    model_config = ConfigDict(title="Subspace")
+
+    unfreeze_rank_ratio: Annotated[Number, Field(ge=0.0, le=1.0)]
     """Share of each target weight's directions that may be trained, in (0, 1]; those with the least singular value, or
     the least energy (see protect), come first. 0.25 is a good start, 1.0 constrains nothing, 0 is refused: nothing to
     train."""
 
-    target_patterns: list[str] | None = None
+    target_patterns: Texts | None = None
     """Regular expressions searched in the full names of the modules, such as "q_proj". None: every linear layer and
     every expert weight of the transformer blocks."""
 
@@ -31,19 +33,19 @@ class SubspaceConfig:
     text that stands for what the model knows (calibration_tokens, calibration_data); what training adds is zero on
     them. Measured, the model drifts far less from what it knew (benchmarks/results/frontier_cuda.md)."""
 
-    calibration_tokens: Annotated[int | None, Bounds(low=0)] = None
+    calibration_tokens: Annotated[Integer | None, Field(ge=0)] = None
     """With protect="activations": tokens of text that the model writes itself (plain text, chats, code, lists and
     other kinds), on which its layers' inputs are measured. None: by the width of the model, 3,072 up to 2,048. 0:
     calibration_data only. distill_weight and fit_step take the same text, whatever is protected."""
 
-    calibration_data: str | None = None
+    calibration_data: Location | None = None
     """With protect="activations": records that stand for what the model should keep, beside or instead of its own text;
     a path or URI as data_path."""
 
-    calibration_temperature: Annotated[float, Bounds(low=0.0)] = 1.0
+    calibration_temperature: Annotated[Number, Field(ge=0.0)] = 1.0
     """Temperature at which the model writes that text."""
 
-    calibration_seed: Annotated[int, Bounds(low=0)] = 0
+    calibration_seed: Annotated[Integer, Field(ge=0)] = 0
     """Seed of the sampling of that text."""
 
     free_subspace: FreeSubspace = "complement"
@@ -56,15 +58,15 @@ class SubspaceConfig:
     little, measured on a calibration sample, keep more directions frozen; the mean stays at unfreeze_rank_ratio
     (arXiv:2504.07097)."""
 
-    min_retention_ratio: Annotated[float, Bounds(low=0.0, high=1.0)] = 0.1
+    min_retention_ratio: Annotated[Number, Field(ge=0.0, le=1.0)] = 0.1
     """With rank_allocation="adaptive": the smallest share of directions that stays frozen in any layer."""
 
-    calibration_samples: Annotated[int, Bounds(low=1)] = 16
+    calibration_samples: Annotated[Integer, Field(ge=1)] = 16
     """Training samples on which the layers' importance is measured (rank_allocation="adaptive"), and the inputs of the
     layers (save_rounding="compensated")."""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
+    @model_validator(mode="after")
+    def _check_subspace(self) -> Self:
         if self.unfreeze_rank_ratio == 0:
             raise ValueError(
                 "unfreeze_rank_ratio is 0: every direction would be frozen and there is nothing to train. "
@@ -89,3 +91,4 @@ class SubspaceConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"target_patterns: {pattern!r} is not a regular expression: {error}") from None
+        return self

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from osft.settings.subspace import DEFAULT_STIFFNESS, SubspaceConfig
+from osft.settings.optimization import DEFAULT_STIFFNESS
+from osft.settings.subspace import SubspaceConfig
 from osft.subspace.decomposition import SplitKind, decompose, split_by_inputs, split_of_inputs, unfrozen_rank
 from osft.subspace.experts import OSFTExperts
 from osft.subspace.linear import OSFTLinear

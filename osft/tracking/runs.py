@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 from osft import storage
 from osft.process.mlflow_errors import explained_mlflow
-from osft.settings.parameters import number
+from osft.settings.values import number
 from osft.tracking.addresses import bounded_requests, checked_address
 from osft.tracking.datasets import Context, dataset_input
 from osft.tracking.outbox import MetricOutbox

@@ -3,7 +3,7 @@
 import json
 import re
 
-from osft.settings.parameters import parameters
+from osft.settings.base import default
 from osft.settings.training import TrainConfig
 
 _CREDENTIALS = re.compile(r"://[^/\s]*:[^/\s]*@")
@@ -15,9 +15,9 @@ def train_arguments(config: TrainConfig) -> list[str]:
     Raises ValueError for a URI with credentials, which everyone could read in a manifest.
     """
     arguments = ["train"]
-    for name, parameter in parameters(TrainConfig).items():
+    for name, field in TrainConfig.model_fields.items():
         value = getattr(config, name)
-        if value == parameter.default:
+        if not field.is_required() and value == default(field):
             continue
         text = value if isinstance(value, str) else json.dumps(value)
         if _CREDENTIALS.search(text):

@@ -63,7 +63,7 @@ def _with_replay(new: DataCounts, config: TrainConfig, folder: Path) -> DataCoun
         settings: dict[str, Any] = {"data_path": path, "replay_ratio": 0.0, "replay_data": None}
         if is_dataset(path):
             settings |= {"use_processed_dataset": True, "is_pretraining": False, "block_size": None}
-        earlier.append(_count_new(replace(config, **settings), folder))
+        earlier.append(_count_new(config.replace(**settings), folder))
     available = sum(one.samples for one in earlier)
     share = min(1.0, wanted / available)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from osft.models.checkpoint import EXACT
-from osft.settings.parameters import parameters
+from osft.settings.base import default
 from osft.settings.training import TrainConfig
 from osft.storage.hashes import files_sha256, named_sha256
 
@@ -85,7 +85,7 @@ def differences(recorded: dict[str, Any], config: TrainConfig, made_of: dict[str
         if what in there and there[what] != now
     ]
     settings = json.loads(json.dumps(_determining(config)))
-    before = {name: parameter.default for name, parameter in parameters(TrainConfig).items() if not parameter.required}
+    before = {name: default(field) for name, field in TrainConfig.model_fields.items() if not field.is_required()}
     before |= recorded
     for name, now in settings.items():
         what = _PATHS.get(name)

@@ -5,7 +5,7 @@ nodes may do the same work side by side on one shared folder or each on its own.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -257,7 +257,7 @@ def compute_factors(
         "model": str(model),
         "data": str(data),
         "store": str(store),
-        "subspace": asdict(subspace),
+        "subspace": subspace.to_dict(),
         "batching": batching.value,
         "trust_remote_code": trust_remote_code,
     }

@@ -15,7 +15,6 @@ import sys
 import uuid
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,12 +143,11 @@ def with_environment(config: TrainConfig) -> TrainConfig:
     found: dict[str, Any] = {}
     for name in ("nnodes", "node_rank", "nproc_per_node", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"):
         text = os.environ.get(f"PET_{name.upper()}")
-        default = TrainConfig.__dataclass_fields__[name].default
-        if text and getattr(config, name) == default:
+        if text and getattr(config, name) == TrainConfig.model_fields[name].default:
             found[name] = int(text) if text.isdigit() else text
     if config.rdzv_endpoint or found.get("rdzv_endpoint"):
         found.pop("master_addr", None), found.pop("master_port", None)
-    return replace(config, **found) if found else config
+    return config.replace(**found) if found else config
 
 
 def num_processes(config: TrainConfig) -> int:

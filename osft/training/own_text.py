@@ -9,7 +9,6 @@ GPU in a process of its own, which gives the GPU back.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def own_text(config: TrainConfig, model: Path, store: str | Path) -> Path | None
         if not needs_own_text(config):
             return None
         work = {"model": str(model), "store": str(store), "num_tokens": num_tokens, "trust_remote_code": trust}
-        work |= {"subspace": asdict(config.subspace)}
+        work |= {"subspace": config.subspace.to_dict()}
         if torch.cuda.is_available():
             in_own_process("osft.training.own_text", work)
         else:

@@ -5,7 +5,7 @@ No weights are read, no process is started and nothing is written.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +245,7 @@ def _planned_split(
     Which side experts' inputs are on is seen when they are measured; here they count as stored (out, in).
     """
     if config.protect == "weights":
-        ranks = allocate_ranks(targets, replace(config.subspace, rank_allocation="uniform"))
+        ranks = allocate_ranks(targets, config.subspace.replace(rank_allocation="uniform"))
         return ranks, dict.fromkeys(ranks, config.free_subspace)
     split_kinds: dict[str, SplitKind] = {}
     for target in targets:

@@ -24,7 +24,7 @@ from osft.models.checkpoint import SavedTensor, write_checkpoint
 from osft.models.conversion import Group, ModelWeights
 from osft.models.origin import RoundingLoss
 from osft.models.rounding import generator_of, round_weight
-from osft.settings.training import Rounding
+from osft.settings.run import Rounding
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.model import osft_layers
 from osft.subspace.weight import OSFTWeight, Split

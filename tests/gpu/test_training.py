@@ -59,7 +59,7 @@ def settings(tmp_path_factory) -> Callable[[str, str], TrainConfig]:
             factors = factor_store.precompute_by_inputs(
                 folder, config=config.subspace, statistics=statistics, statistics_file="", **store
             )
-        return replace(config, factors=str(factors.path))
+        return config.replace(factors=str(factors.path))
 
     return made
 
@@ -98,7 +98,7 @@ def test_losses_are_those_of_the_cpu(settings, device, family, protect):
 @pytest.mark.parametrize("protect", ["weights", "activations"])
 def test_bfloat16_ends_where_float32_does(settings, device, protect):
     config = settings("llama", protect)
-    exact, rounded = losses(config, device), losses(replace(config, dtype="bfloat16"), device)
+    exact, rounded = losses(config, device), losses(config.replace(dtype="bfloat16"), device)
     assert rounded[-1] < rounded[0] - 0.005
     assert rounded[-1] == pytest.approx(exact[-1], rel=0.02)
 
@@ -120,7 +120,7 @@ def test_liger_changes_nothing_but_the_time(settings, device, monkeypatch, dtype
 @pytest.mark.parametrize("protect", ["weights", "activations"])
 def test_gradient_checkpointing_changes_no_loss(settings, device, protect):
     config = settings("llama", protect)
-    found = losses(replace(config, gradient_checkpointing=True), device)
+    found = losses(config.replace(gradient_checkpointing=True), device)
     assert found == pytest.approx(losses(config, device), rel=1e-5)
 
 

@@ -3,7 +3,6 @@
 import pytest
 
 from osft.kubernetes.settings import PyTorchJobSettings
-from osft.settings.parameters import parameters
 
 
 def settings(**given):
@@ -19,7 +18,7 @@ def settings(**given):
         ({"gpus": -1}, "gpus must be at least 0"),
         ({"memory": "32 GB"}, "memory must be a Kubernetes quantity such as"),
         ({"cpu": "four"}, "cpu must be a Kubernetes quantity"),
-        ({"image_pull_policy": "Sometimes"}, "Always, IfNotPresent or Never"),
+        ({"image_pull_policy": "Sometimes"}, "'Always' | 'IfNotPresent' | 'Never'"),
         ({"run_as_user": 0}, "run_as_user must be at least 1"),
         ({"max_queued_minutes": -5}, "max_queued_minutes must be at least 0"),
         ({"env": {"HF_TOKEN": {"secret": "hf"}}}, r"env\['HF_TOKEN'\] has no 'key'"),
@@ -51,9 +50,9 @@ def test_processes_follow_the_gpus_unless_they_are_given():
 
 
 def test_every_field_is_documented_and_has_a_default():
-    for name, parameter in parameters(PyTorchJobSettings).items():
-        assert not parameter.required, name
-        assert len(parameter.doc) > 15, name
+    for name, field in PyTorchJobSettings.model_fields.items():
+        assert not field.is_required(), name
+        assert len(field.description) > 15, name
 
 
 def test_limits_come_from_the_settings():

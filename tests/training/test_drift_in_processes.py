@@ -1,6 +1,5 @@
 """Distillation, the predicted drift and the step that fits are the same for any number of processes."""
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -30,7 +29,7 @@ def on_two_and_one(chats, model_folder, tmp_path, monkeypatch) -> Callable[..., 
         )
         two = train(config)
         run_in_process(monkeypatch)
-        return two, train(dataclasses.replace(config, nproc_per_node=1, ckpt_output_dir=str(tmp_path / "one")))
+        return two, train(config.replace(nproc_per_node=1, ckpt_output_dir=str(tmp_path / "one")))
 
     return call
 

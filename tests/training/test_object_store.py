@@ -160,7 +160,7 @@ def test_killed_run_goes_on_from_the_store_with_an_empty_scratch_folder(
     assert "training.json" not in object_store.names(f"{bucket}/run")
     lose_scratch()
     run_in_process(monkeypatch)
-    expected = losses(train(dataclasses.replace(config, **length)))
+    expected = losses(train(config.replace(**length)))
     done = []
     original = loop.train_step
     monkeypatch.setattr(loop, "train_step", lambda *args, **options: done.append(1) or original(*args, **options))
@@ -325,6 +325,6 @@ def test_two_nodes_with_scratch_folders_of_their_own_go_on_from_one_store(
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
     assert all("train: resumes from" in output for output in outputs)
     run_in_process(monkeypatch)
-    expected = losses(train(dataclasses.replace(config, **length)))
+    expected = losses(train(config.replace(**length)))
     lines = object_store.files.cat(f"{bucket}/run/metrics.jsonl").decode().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == pytest.approx(expected, rel=1e-4)

@@ -72,7 +72,7 @@ def test_factors_of_another_process_are_those_of_this_one(config, gpu, tmp_path,
         train(config)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Reached) as here:
-        train(replace(config, ckpt_output_dir=str(tmp_path / "other")))
+        train(config.replace(ckpt_output_dir=str(tmp_path / "other")))
     found: list[FactorSet] = [inputs.load_factor_set(str(reached.value)) for reached in (elsewhere, here)]
     assert found[0].path != found[1].path
     assert found[0].weights == found[1].weights
@@ -127,7 +127,7 @@ def test_collective_operations_have_a_timeout(config, monkeypatch, tmp_path, min
     monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
     settings = {} if minutes == 30 else {"process_group_timeout_minutes": minutes}
     with pytest.raises(Reached) as reached:
-        worker.train_process({"config": replace(config, **settings).to_dict()})
+        worker.train_process({"config": config.replace(**settings).to_dict()})
     assert reached.value.args == (timedelta(minutes=minutes),)
 
 

@@ -89,15 +89,13 @@ def test_training_learns(one_process):
 def test_losses_and_weights_do_not_depend_on_how_the_work_is_cut(config, one_process, tmp_path, monkeypatch, change):
     if "nproc_per_node" not in change:
         run_in_process(monkeypatch)
-    assert_same_training(
-        train(dataclasses.replace(config, ckpt_output_dir=str(tmp_path / "run"), **change)), one_process
-    )
+    assert_same_training(train(config.replace(ckpt_output_dir=str(tmp_path / "run"), **change)), one_process)
 
 
 @pytest.fixture(scope="module")
 def two_processes(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     output = tmp_path_factory.mktemp("two-processes") / "run"
-    return train(dataclasses.replace(config, ckpt_output_dir=str(output), nproc_per_node=2))
+    return train(config.replace(ckpt_output_dir=str(output), nproc_per_node=2))
 
 
 def test_two_processes_train_as_one(one_process, two_processes):
@@ -165,7 +163,7 @@ def test_bfloat16_model_in_several_shards_is_trained_and_stays_bfloat16(chats, t
 
 def test_inputs_are_checked_before_a_process_starts(config, tmp_path):
     def with_(**changes: object) -> TrainConfig:
-        return dataclasses.replace(config, ckpt_output_dir=str(tmp_path / "run"), **changes)
+        return config.replace(ckpt_output_dir=str(tmp_path / "run"), **changes)
 
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         train(with_(model_path=str(tmp_path / "nowhere")))
@@ -183,7 +181,7 @@ def test_error_of_a_rank_arrives_with_its_traceback(config, tmp_path):
     tiny_llama(seed=5).save_pretrained(other)
     foreign = factor_store.precompute(other, tmp_path / "factors", QUARTER)
     with pytest.raises(RuntimeError, match=r"(?s)rank 0 ended with exit code 1.*check_weights.*does not belong to"):
-        train(dataclasses.replace(config, ckpt_output_dir=str(tmp_path / "run"), factors=str(foreign.path)))
+        train(config.replace(ckpt_output_dir=str(tmp_path / "run"), factors=str(foreign.path)))
     assert not (tmp_path / "run" / "hf_format").exists()
     assert not (tmp_path / "run" / "training.json").exists()
 
@@ -234,7 +232,7 @@ def test_killed_process_ends_the_run_which_goes_on_with_other_processes(config, 
 @pytest.mark.covers("resume", "save_state_minutes")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_launcher_that_ends_leaves_the_state_and_no_process(config, one_process, tmp_path, monkeypatch, signum):
-    run = dataclasses.replace(config, ckpt_output_dir=str(tmp_path / "run"), max_tokens_per_gpu=100)
+    run = config.replace(ckpt_output_dir=str(tmp_path / "run"), max_tokens_per_gpu=100)
     launcher = start(run, tmp_path)
     workers = psutil.Process(launcher.pid).children()
     launcher.send_signal(signum)
