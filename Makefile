@@ -17,6 +17,7 @@ INSTALLER ?= uv
 UV_VERSION := 0.13.9
 
 MODEL   ?=
+PARAMETERS ?= examples/demonstration.yaml
 DATA    ?=
 STORAGE ?= runs
 SET     ?=
@@ -45,8 +46,8 @@ else
 endif
 	@touch $@
 
-run: setup ## Run the pipeline here: MODEL=… DATA=… STORAGE=… SET='num_epochs=2 seed=1'
-	$(BIN)/python -m pipelines.run_local --storage '$(STORAGE)' $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(foreach s,$(SET),--set '$(s)')
+run: setup ## Run the pipeline here: MODEL=… DATA=… STORAGE=… SET='num_epochs=2 seed=1' PARAMETERS=file.yaml
+	$(BIN)/python -m pipelines.run_local $(if $(PARAMETERS),--parameters '$(PARAMETERS)') --storage '$(STORAGE)' $(if $(MODEL),--model '$(MODEL)') $(if $(DATA),--data '$(DATA)') $(foreach s,$(SET),--set '$(s)')
 
 rounds: setup ## Run three rounds on three real tasks here, as a schedule would: STORAGE=… SAMPLES=352 SET='…'
 	$(BIN)/python -m pipelines.run_rounds --storage '$(STORAGE)' --samples '$(SAMPLES)' $(foreach s,$(SET),--set '$(s)')

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from kfp.dsl.base_component import BaseComponent
 
+from osft.settings.training import TrainConfig
+
 FOLDER = Path(__file__).parent
 
 
@@ -14,15 +16,24 @@ def render(component: BaseComponent) -> str:
     spec = component.component_spec
     name = spec.name.replace("-", "_")
     lines = [f"# {name}", "", spec.description or "", ""]
-    lines += ["Written by `make compile` from the component's signature and docstring.", ""]
+    lines += [
+        "Written by `make compile` from the component's signature and docstring, and from the settings of training.",
+        "",
+    ]
     for title, described in (("Inputs", spec.inputs), ("Outputs", spec.outputs)):
         if described:
             lines += [f"## {title}", "", "| name | type | meaning |", "|---|---|---|"]
             for key, value in described.items():
                 kind = str(value.type).split("@")[0].removeprefix("system.")
-                lines.append(f"| `{key}` | {kind} | {' '.join((value.description or '').split())} |")
+                lines.append(f"| `{key}` | {kind} | {_meaning(key, value.description)} |")
             lines.append("")
     return "\n".join(lines)
+
+
+def _meaning(name: str, described: str | None) -> str:
+    """What a component says of an input, else what the setting of training of that name is."""
+    text = described or TrainConfig.model_fields[name].description or ""
+    return " ".join(text.split())
 
 
 def components() -> dict[Path, BaseComponent]:

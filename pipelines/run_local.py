@@ -1,6 +1,6 @@
 """Run the compiled pipeline on this machine, without a cluster.
 
-    python -m pipelines.run_local                                       the example: a real model, a real task
+    python -m pipelines.run_local --parameters examples/demonstration.yaml     a real model, a real task
     python -m pipelines.run_local --model ./my-model --data chats.jsonl --set num_epochs=3
 
 It executes `pipelines/continual_learning/continual_learning.yaml` itself with kfp.local: every step is a process
@@ -20,9 +20,10 @@ import yaml
 from rich.console import Console
 
 from osft.orchestration import CompiledPipeline, pipeline_arguments
+from osft.orchestration.arguments import refuse_missing
 from osft.process.console import errors, failures
-from osft.settings.values import number
 from osft.storage.paths import check_writable, expanded
+from pipelines.continual_learning.parameters import PipelineParameters
 from pipelines.local_console import RunConsole, display_for
 from pipelines.local_process import execute, new_log
 from pipelines.show_round import show_round
@@ -34,6 +35,9 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
+    parameters: Annotated[
+        Path | None, typer.Option(help="YAML file of pipeline parameters, NAME: VALUE, below all that is given here.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Hugging Face id, local folder, or example: URI.")] = "",
     data: Annotated[str, typer.Option(help="File, folder, glob, or example: URI of the new task.")] = "",
     settings: Annotated[
@@ -48,7 +52,7 @@ def main(
     """Run one round of continual learning on this machine and print what it learned and forgot."""
     with failures():
         storage = Path(expanded(str(storage)))
-        arguments = local_arguments(model, data, settings or [], storage)
+        arguments = local_arguments(model, data, settings or [], storage, parameters)
         check(arguments)
     if dry_run:
         console.print_json(data=arguments)
@@ -59,18 +63,15 @@ def main(
 def local_arguments(
     model: str, data: str, settings: list[str], storage: Path, file: Path | None = None
 ) -> dict[str, Any]:
-    """All pipeline parameters: the defaults of the YAML, then the `file`'s, then what was given.
+    """All pipeline parameters: the defaults, then the `file`'s, then what was given.
 
     Raises ValueError for a bad one.
     """
     known = CompiledPipeline.read(YAML).parameters
-    arguments = {name: described["defaultValue"] for name, described in known.items()}
-    arguments["storage_root"] = str(storage.absolute())
     given = [f"base_model={model}"] * bool(model) + [f"data_uri={data}"] * bool(data) + settings
-    arguments |= pipeline_arguments(known, file, given)
-    for name, described in known.items():
-        if described["parameterType"] == "NUMBER_INTEGER":
-            arguments[name] = number(arguments[name], whole=True)  # the YAML has 16.0
+    arguments = {"storage_root": str(storage.absolute())} | pipeline_arguments(known, file, given)
+    refuse_missing(known, arguments)
+    arguments = PipelineParameters(**arguments).to_dict()
     for name in ("base_model", "data_uri", "lm_eval_folder"):
         arguments[name] = _absolute(arguments[name])
     arguments["anchor_uris"] = [_absolute(uri) for uri in arguments["anchor_uris"]]
@@ -90,7 +91,6 @@ def check(arguments: dict[str, Any]) -> None:
     from osft.data.records import read_records
     from osft.models.checkpoint import CheckpointReader
     from osft.models.loading import empty_model
-    from osft.settings.training import TrainConfig
     from osft.subspace import select_targets, unfrozen_rank
     from osft.subspace.preflight import preflight
     from osft.tracking.addresses import check_model_name, checked_address
@@ -100,11 +100,7 @@ def check(arguments: dict[str, Any]) -> None:
         checked_address(arguments["mlflow_tracking_uri"], make=False)
     check_writable("storage", arguments["storage_root"])
     model = arguments["base_model"]
-    settings = {name: value for name, value in arguments.items() if name in TrainConfig.model_fields}
-    settings |= {name: arguments[name] or None for name in ("target_patterns", "nproc_per_node")}
-    settings |= {"model_path": model, "data_path": arguments["data_uri"], "ckpt_output_dir": arguments["storage_root"]}
-    settings["replay_data"] = [arguments["storage_root"]] if arguments["replay_ratio"] else None  # found by the step
-    training = TrainConfig.from_parameters(settings | arguments["more_training_settings"])
+    training = PipelineParameters(**arguments).training()
     check_names([arguments["data_uri"], *arguments["anchor_uris"]])
     for uri in (arguments["data_uri"], *arguments["anchor_uris"]):
         if not uri.startswith(SCHEME) and not is_hub_dataset(uri):

@@ -24,16 +24,13 @@ def precompute_svd(
     """Compute which directions of the target weights are frozen; what the store holds already is reused.
 
     With protect "activations", these are the directions of the layers' inputs that carry most energy on the text that a
-    base model writes itself, and on all that earlier rounds learned, whose statistics the champion carries.
+    base model writes itself, and on all that earlier rounds learned, whose statistics the champion carries. What is not
+    described here is the setting of `osft train` of that name.
 
     Args:
         model_path: Folder of the model.
         data_path: Folder of the prepared dataset, of which adaptive ranks take a calibration sample.
-        unfreeze_rank_ratio: Share of each weight's directions that may be trained, in (0, 1].
-        protect: weights (their singular directions) or activations (what their layers are fed).
-        free_subspace: complement or core.
         target_patterns: Regular expressions searched in the names of the linear layers; empty for all.
-        rank_allocation: uniform, or adaptive to each layer's importance.
         more_settings: As in train_osft; here those that determine the directions, such as calibration_tokens, count.
         accelerators: What the step's pod asks for, such as "1 x nvidia.com/gpu", for the record.
         storage_root: Folder that all steps share.
@@ -44,20 +41,15 @@ def precompute_svd(
     Returns:
         Output: Manifest of the factor set.
     """
+    given = dict(locals())
+
     from osft import SubspaceConfig, rounds
     from osft.process.errors import tell_in_one_line
 
     tell_in_one_line()
 
-    settings = {
-        "unfreeze_rank_ratio": unfreeze_rank_ratio,
-        "protect": protect,
-        "free_subspace": free_subspace,
-        "target_patterns": target_patterns or None,
-        "rank_allocation": rank_allocation,
-    }
-    known = SubspaceConfig.model_fields
-    settings |= {name: value for name, value in more_settings.items() if name in known}
+    given |= {"target_patterns": target_patterns or None} | more_settings
+    settings = {name: given[name] for name in SubspaceConfig.model_fields if name in given}
     return rounds.precompute_svd(
         rounds.PipelineRun(
             storage_root=storage_root,

@@ -45,29 +45,16 @@ def train_osft(
     The step can be retried: it finds the job that it has started, or resumes from the saved training state. Cancelled,
     it deletes the job and waits until it is gone. It fails with the reason of the rank that failed first.
 
+    What is not described here is the setting of `osft train` of that name.
+
     Args:
         model_path: Folder of the model.
         data_path: Folder of the prepared dataset.
         factors_path: Manifest of the factor set.
-        unfreeze_rank_ratio: As in precompute_svd.
-        protect: As in precompute_svd.
-        stiffness: With protect "activations": how firmly the free directions are held back, each by how much the model
-            depends on it; 0 holds none back.
-        free_subspace: As in precompute_svd.
-        target_patterns: As in precompute_svd.
-        effective_batch_size: Samples per optimizer step, over all processes.
-        max_tokens_per_gpu: Hard bound on the tokens of one micro-batch of one process.
-        learning_rate: Peak learning rate of AdamW.
-        num_epochs: Passes over the training set.
-        lr_scheduler: Name of a transformers scheduler.
-        warmup_steps: Steps of linear warm-up.
-        weight_decay: AdamW's weight decay, which pulls back to the base model.
+        target_patterns: Regular expressions searched in the names of the linear layers; empty for all.
         replay_ratio: Share of the training samples that is drawn from the data of earlier rounds, where that is still
             there; 0 replays nothing.
         nproc_per_node: Processes; 0 for one per GPU. Not with a PyTorchJob, which has num_procs_per_worker.
-        seed: Seed of the sample order.
-        max_seq_len: As in prepare_data.
-        rank_allocation: As in precompute_svd.
         more_settings: Further settings of `osft train` by name, which go before those above.
         launcher: "local": processes of this step. "pytorchjob": a PyTorchJob of Kubeflow's training operator.
         pytorchjob: Settings of the PyTorchJob by name (osft.kubernetes.settings.PyTorchJobSettings).
@@ -84,32 +71,19 @@ def train_osft(
         manifest: The PyTorchJob, or the local command, written before it is started.
         metrics: Loss, counts, time and memory.
     """
-    from osft import rounds
+    given = dict(locals())
+
+    from osft import TrainConfig, rounds
     from osft.process.errors import tell_in_one_line
 
     tell_in_one_line()
 
-    settings = {
-        "model_path": model_path,
-        "data_path": data_path,
+    settings = {name: given[name] for name in TrainConfig.model_fields if name in given}
+    del settings["mlflow_tracking_uri"]  # the step logs what its processes measure
+    settings |= {
         "factors": factors_path,
-        "unfreeze_rank_ratio": unfreeze_rank_ratio,
-        "protect": protect,
-        "stiffness": stiffness,
-        "free_subspace": free_subspace,
-        "rank_allocation": rank_allocation,
         "target_patterns": target_patterns or None,
-        "effective_batch_size": effective_batch_size,
-        "max_tokens_per_gpu": max_tokens_per_gpu,
-        "max_seq_len": max_seq_len,
-        "learning_rate": learning_rate,
-        "num_epochs": num_epochs,
-        "lr_scheduler": lr_scheduler,
-        "warmup_steps": warmup_steps,
-        "weight_decay": weight_decay,
-        "replay_ratio": replay_ratio,
         "nproc_per_node": nproc_per_node or None,
-        "seed": seed,
     }
     summary = rounds.train_osft(
         rounds.PipelineRun(

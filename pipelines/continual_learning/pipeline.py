@@ -9,11 +9,11 @@ It is compiled to two files beside this one (`python -m pipelines.continual_lear
 `continual_learning_s3.yaml`, which mounts none and wants an s3:// storage_root.
 """
 
-import functools
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -28,17 +28,10 @@ from components.promote_model.component import promote_model
 from components.register_model.component import register_model
 from components.resolve_round.component import resolve_round
 from components.train_osft.component import train_osft
-from osft.evaluation.gate import GateRules
-
-STORAGE_MOUNT = "/mnt/osft"
-"""Where the shared volume is mounted in every step."""
+from pipelines.continual_learning.parameters import STORAGE_MOUNT, SUBSPACE, TRAINING, PipelineParameters, form
 
 YAML = Path(__file__).parent / "continual_learning.yaml"
 YAML_S3 = YAML.with_name("continual_learning_s3.yaml")
-
-
-DEFAULT_GATE = GateRules().to_parameters()
-"""Shown in the form of the Kubeflow UI."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,182 +74,60 @@ _STORAGE_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKE
 """Keys of the secret that the parameter storage_secret names."""
 
 
-def one_round(
-    base_model: str = "example:smollm2-135m-instruct",
-    data_uri: str = "example:sarcasm-headlines",
-    anchor_uris: list = ["example:web-text"],  # noqa: B006 (kfp reads it once)
-    model_name: str = "osft-model",
-    min_new_samples: int = 1,
-    unfreeze_rank_ratio: float = 0.25,
-    protect: str = "activations",
-    stiffness: float = 10_000.0,
-    free_subspace: str = "complement",
-    target_patterns: list = [],  # noqa: B006
-    rank_allocation: str = "uniform",
-    max_seq_len: int = 1024,
-    validation_fraction: float = 0.1,
-    max_train_samples: int = 384,
-    max_validation_samples: int = 64,
-    effective_batch_size: int = 16,
-    max_tokens_per_gpu: int = 1024,
-    learning_rate: float = 1e-3,
-    num_epochs: int = 1,
-    lr_scheduler: str = "cosine",
-    warmup_steps: int = 2,
-    weight_decay: float = 0.0,
-    replay_ratio: float = 0.0,
-    launcher: str = "local",
-    pytorchjob: dict = {},  # noqa: B006
-    nproc_per_node: int = 0,
-    seed: int = 42,
-    more_training_settings: dict = {},  # noqa: B006
-    max_anchor_samples: int = 32,
-    gate: dict = DEFAULT_GATE,
-    lm_eval_tasks: list = [],  # noqa: B006
-    lm_eval_folder: str = "",
-    max_lm_eval_samples: int = 0,
-    mlflow_tracking_uri: str = "",
-    mlflow_experiment: str = "osft-continual-learning",
-    storage_root: str = STORAGE_MOUNT,
-    storage_claim: str = "osft-storage",
-    storage_secret: str = "osft-s3",
-    svd_gpus: str = "0",
-    evaluation_gpus: str = "0",
-    gpu_resource: str = "nvidia.com/gpu",
-):
-    """Teach a model a new task without forgetting.
-
-    Args:
-        base_model: Model that the first round tunes: Hugging Face id (org/name), folder on the shared volume, or
-            example: URI. Later rounds start from the champion.
-        data_uri: Where new data arrives: file, folder or glob of chats ({"messages": [...]}; JSON lines, JSON, CSV,
-            Parquet) on the shared volume, s3:// prefix, Hugging Face data set id (org/name@revision), or example: URI.
-            What the champion has learned of it is left out.
-        anchor_uris: Evaluation sets of what the model should not forget: chats or plain texts, as data_uri. Give what
-            should stay as it is; a task whose form of answers a round teaches moves, and max_drift refuses it.
-        model_name: Name of the model in the MLflow registry; its alias champion is what a round starts from.
-        min_new_samples: With fewer records that the champion does not know, the run ends with "nothing to learn".
-        unfreeze_rank_ratio: Share of each weight's directions that may be trained, in (0, 1]. Low values preserve, high
-            values adapt; 0.25 is a good start.
-        protect: What is protected: "weights" (each weight's largest singular directions) or "activations" (what the
-            layers are fed on text that the base model writes itself, and on all that earlier rounds learned).
-        stiffness: With protect "activations": how firmly the free directions are held back, each by how much the model
-            depends on it; 0 holds none back.
-        free_subspace: With protect "weights": "complement" (all updates orthogonal to the frozen directions) or "core"
-            (least memory).
-        target_patterns: Regular expressions searched in the names of the linear layers, such as "q_proj"; empty
-            trains all of them.
-        rank_allocation: With protect "weights": "uniform", or "adaptive": layers that matter more keep more frozen
-            directions.
-        max_seq_len: Longest sample in tokens; longer ones are dropped and counted.
-        validation_fraction: Share of the prompts that is held out for evaluation; at least one prompt is.
-        max_train_samples: Use at most this many training samples; 0 uses all. The default fits ten minutes on two
-            CPU cores.
-        max_validation_samples: Evaluate on at most this many held-out samples; 0 uses all.
-        effective_batch_size: Samples per optimizer step, over all processes.
-        max_tokens_per_gpu: Hard bound on the tokens of one micro-batch of one process.
-        learning_rate: Peak learning rate of AdamW.
-        num_epochs: Passes over the training set.
-        lr_scheduler: Learning-rate schedule: cosine, linear, constant or another name that transformers knows.
-        warmup_steps: Optimizer steps of linear warm-up.
-        weight_decay: Pulls the update towards zero, that is, back to the base model.
-        replay_ratio: Share of the training samples that is drawn from the data of earlier rounds, where that is still
-            there, such as 0.05; 0 replays nothing.
-        launcher: "local" trains in the pod of the step; "pytorchjob" in pods of a PyTorchJob (Kubeflow's training
-            operator), with GPUs, on as many nodes as you like.
-        pytorchjob: Settings of the PyTorchJob, such as {"num_workers": 2, "gpus": 8, "memory": "256Gi",
-            "kueue_queue": "research"}; all of them are in docs/reference.md.
-        nproc_per_node: With launcher "local": training processes; 0 starts one per GPU.
-        seed: Seed of the sample order.
-        more_training_settings: Further settings of `osft train` by name, such as {"max_grad_norm": 0.5}; those of the
-            subspace, such as {"calibration_tokens": 6144}, go to the step that computes it, too.
-        max_anchor_samples: Evaluate on at most this many records of each anchor; 0 uses all.
-        gate: Rules for promotion, each with bound, relative and standard_errors: least gain on the new task, most
-            forgetting of an earlier one, most drift of an anchor from the base model (its metric kl, loss or
-            accuracy), most loss in an lm-eval task. What is left out keeps its default; false turns a rule off.
-        lm_eval_tasks: Tasks of lm-evaluation-harness, such as ["arc_easy"], that the models are compared on.
-        lm_eval_folder: Folder with YAML files of such tasks of your own, whose data may be local.
-        max_lm_eval_samples: Ask only the first so many questions of each; 0 asks all.
-        mlflow_tracking_uri: MLflow server; empty uses MLFLOW_TRACKING_URI, or else a database below storage_root.
-        mlflow_experiment: MLflow experiment of the run.
-        storage_root: Folder that all steps share, or an s3:// prefix (then mlflow_tracking_uri is needed).
-        storage_claim: ReadWriteMany volume claim that is mounted at /mnt/osft in every step and training pod.
-        storage_secret: Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL for s3:// URIs.
-        svd_gpus: GPUs of the step that decomposes the weights.
-        evaluation_gpus: GPUs of the step that evaluates.
-        gpu_resource: Resource that the cluster counts the GPUs of these two steps by.
-    """
+def one_round(given: SimpleNamespace) -> list[dsl.PipelineTask]:
+    """The steps of a round, of the parameters in `pipelines.continual_learning.parameters`."""
     where = {
-        "storage_root": storage_root,
-        "mlflow_tracking_uri": mlflow_tracking_uri,
+        "storage_root": given.storage_root,
+        "mlflow_tracking_uri": given.mlflow_tracking_uri,
         "pipeline_run_id": dsl.PIPELINE_JOB_ID_PLACEHOLDER,
     }
     resolved = resolve_round(
-        model_name=model_name,
-        base_model=base_model,
-        data_uri=data_uri,
-        anchor_uris=anchor_uris,
-        gate=gate,
-        min_new_samples=min_new_samples,
-        mlflow_experiment=mlflow_experiment,
+        model_name=given.model_name,
+        base_model=given.base_model,
+        data_uri=given.data_uri,
+        anchor_uris=given.anchor_uris,
+        gate=given.gate,
+        min_new_samples=given.min_new_samples,
+        mlflow_experiment=given.mlflow_experiment,
         pipeline_name=dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
         **where,
     )
     common = where | {"mlflow_run_id": resolved.outputs["mlflow_run_id"]}
-    subspace = {
-        "protect": protect,
-        "unfreeze_rank_ratio": unfreeze_rank_ratio,
-        "free_subspace": free_subspace,
-        "target_patterns": target_patterns,
-        "rank_allocation": rank_allocation,
-    }
     with dsl.If(resolved.outputs["Output"] == True, name="something-new"):  # noqa: E712 (kfp overloads ==)
         prepared = prepare_data(
-            base_model=base_model,
+            base_model=given.base_model,
             model=resolved.outputs["model"],
             records=resolved.outputs["records"],
-            anchor_uris=anchor_uris,
-            max_seq_len=max_seq_len,
-            validation_fraction=validation_fraction,
-            max_train_samples=max_train_samples,
-            max_validation_samples=max_validation_samples,
+            anchor_uris=given.anchor_uris,
+            max_seq_len=given.max_seq_len,
+            validation_fraction=given.validation_fraction,
+            max_train_samples=given.max_train_samples,
+            max_validation_samples=given.max_validation_samples,
             **common,
         )
         factors = precompute_svd(
             model_path=prepared.outputs["model_path"],
             data_path=prepared.outputs["data_path"],
-            more_settings=more_training_settings,
-            accelerators=f"{svd_gpus} x {gpu_resource}",
-            **subspace,
+            more_settings=given.more_training_settings,
+            accelerators=f"{given.svd_gpus} x {given.gpu_resource}",
+            **{name: getattr(given, name) for name in SUBSPACE},
             **common,
         )
         trained = train_osft(
             model_path=prepared.outputs["model_path"],
             data_path=prepared.outputs["data_path"],
             factors_path=factors.output,
-            effective_batch_size=effective_batch_size,
-            max_tokens_per_gpu=max_tokens_per_gpu,
-            learning_rate=learning_rate,
-            num_epochs=num_epochs,
-            lr_scheduler=lr_scheduler,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            replay_ratio=replay_ratio,
-            nproc_per_node=nproc_per_node,
-            seed=seed,
-            max_seq_len=max_seq_len,
-            stiffness=stiffness,
-            more_settings=more_training_settings,
-            launcher=launcher,
-            pytorchjob=pytorchjob,
+            more_settings=given.more_training_settings,
+            launcher=given.launcher,
+            pytorchjob=given.pytorchjob,
             training_image=TRAINING_IMAGE,
-            storage_claim=storage_claim,
-            storage_secret=storage_secret,
-            **subspace,
+            storage_claim=given.storage_claim,
+            storage_secret=given.storage_secret,
+            **{name: getattr(given, name) for name in TRAINING},
             **common,
         )
         evaluated = evaluate_model(
-            model_name=model_name,
+            model_name=given.model_name,
             base_model_path=prepared.outputs["base_model_path"],
             model_path=prepared.outputs["model_path"],
             parent_version=resolved.outputs["parent_version"],
@@ -265,16 +136,16 @@ def one_round(
             factors_path=factors.output,
             task=resolved.outputs["task"],
             anchor_paths=prepared.outputs["anchor_paths"],
-            max_anchor_samples=max_anchor_samples,
-            gate=gate,
-            lm_eval_tasks=lm_eval_tasks,
-            lm_eval_folder=lm_eval_folder,
-            max_lm_eval_samples=max_lm_eval_samples,
-            accelerators=f"{evaluation_gpus} x {gpu_resource}",
+            max_anchor_samples=given.max_anchor_samples,
+            gate=given.gate,
+            lm_eval_tasks=given.lm_eval_tasks,
+            lm_eval_folder=given.lm_eval_folder,
+            max_lm_eval_samples=given.max_lm_eval_samples,
+            accelerators=f"{given.evaluation_gpus} x {given.gpu_resource}",
             **common,
         )
         registered = register_model(
-            model_name=model_name,
+            model_name=given.model_name,
             checkpoint_path=trained.outputs["Output"],
             data_path=prepared.outputs["data_path"],
             factors_path=factors.output,
@@ -284,20 +155,20 @@ def one_round(
         registered.after(evaluated)
         with dsl.If(evaluated.outputs["Output"] == True, name="gate"):  # noqa: E712
             promoted = promote_model(
-                model_name=model_name,
+                model_name=given.model_name,
                 version=registered.output,
                 parent_version=resolved.outputs["parent_version"],
                 **common,
             )
     steps = [resolved, prepared, factors, trained, evaluated, registered, promoted]
     # Inside of dsl.If, the compiler hands on what a step's arguments name, so these two name their resources there too.
-    for step, gpus in ((factors, svd_gpus), (evaluated, evaluation_gpus)):
-        step.set_accelerator_type(gpu_resource).set_accelerator_limit(gpus)
+    for step, gpus in ((factors, given.svd_gpus), (evaluated, given.evaluation_gpus)):
+        step.set_accelerator_type(given.gpu_resource).set_accelerator_limit(gpus)
     for step in steps:
         _apply_policy(step, _POLICIES[step.name])
-        for secret, keys in (*_CREDENTIALS.items(), (storage_secret, _STORAGE_KEYS)):
+        for secret, keys in (*_CREDENTIALS.items(), (given.storage_secret, _STORAGE_KEYS)):
             kubernetes.use_secret_as_env(step, secret, {key: key for key in keys}, optional=True)
-    return steps, storage_claim
+    return steps
 
 
 def _apply_policy(step: dsl.PipelineTask, policy: StepPolicy) -> None:
@@ -310,14 +181,16 @@ def _apply_policy(step: dsl.PipelineTask, policy: StepPolicy) -> None:
 def _pipeline(*, mount_claim: bool) -> BaseComponent:
     """The pipeline, with or without the claim in every step: whether a pod mounts one, no parameter can say."""
 
-    @functools.wraps(one_round)
-    def mounted(*parameters):
-        steps, storage_claim = one_round(*parameters)
+    @form
+    def continual_learning(*values):
+        """Teach a model a new task without forgetting."""
+        given = SimpleNamespace(**dict(zip(PipelineParameters.model_fields, values, strict=True)))
+        steps = one_round(given)
         for step in steps if mount_claim else ():
-            kubernetes.mount_pvc(step, pvc_name=storage_claim, mount_path=STORAGE_MOUNT)
+            kubernetes.mount_pvc(step, pvc_name=given.storage_claim, mount_path=STORAGE_MOUNT)
 
     return dsl.pipeline(
-        mounted,
+        continual_learning,
         name="osft-continual-learning",
         description="Teaches a language model a new task by Orthogonal Subspace Fine-Tuning, measures what it learned "
         "and what it forgot, and promotes the result only if it passes the gate.",

@@ -13,8 +13,13 @@ from kfp.components import load_component_from_file
 from kfp_server_api import ApiException
 
 from components import readme
+from components.precompute_svd.component import precompute_svd
+from components.train_osft.component import train_osft
 from osft.evaluation.gate import GateRules
-from pipelines.continual_learning.pipeline import DEFAULT_GATE, YAML, YAML_S3
+from osft.settings.base import default, read_file, type_text
+from osft.settings.training import TrainConfig
+from pipelines.continual_learning.parameters import SUBSPACE, TRAINING, PipelineParameters
+from pipelines.continual_learning.pipeline import YAML, YAML_S3
 from tests.pipelines.kfp_server import KfpServer, parse_spec
 
 
@@ -49,12 +54,39 @@ def test_yaml_loads_and_compiles_to_itself(tmp_path):
     assert again == list(yaml.safe_load_all(YAML.read_text()))
 
 
-def test_every_parameter_has_a_default_and_a_description(spec):
+def test_every_parameter_has_a_description_and_all_but_two_a_default(spec):
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert "base_model" in parameters
+    assert [name for name, one in parameters.items() if not one.get("isOptional")] == ["base_model", "data_uri"]
     for name, parameter in parameters.items():
-        assert parameter.get("isOptional"), f"{name} has no default"
         assert len(parameter.get("description", "")) > 15, f"{name} has no description"
+
+
+def test_form_is_made_of_the_parameters_definition(spec):
+    """Types, defaults and texts come from one class; what it leaves to training has training's text."""
+    form = spec["root"]["inputDefinitions"]["parameters"]
+    words = {"int": "NUMBER_INTEGER", "float": "NUMBER_DOUBLE", "list[str]": "LIST", "dict[str, Any]": "STRUCT"}
+    for name, field in PipelineParameters.model_fields.items():
+        assert form[name]["parameterType"] == words.get(type_text(field), "STRING")
+        assert form[name].get("defaultValue") == (None if field.is_required() else default(field))
+    text = " ".join(TrainConfig.model_fields["learning_rate"].description.split())
+    assert form["learning_rate"]["description"] == text
+
+
+@pytest.mark.parametrize("component", [train_osft, precompute_svd], ids=lambda component: component.name)
+def test_settings_of_training_have_their_types_in_the_components(component):
+    """A component's source has to spell its inputs out; they are the definition's all the same."""
+    known = TRAINING if component is train_osft else SUBSPACE
+    inputs = component.component_spec.inputs
+    words = {"int": "Integer", "float": "Float", "list[str]": "List", "dict[str, Any]": "Dict"}
+    types = {name: words.get(type_text(PipelineParameters.model_fields[name]), "String") for name in known}
+    assert {name: inputs[name].type for name in known} == types
+
+
+def test_production_has_nothing_of_the_demonstration(spec):
+    demonstration = read_file(YAML.parents[2] / "examples" / "demonstration.yaml", "parameter")
+    form = spec["root"]["inputDefinitions"]["parameters"]
+    assert set(demonstration) <= set(form)
+    assert all(value != form[name].get("defaultValue") for name, value in demonstration.items())
 
 
 def test_every_step_mounts_the_claim_that_the_parameter_names():
@@ -125,8 +157,9 @@ def test_only_the_first_step_runs_without_news_and_promotion_is_behind_the_gate(
     assert "promote-model" not in inner["tasks"]
 
 
-def test_gate_in_the_form_is_the_one_of_the_library():
-    assert GateRules.from_parameters({}).to_parameters() == DEFAULT_GATE
+def test_gate_in_the_form_is_the_one_of_the_library(spec):
+    form = spec["root"]["inputDefinitions"]["parameters"]
+    assert GateRules.from_parameters({}).to_parameters() == form["gate"]["defaultValue"]
 
 
 def test_images_of_all_steps_are_set_in_one_place(tmp_path):
@@ -157,11 +190,10 @@ def test_client_uploads_and_runs_the_yaml():
         assert version["pipeline_spec"]["pipeline_spec"] == next(yaml.safe_load_all(YAML.read_text()))
         assert version["pipeline_spec"]["platform_spec"] is not None
 
-        run = client.create_run_from_pipeline_package(
-            str(YAML), arguments={"base_model": "org/model", "num_epochs": 2}, experiment_name="rounds"
-        )
+        given = {"base_model": "org/model", "data_uri": "org/data", "num_epochs": 2}
+        run = client.create_run_from_pipeline_package(str(YAML), arguments=given, experiment_name="rounds")
         body = server.runs[run.run_id]
-        assert body["runtime_config"]["parameters"] == {"base_model": "org/model", "num_epochs": 2}
+        assert body["runtime_config"]["parameters"] == given
         with pytest.raises(ApiException, match="unknown parameters"):
             client.create_run_from_pipeline_package(str(YAML), arguments={"no_such": 1}, experiment_name="rounds")
 
@@ -182,6 +214,6 @@ def test_every_component_is_described_and_its_readme_is_current():
         assert file.read_text() == readme.render(component)
         spec = component.component_spec
         for name, value in {**spec.inputs, **(spec.outputs or {})}.items():
-            assert value.description, f"{file.parent.name}: {name} has no description"
+            assert value.description or name in TRAINING, f"{file.parent.name}: {name} has no description"
         metadata = yaml.safe_load((file.parent / "metadata.yaml").read_text())
         assert metadata["name"] == file.parent.name
