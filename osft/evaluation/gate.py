@@ -127,7 +127,10 @@ class GateRules(Settings):
         """The rules of a pipeline's parameter; None are the default ones."""
         if given is not None and not isinstance(given, Mapping):
             raise ValueError(f"gate must hold rules, {{rule: {{key: value}}}}, got {given!r}")
-        return cls(**(given or {}))
+        try:
+            return cls(**(given or {}))
+        except ValueError as error:
+            raise ValueError(f"gate: {error}") from None
 
     def to_parameters(self) -> dict[str, Any]:
         """The rules as `from_parameters` takes them."""

@@ -176,7 +176,7 @@ def test_replay_without_what_it_needs_is_refused(call, chats, tmp_path):
         call(replay_ratio=0.1)
     with pytest.raises(ValueError, match="replay_data needs replay_ratio"):
         call(replay_data=[str(chats)])
-    with pytest.raises(ValueError, match="replay_data must be a list of strings"):
+    with pytest.raises(ValueError, match=r"replay_data must be list\[str\] \| None, got"):
         call(replay_ratio=0.1, replay_data=str(chats))
     with pytest.raises(FileNotFoundError, match=r"gone.jsonl does not exist"):
         call(replay_ratio=0.1, replay_data=[str(tmp_path / "gone.jsonl")])

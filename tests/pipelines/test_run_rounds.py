@@ -27,7 +27,7 @@ def test_bad_parameter_or_task_is_refused(tmp_path):
         (["--set", "epochs=2"], "unknown parameter 'epochs'. Did you mean 'num_epochs'?"),
         (
             ["--set", 'gate={"min_gain": {"bound": "a"}}'],
-            "bound of the gate rule min_gain must be a number",
+            "gate: min_gain: bound must be float, got 'a'",
         ),
         (["--tasks", "sarcasm"], "there is no example:sarcasm"),
     ):
