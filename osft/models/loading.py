@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from osft import storage
+from osft.process.private_names import dtype_plan
 from osft.storage.atomic import atomic_path
 from osft.storage.paths import expanded
 
@@ -187,7 +188,7 @@ def empty_model(
                     emptied[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
                 module._parameters[name] = emptied[id(parameter)]
     # As `from_pretrained` does: what the architecture wants in float32 whatever the dtype of the rest.
-    if plan := model._get_dtype_plan(dtype):
+    if plan := dtype_plan(model, dtype):
         pattern, _, _ = build_glob_alternation(list(plan))
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if pattern.search(name):

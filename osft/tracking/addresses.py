@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from osft.process.errors import UnusableError, explained, one_line
+from osft.process.errors import UnusableError, explained
 from osft.storage.paths import expanded
 
 _HOST = re.compile(r"(localhost|\[[0-9a-fA-F:]+\]|[\w-]+(\.[\w-]+)*)(:\d{1,5})(/.*)?|localhost(/.*)?")
@@ -96,8 +96,8 @@ def _checked_database(uri: str, *, make: bool) -> str:
 def check_model_name(name: str) -> None:
     """Raise ValueError for a name that no model of the registry can have, before anything is done for it.
 
-    The rules are MLflow's, by its own function where it is installed; that a database takes 256 characters; and that a
-    quotation mark ends the name in a search, which registering does.
+    The rules are MLflow's (no '/' or ':', and nothing that a path would take for another folder); that a database takes
+    256 characters; and that a quotation mark ends the name in a search, which registering does.
     """
     remedy = "Give model_name letters, digits, '-', '_' and '.', such as team-model"
     if not name.strip():
@@ -106,15 +106,8 @@ def check_model_name(name: str) -> None:
         raise ValueError(f"model_name {name!r} holds {wrong[0]!r}, which no model's name in MLflow can. {remedy}")
     if name != name.strip() or len(name) > 256:
         raise ValueError(f"model_name {name!r} is longer than 256 characters, or begins or ends with a blank. {remedy}")
-    try:
-        from mlflow.exceptions import MlflowException
-        from mlflow.utils.validation import _validate_model_name  # MLflow has no public one
-    except ImportError:
-        return
-    try:
-        _validate_model_name(name)
-    except MlflowException as error:
-        raise ValueError(f"model_name {name!r}: {one_line(error)} {remedy}") from None
+    if name == "." or name.startswith(".."):
+        raise ValueError(f"model_name {name!r} would be another folder, which no model's name in MLflow can. {remedy}")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Addresses and names that MLflow would meet late, or take for something else, are refused at once and in one line."""
 
 import http.server
+import itertools
 import os
 import socket
 import threading
@@ -94,6 +95,7 @@ def test_folder_is_taken_where_mlflow_was_told_to(monkeypatch):
         "a\tb",
         "x" * 257,
         "..",
+        "..model",
         "a/../b",
         ".",
     ],
@@ -109,6 +111,19 @@ def test_name_that_the_registry_takes_is_taken(mlflow, name):
     mlflow.create_registered_model(name)
     assert runs.client("", Path(mlflow.tracking_uri.removeprefix("sqlite:///")).parents[1]) is not None
     assert [model.name for model in mlflow.search_registered_models(f"name = '{name}'")] == [name]
+
+
+def test_mlflow_takes_every_name_that_is_taken(mlflow):
+    taken = []
+    for length in (1, 2, 3):
+        for name in map("".join, itertools.product("a./: \n'", repeat=length)):
+            try:
+                check_model_name(name)
+            except ValueError:
+                continue
+            mlflow.create_registered_model(name)
+            taken.append(name)
+    assert {"a", ".a", "a..", "a a"} <= set(taken)
 
 
 def test_deleted_experiment_is_refused_with_the_command_that_restores_it(mlflow, registry_root):
