@@ -1,4 +1,8 @@
-"""When a schedule starts a run: a cron expression or an interval."""
+"""When a schedule starts a run: a cron expression or an interval.
+
+The rules of an expression are those of the server's parser (github.com/robfig/cron, version 1), which has seconds first
+and knows no `L`, `#`, weekday 7 or range that runs backwards; Python's croniter takes all of these, and names no field.
+"""
 
 import re
 from dataclasses import dataclass
@@ -11,6 +15,8 @@ _FIELDS: tuple[tuple[str, int, int, tuple[str, ...]], ...] = (
     ("month", 1, 12, ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")),
     ("day of the week", 0, 6, ("sun", "mon", "tue", "wed", "thu", "fri", "sat")),
 )
+_LONGEST = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+"""Days of the months."""
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -58,33 +64,39 @@ def _cron(expression: str) -> str:
             f"cron {expression!r} has {len(fields)} fields, expected five (minute hour day month weekday), or six with "
             "the second first"
         )
+    values: list[set[int]] = []
     for text, (name, low, high, names) in zip(fields, _FIELDS, strict=True):
-        for part in text.split(","):
-            reason = _wrong(part, low, high, names)
-            if reason:
-                raise ValueError(f"cron {expression!r}: {name} {text!r}: {reason}")
+        try:
+            values.append({value for part in text.split(",") for value in _values(part, low, high, names)})
+        except ValueError as error:
+            raise ValueError(f"cron {expression!r}: {name} {text!r}: {error}") from None
+    # Where a weekday is given too, either is enough. The server accepts a date that never comes.
+    if fields[5][0] in "*?" and min(values[3]) > max(_LONGEST[month - 1] for month in values[4]):
+        raise ValueError(f"cron {expression!r}: no month of {fields[4]!r} has a day {fields[3]!r}")
     return " ".join(fields)
 
 
-def _wrong(part: str, low: int, high: int, names: tuple[str, ...]) -> str:
-    """Why a part of a field is not one, or an empty text."""
+def _values(part: str, low: int, high: int, names: tuple[str, ...]) -> range:
+    """What a part of a field stands for. Raises ValueError with the reason if it is none."""
     span, slash, step = part.partition("/")
     if slash and not (step.isdecimal() and int(step) > 0):
-        return f"the step {step!r} is not a positive number"
-    if span in ("*", "?"):
-        return ""
-    values = []
-    for end in span.split("-"):
-        if end.lower() in names:
-            values.append(low + names.index(end.lower()))
-        elif end.isdecimal():
-            values.append(int(end))
-        else:
-            return f"{end!r} is not a number{' or a name such as ' + names[1] if names else ''}"
-    if len(values) > 2:
-        return f"{span!r} is not a range"
-    if not all(low <= value <= high for value in values):
-        return f"must be between {low} and {high}{' (Sunday is 0)' if high == 6 else ''}"
-    if values[0] > values[-1]:
-        return f"the range {span} runs backwards"
-    return ""
+        raise ValueError(f"the step {step!r} is not a positive number")
+    ends = [low, high]
+    if span not in ("*", "?"):
+        ends = [_value(end, low, names) for end in span.split("-")]
+    if len(ends) > 2:
+        raise ValueError(f"{span!r} is not a range")
+    if not all(low <= end <= high for end in ends):
+        raise ValueError(f"must be between {low} and {high}{' (Sunday is 0)' if high == 6 else ''}")
+    if ends[0] > ends[-1]:
+        raise ValueError(f"the range {span} runs backwards")
+    last = high if slash and len(ends) == 1 else ends[-1]  # 5/15 is 5-59/15
+    return range(ends[0], last + 1, int(step) if slash else 1)
+
+
+def _value(text: str, low: int, names: tuple[str, ...]) -> int:
+    if text.lower() in names:
+        return low + names.index(text.lower())
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not a number{' or a name such as ' + names[1] if names else ''}")
+    return int(text)

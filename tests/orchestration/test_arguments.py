@@ -97,6 +97,9 @@ def test_pipeline_of_the_checkout_is_the_default():
         ("30 0 3 * * 1", "30 0 3 * * 1"),
         ("*/15 9-17 1,15 JAN-mar ?", "0 */15 9-17 1,15 JAN-mar ?"),
         ("0 0 * * Mon-FRI/2", "0 0 0 * * Mon-FRI/2"),
+        ("0 0 29 2 *", "0 0 0 29 2 *"),
+        ("0 0 31 2 Mon", "0 0 0 31 2 Mon"),
+        ("0 0 31 4-6 *", "0 0 0 31 4-6 *"),
     ],
 )
 def test_cron_has_six_fields(given, sent):
@@ -116,6 +119,11 @@ def test_cron_has_six_fields(given, sent):
         ("5-1 * * * *", "runs backwards"),
         ("1-2-3 * * * *", "not a range"),
         ("1, * * * *", "'' is not a number"),
+        ("0 0 L * *", "'L' is not a number"),
+        ("0 0 * * 1#2", "'1#2' is not a number"),
+        ("0 0 3 * * 1 2030", "has 7 fields"),
+        ("0 0 30 2 *", "no month of '2' has a day '30'"),
+        ("0 0 31 feb,4/7 ?", "no month of 'feb,4/7' has a day '31'"),
     ],
 )
 def test_cron_that_is_none_is_refused_with_the_reason(cron, problem):
