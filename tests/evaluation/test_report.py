@@ -285,7 +285,7 @@ def test_answer_equal_to_the_reference_is_marked(page):
 def test_page_refers_to_nothing_outside_it(page):
     assert re.findall(r"https?://|//[\w.]+\.\w+/|@import", page) == []
     assert not {"script", "link", "img", "image", "iframe", "object"} & set(Page(page).tags)
-    references = [value for name, value in Page(page).attributes if name in ("href", "src")]
+    references = [value for name, value in Page(page).attributes if name in ("href", "xlink:href", "src")]
     assert all(value.startswith("#") for value in references)
 
 
@@ -293,7 +293,7 @@ def test_ids_are_unique_and_references_resolve(page):
     attributes = Page(page).attributes
     ids = [value for name, value in attributes if name == "id"]
     assert len(ids) == len(set(ids))
-    targets = {value[1:] for name, value in attributes if name == "href"}
+    targets = {value[1:] for name, value in attributes if name in ("href", "xlink:href")}
     targets |= {target for _, value in attributes for target in re.findall(r"url\(#([^)]+)\)", value)}
     targets |= {target for name, value in attributes if name == "aria-labelledby" for target in value.split()}
     assert targets

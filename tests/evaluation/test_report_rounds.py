@@ -50,6 +50,13 @@ def test_scale_of_the_matrix_leads_from_the_worst_to_the_best_change_of_each_met
     assert ticks == {"matrix-loss": ["+11", "0", "−74"], "matrix-accuracy": ["−10", "0", "+39"]}
 
 
+def test_name_that_reads_like_an_attribute_stays_as_it_is():
+    name = 'id="a" href="#b" url(#c)'
+    scale = Scale(label="", low=-1.0, high=1.0, center=0.0, write=str)
+    plot = heat_map("test", "test", [[0.5]], [["0.5"]], rows=[name], columns=["one"], scale=scale)
+    assert f">{name}</text>" in plot.svg
+
+
 def test_cell_that_was_not_measured_has_no_color_of_its_own():
     assert len(fills([[0.0, None, 0.5]])) == 2
 
@@ -60,7 +67,7 @@ def fills(cells: list[list[float | None]]) -> list[tuple[int, ...]]:
     texts = [["" if value is None else f"{value}" for value in row] for row in cells]
     columns = [str(i) for i in range(len(cells[0]))]
     svg = heat_map("test", "test", cells, texts, rows=["only"], columns=columns, scale=scale).svg
-    colors = re.findall(r'style="fill:#(\w{6});stroke:#dfe4e9', svg)
+    colors = re.findall(r'style="fill: #(\w{6}); stroke: #dfe4e9', svg)
     return [tuple(bytes.fromhex(color)) for color in colors]
 
 

@@ -2,7 +2,6 @@
 
 import io
 import re
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ PIXELS_PER_POINT = 1.39
 MAX_POINTS = 600
 """Points of a plotted curve; more would only make the page larger."""
 
-_REFERENCE = re.compile(r"url\(#([^)]+)\)")
-_NUMBER = re.compile(r"-?\d+\.\d+")
-_FONT = re.compile(r"font-family: [^;]*(; )?")
+_SVG = re.compile(r'<svg [^>]*viewBox="(?P<box>[^"]+)"[^>]*>(?P<drawing>.*)', re.DOTALL)
+_TAG = re.compile(r"<[^<>]+>")
+_ID = re.compile(r'(\bid="|href="#|url\(#)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,50 +73,22 @@ def to_svg(figure: "Figure", name: str, title: str, description: str = "", *, sh
     room, up to 1.2 times its full size; `shrink` is the part of its full size below which it scrolls instead.
     """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    root = ET.fromstring(buffer.getvalue())
-    _make_inline(root, name)
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
+    found = _SVG.search(buffer.getvalue())
+    assert found is not None
+    # Within tags only: a label may hold anything but `<`.
+    drawing = _TAG.sub(lambda tag: _ID.sub(rf"\1{name}-", tag[0]), found["drawing"])
     width = figure.get_figwidth() * 72 * PIXELS_PER_POINT
     size = f"max-width:{(1.0 if shrink else 1.2) * width:.0f}px" + (f";min-width:{shrink * width:.0f}px" * bool(shrink))
     labels = {f"{name}-title": title} | ({f"{name}-description": description} if description else {})
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-labelledby": " ".join(labels), "style": size}
-    for place, (tag, (label, text)) in enumerate(zip(("title", "desc"), labels.items(), strict=False)):
-        element = ET.Element(tag, {"id": label})
-        element.text = printable(text, 2000)
-        root.insert(place, element)
-    return Plot(title, Markup(ET.tostring(root, encoding="unicode")))
-
-
-def _make_inline(root: ET.Element, name: str) -> None:
-    """Keep what HTML needs: no namespaces, no metadata, no style sheet of its own, ids that are used, and short."""
-    values = [value for element in root.iter() for value in element.attrib.values()]
-    used = {value[1:] for value in values if value.startswith("#")}
-    used |= {target for value in values for target in _REFERENCE.findall(value)}
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
-        for key, value in attributes.items():
-            if key == "id":
-                attributes[key] = f"{name}-{value}" if value in used else ""
-            elif key == "href":
-                attributes[key] = value.replace("#", f"#{name}-", 1)
-            elif key == "style":
-                attributes[key] = _FONT.sub("", value).replace("; ", ";").replace(": ", ":")
-            elif key in ("d", "x", "y", "transform", "points"):
-                attributes[key] = _NUMBER.sub(lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value)
-            attributes[key] = attributes[key].replace("url(#", f"url(#{name}-")
-        element.attrib = {
-            key: value for key, value in attributes.items() if value and not value.startswith("rotate(-0")
-        }
-        if element.tag != "text":
-            element.text = None
-        element.tail = None
-    for parent in list(root.iter()):
-        for at, child in enumerate(list(parent)):
-            while child.tag == "g" and not child.attrib and len(child) == 1:
-                child = parent[at] = child[0]
-        for child in [c for c in parent if c.tag in ("metadata", "style") or (c.tag == "g" and not len(c))]:
-            parent.remove(child)
+    texts = Markup().join(
+        Markup('<{0} id="{1}">{2}</{0}>').format(tag, label, printable(text, 2000))
+        for tag, (label, text) in zip(("title", "desc"), labels.items(), strict=False)
+    )
+    root = f'<svg viewBox="{found["box"]}" role="img" aria-labelledby="{" ".join(labels)}" style="{size}">'
+    return Plot(title, Markup(root) + texts + Markup(drawing))
 
 
 def printable(text: str, width: int = 44) -> str:
