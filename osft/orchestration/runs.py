@@ -135,7 +135,8 @@ def follow(
     """Call `on_status` with the run every `interval` seconds until it has ended, and return how.
 
     A server that does not answer is asked again for `patience` seconds: a run takes hours, and the server may be
-    restarted meanwhile.
+    restarted meanwhile. (`kfp.Client.wait_for_run_completion` raises its first error, and waits on for a run that was
+    cancelled.)
 
     Raises: ConnectionError after that time, and as `api_errors`.
     """

@@ -1,4 +1,8 @@
-"""Metrics on their way to an MLflow run: sent from a thread, kept until the server has them."""
+"""Metrics on their way to an MLflow run: sent from a thread, kept until the server has them.
+
+MLflow's own asynchronous logging drops a batch whose request has failed, which `mlflow.flush_async_logging` does not
+tell, and waits at the end of the process for as long as it takes.
+"""
 
 import logging
 import threading

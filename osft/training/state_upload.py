@@ -3,7 +3,7 @@
 A collective operation in which some ranks wait while another one uploads would hit its timeout on a slow store. So an
 upload runs in a thread of each rank, and the ranks tell each other after each training step, in an operation that none
 is late for, whether one of them still uploads. Where nothing can be done before the upload is over, they do so over and
-over again (`settle`).
+over again (`settle`). (`torch.distributed.checkpoint.async_save` to a URI is such a collective operation.)
 
     stage       rank 0 removes what an earlier start left; every rank uploads its files; rank 0 completes the state
     next        begins on every rank when none is busy any more
