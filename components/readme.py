@@ -6,8 +6,6 @@ from pathlib import Path
 
 from kfp.dsl.base_component import BaseComponent
 
-from osft.settings.training import TrainConfig
-
 FOLDER = Path(__file__).parent
 
 
@@ -32,6 +30,8 @@ def render(component: BaseComponent) -> str:
 
 def _meaning(name: str, described: str | None) -> str:
     """What a component says of an input, else what the setting of training of that name is."""
+    from osft.settings.training import TrainConfig
+
     text = described or TrainConfig.model_fields[name].description or ""
     return " ".join(text.split())
 
