@@ -173,23 +173,23 @@ def evaluate(
             num_examples=0,
             trust_remote_code=trust_remote_code,
         )
-        decision = decide(found, rules) if rules else None
+        decision = decide(found.to_dict(), rules) if rules else None
     table = Table("data", "role", "loss before", "after", "change", "accuracy before", "after", "KL")
-    for name, described in found["sets"].items():
-        before, after = (found["results"][model][name] for model in ("base", "candidate"))
-        losses = [f"{before['loss']:.4f}", f"{after['loss']:.4f}", f"{after['loss'] / before['loss'] - 1:+.2%}"]
-        accuracies = ["-" if s["accuracy"] is None else f"{s['accuracy']:.1%}" for s in (before, after)]
-        moved = found["drift"]["base"][name]
-        table.add_row(name, described["role"], *losses, *accuracies, "-" if moved is None else f"{moved['kl']:.4f}")
+    for name, described in found.sets.items():
+        before, after = (found.results[model][name] for model in ("base", "candidate"))
+        losses = [f"{before.loss:.4f}", f"{after.loss:.4f}", f"{after.loss / before.loss - 1:+.2%}"]
+        accuracies = ["-" if s.accuracy is None else f"{s.accuracy:.1%}" for s in (before, after)]
+        moved = found.drift["base"][name]
+        table.add_row(name, described.role, *losses, *accuracies, "-" if moved is None else f"{moved.kl:.4f}")
     output.print(table)
-    if found["exact"]:
-        loss = found["exact"]["loss"]
-        output.print(Text(f"The exact weights, before they were rounded to be served: {loss:.4f} on {found['task']}"))
-    if found["benchmarks"]:
+    if found.exact:
+        loss = found.exact.loss
+        output.print(Text(f"The exact weights, before they were rounded to be served: {loss:.4f} on {found.task}"))
+    if found.benchmarks:
         table = Table("benchmark", "metric", "before", "after")
-        for name, task in found["benchmarks"]["tasks"].items():
-            values = [found["benchmarks"]["results"][model][name]["value"] for model in ("base", "candidate")]
-            table.add_row(name, task["metric"], *(f"{value:.4f}" for value in values))
+        for name, task in found.benchmarks.tasks.items():
+            values = [found.benchmarks.results[model][name].value for model in ("base", "candidate")]
+            table.add_row(name, task.metric, *(f"{value:.4f}" for value in values))
         output.print(table)
     if decision:
         output.print(Text("gate: promote" if decision["promote"] else f"gate: refuse: {decision['reason']}"))

@@ -69,7 +69,7 @@ def test_example_of_four_processes_and_attention_only(paths):
             osft(**paths, **parameters)
         del parameters["use_liger"]
     result = osft(**paths, **parameters)
-    assert result.summary["world_size"] == 4
+    assert result.summary.world_size == 4
     assert [path.name for path in result.checkpoints] == [f"samples_{120 * epoch}.0" for epoch in range(1, 6)]
     assert {name.rsplit(".", 1)[1] for name in result.rank_layout} == {"q_proj", "v_proj", "k_proj", "o_proj"}
 
@@ -97,7 +97,7 @@ import json, sys
 from osft import osft
 parameters = json.loads(sys.argv[1])
 result = osft(**parameters)
-print("RESULT", json.dumps([line["loss"] for line in result.history]), result.summary["world_size"])
+print("RESULT", json.dumps([line["loss"] for line in result.history]), result.summary.world_size)
 """
 
 
@@ -297,9 +297,9 @@ def test_result_tells_what_a_user_asks(paths, monkeypatch):
     assert all(seconds > 0 for seconds in result.timings.values())
     assert result.peak_memory_bytes > 2**20
     layer = result.rank_layout["model.layers.0.mlp.up_proj"]
-    assert layer["shape"] == [64, 32]
-    assert (layer["unfrozen"], layer["frozen"]) == (8, 24)
-    assert layer["update_norm"] > 0
+    assert layer.shape == (64, 32)
+    assert (layer.unfrozen, layer.frozen) == (8, 24)
+    assert layer.update_norm > 0
     shown = repr(result)
     for part in (str(result.checkpoint), "2 (32 samples", "trainable of", "unfrozen directions", "GiB"):
         assert part in shown

@@ -147,7 +147,7 @@ def test_vision_language_checkpoint_trains_on_chats_and_opens_as_what_it_was(cha
     )
     result = train(config)
     assert result.final_loss < result.history[0]["loss"]
-    assert result.summary["preflight"]["batching"] == "packed"
+    assert result.summary.preflight.batching == "packed"
     assert type(AutoModelForImageTextToText.from_pretrained(result.checkpoint)).__name__.startswith("Mistral3")
     assert len(AutoTokenizer.from_pretrained(result.checkpoint)) == 258
     hybrid = config.replace(model_path=str(saved("lfm2_vl", tmp_path / "hybrid")))
@@ -156,5 +156,5 @@ def test_vision_language_checkpoint_trains_on_chats_and_opens_as_what_it_was(cha
         output = str(tmp_path / f"hybrid-{tokens}")
         run = train(dataclasses.replace(hybrid, max_tokens_per_gpu=tokens, ckpt_output_dir=output, max_steps=1))
         first.append(run.history[0]["loss"])
-        assert run.summary["preflight"]["batching"] == "padded"
+        assert run.summary.preflight.batching == "padded"
     assert first[0] == pytest.approx(first[1], rel=1e-5)

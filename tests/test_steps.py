@@ -4,37 +4,31 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from osft import rounds
 from osft.data.records import DataError
+from osft.evaluation.record import Evaluation, SetDrift, SetScore
+from osft.models.origin import StoredStatistics
+from osft.models.training_summary import FittedStep, TriedScale
 from osft.rounds.evaluate import next_scores
 from osft.rounds.prepare import check_chats
 from osft.rounds.promote import below_the_root
 from osft.rounds.resolution import ResolvedRound
 from osft.rounds.train import replay_settings
 from osft.settings.subspace import SubspaceConfig
+from osft.storage.record import Record
 from osft.storage.sealed import DamagedFile, unsealed
 from osft.subspace.statistics_store import load_statistics
 from osft.tracking import lineage, runs
-from osft.tracking.lineage import DataManifest
 from tests.conftest import arithmetic, write_jsonl
 from tests.object_store import SECRET
+from tests.rounds.resolved import RESOLVED
+from tests.tracking.evaluations import an_evaluation
 from tests.training.in_process import run_in_process
 
-RESOLVED = ResolvedRound(
-    base_model="org/model",
-    parent_version=1,
-    model="/checkpoint",
-    task="new",
-    earlier_tasks=(),
-    data=DataManifest(uri="d", files=(), num_records=1, num_new=1),
-    records="r.jsonl",
-    nothing_to_learn="",
-)
 QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25)
 
 
@@ -106,14 +100,14 @@ def learn(
     factors = rounds.precompute_svd(
         new_pod(*where, parent), model_path=prepared.model_path, data_path=prepared.data_path, subspace=subspace
     )
-    summary = rounds.train_osft(
+    summary, checkpoint = rounds.train_osft(
         new_pod(*where, parent),
         rounds.LauncherSettings(),
         manifest_file=Path(os.environ["OSFT_SCRATCH"]).with_name("manifest"),
         model_path=prepared.model_path,
         data_path=prepared.data_path,
         factors=factors,
-        **asdict(subspace),
+        **subspace.to_dict(),
         effective_batch_size=16,
         max_tokens_per_gpu=300,
         max_seq_len=128,
@@ -126,16 +120,16 @@ def learn(
         "model_path": prepared.model_path,
         "data_path": prepared.data_path,
         "factors_path": factors,
-        "checkpoint_path": summary["checkpoint"],
+        "checkpoint_path": checkpoint,
         "task": resolved.task,
         "parent_version": resolved.parent_version,
         "anchor_paths": prepared.anchor_paths,
-        "replay": summary["replay"],
+        "replay": summary.replay,
         "mlflow_run_id": parent,
     }
 
 
-def measure_and_promote(where: tuple[str, str, str], learned: dict) -> tuple[dict, int]:
+def measure_and_promote(where: tuple[str, str, str], learned: dict) -> tuple[Evaluation, int]:
     """The other steps. Returns the evaluation and the version."""
     handed = {name: value for name, value in learned.items() if name != "replay"}
     pod = (*where, handed.pop("mlflow_run_id"))
@@ -173,15 +167,15 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     assert first["factors_path"].startswith(f"{root}/factors/sets/")
     assert first["checkpoint_path"].startswith(f"{root}/rounds/first/train/hf_format/samples_")
     evaluation, version = measure_and_promote((root, "first", tracking), first)
-    scores = evaluation["results"]
-    assert scores["candidate"]["larger-number"]["loss"] < scores["base"]["larger-number"]["loss"]
-    kl = evaluation["drift"]["base"]["prose"]["kl"]
+    scores = evaluation.results
+    assert scores["candidate"]["larger-number"].loss < scores["base"]["larger-number"].loss
+    kl = evaluation.drift["base"]["prose"].kl
     assert kl > 0
     files = object_store.names(f"{root}/rounds/first")
     assert {"round.json", "evaluation.json", "report.html", "version.json", "train/training.json"} <= files
     assert b"<html" in object_store.files.cat(f"{root}/rounds/first/report.html")
     stored = object_store.files.cat(f"{root}/rounds/first/evaluation.json")
-    assert unsealed(stored, "evaluation.json", "") == evaluation
+    assert Evaluation.from_dict(unsealed(stored, "evaluation.json", ""), "") == evaluation
     mlflow = runs.client(tracking, root)
     run_id = mlflow.get_model_version("tiny", str(version)).run_id
     card = Path(mlflow.download_artifacts(run_id, "model/README.md")).read_text()
@@ -215,10 +209,10 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     second = learn((root, "second", tracking), *inputs)
     assert second["model_path"] == first["checkpoint_path"]
     assert first["replay"] is None, "there is nothing before it"
-    (source,) = second["replay"]["sources"]
-    assert f"{root}/data/{source['dataset']}" == first["data_path"]
+    (source,) = second["replay"].sources
+    assert f"{root}/data/{source.dataset}" == first["data_path"]
     evaluation, version = measure_and_promote((root, "second", tracking), second)
-    assert {name: described["role"] for name, described in evaluation["sets"].items()} == {
+    assert {name: described.role for name, described in evaluation.sets.items()} == {
         "more": "new task",
         "larger-number": "earlier task",
         "prose": "anchor",
@@ -260,24 +254,26 @@ def test_lineage_carries_what_was_learned_and_the_registry_no_copy_of_it(
 
 
 def test_statistics_elsewhere_than_below_the_storage_root_keep_their_address():
-    named = {"address": "s3://b/osft/factors/statistics/k.json", "sha256": "k"}
+    named = StoredStatistics(address="s3://b/osft/factors/statistics/k.json", sha256="k")
     assert below_the_root(named, "s3://b/osft").address == "factors/statistics/k.json"
-    assert below_the_root(named, "s3://b/os").address == named["address"]
+    assert below_the_root(named, "s3://b/os").address == named.address
     assert below_the_root(None, "s3://b/osft") is None
 
 
 def test_curve_of_the_step_is_metrics_of_each_part_that_was_tried():
     from osft.rounds.train import curve_of_the_step
 
-    tried = [
-        {"scale": scale, "loss": 2 - scale, "gain": scale, "standard_error": 0.1, "drift": scale**2}
-        for scale in (0.25, 1.0)
-    ]
-    found = curve_of_the_step({"fitted_step": {"scale": 1.0, "tried": tried}})
+    tried = tuple(
+        TriedScale(scale=scale, loss=2 - scale, gain=scale, standard_error=0.1, drift=scale**2) for scale in (0.25, 1.0)
+    )
+    counts = {"num_samples": 9, "num_text_tokens": 9}
+    found = curve_of_the_step(
+        FittedStep(scale=1.0, start_loss=2.0, tried=tried, max_drift=1.0, reason="the largest gain", **counts)
+    )
     assert (found["fitted_step/gain_at_0.25"], found["fitted_step/drift_at_0.25"]) == (0.25, 0.0625)
     assert found["fitted_step/loss_at_1"] == 1.0
     assert len(found) == 8
-    assert curve_of_the_step({"fitted_step": None}) == curve_of_the_step({}) == {}
+    assert curve_of_the_step(None) == {}
 
 
 def test_replay_is_of_the_earlier_rounds_whose_data_is_still_there(tmp_path, capsys):
@@ -288,8 +284,8 @@ def test_replay_is_of_the_earlier_rounds_whose_data_is_still_there(tmp_path, cap
     asked = {"replay_ratio": "0.05"}
 
     def resolved(**earlier: Path) -> None:
-        found = replace(RESOLVED, earlier_data={task: str(data) for task, data in earlier.items()})
-        round.write_record("round.json", json.loads(found.to_json()))
+        found = RESOLVED.replace(earlier_data={task: str(data) for task, data in earlier.items()})
+        round.write_record("round.json", found)
 
     resolved(first=gone, second=there)
     assert replay_settings(round, asked) == {"replay_data": [str(there)]}
@@ -304,20 +300,27 @@ def test_replay_is_of_the_earlier_rounds_whose_data_is_still_there(tmp_path, cap
 
 
 def test_scores_of_a_lineage_have_the_drift_of_every_set_and_what_was_never_measured_is_left_out():
-    score = {"loss": 1.0, "loss_stderr": 0.1, "accuracy": None, "accuracy_stderr": None, "num_ties": 0}
-    moved = {"kl": 0.25, "stderr": None, "num_tokens": 9}
-    evaluation = {
-        "task": "new",
-        "results": {"base": {"new": score}, "candidate": {"new": score}},
-        "drift": {"base": {"new": moved | {"stderr": 0.5}, "own": moved}, "champion": {"new": None, "own": moved}},
-    }
+    score = SetScore(
+        loss=1.0,
+        loss_stderr=0.1,
+        perplexity=2.7,
+        num_loss_tokens=9,
+        num_samples=3,
+        **dict.fromkeys(("accuracy", "accuracy_stderr", "accuracy_kind")),
+    )
+    moved = SetDrift(kl=0.25, stderr=None, num_tokens=9, dtype="float32")
+    evaluation = an_evaluation(task="new").replace(
+        results={"base": {"new": score}, "candidate": {"new": score}},
+        drift={"base": {"new": moved.replace(stderr=0.5), "own": moved}, "champion": {"new": None, "own": moved}},
+    )
+    scores = {"loss": 1.0, "loss_stderr": 0.1, "accuracy": None, "accuracy_stderr": None}
     _, (row,) = next_scores(evaluation, None)
     assert row.scores == {
-        "new": {name: score[name] for name in score if name != "num_ties"} | {"kl_base": 0.25, "kl_base_stderr": 0.5},
+        "new": scores | {"kl_base": 0.25, "kl_base_stderr": 0.5},
         "own": {"kl_base": 0.25, "kl_base_stderr": None, "kl_champion": 0.25, "kl_champion_stderr": None},
     }
-    baseline, (row,) = next_scores({name: value for name, value in evaluation.items() if name != "drift"}, None)
-    assert baseline == row.scores, "an evaluation of an earlier release"
+    baseline, (row,) = next_scores(evaluation.replace(drift={}), None)
+    assert baseline == row.scores == {"new": scores}, "an evaluation of an earlier release"
 
 
 def test_model_and_data_that_are_fetched_by_name_are_kept_in_the_store(bucket, object_store, monkeypatch):
@@ -379,22 +382,25 @@ def test_anchor_with_the_name_of_a_task_is_refused_before_anything_is_computed(
     monkeypatch.setattr("osft.rounds.resolution.settled_champion", lambda *arguments, **options: None)
     if anchor == "numbers.jsonl":
         monkeypatch.setattr(
-            "osft.rounds.resolve.resolve", lambda *arguments, **given: replace(RESOLVED, earlier_tasks=("numbers",))
+            "osft.rounds.resolve.resolve", lambda *arguments, **given: RESOLVED.replace(earlier_tasks=("numbers",))
         )
     with pytest.raises(DataError, match=r"has the name of a task of tiny.*leave it out of anchor_uris"):
         begin((str(tmp_path), anchor, runs.local_tracking_uri(registry_root)), "org/model", str(chats), str(file))
 
 
+class Measured(Record):
+    promote: bool
+    loss: float
+
+
 @pytest.mark.parametrize("name", ["round.json", "evaluation.json", "version.json", "train/training.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
 def test_damaged_file_of_a_round_is_named(name, damage, tmp_path):
-    from osft.rounds.pipeline_run import PipelineRun, read_json
-
-    round = PipelineRun(storage_root=str(tmp_path), pipeline_run_id="first")
-    file = round.write_record(name, {"decision": {"promote": True}, "loss": 1.25})
-    assert read_json(round.address(name)) == {"decision": {"promote": True}, "loss": 1.25}
+    round = rounds.PipelineRun(storage_root=str(tmp_path), pipeline_run_id="first")
+    file = round.write_record(name, Measured(promote=True, loss=1.25))
+    assert round.read_record(Measured, name) == Measured(promote=True, loss=1.25)
     content = file.read_bytes()
     flipped = content.replace(b"1.25", b"1.24")
     file.write_bytes({"cut": content[:-30], "flipped": flipped, "emptied": b""}[damage])
     with pytest.raises(DamagedFile, match=rf"rounds/first/{name} is damaged.*retry the step that writes it"):
-        round.resolved() if name == "round.json" else read_json(round.address(name))
+        round.resolved() if name == "round.json" else round.read_record(Measured, name)

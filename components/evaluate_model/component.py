@@ -88,14 +88,14 @@ def evaluate_model(
         max_lm_eval_samples=max_lm_eval_samples,
         accelerators=accelerators,
     )
-    for model, scores in evaluation["results"].items():
+    for model, scores in evaluation.results.items():
         for name, score in scores.items():
-            for key in ("loss", "accuracy"):
-                if score[key] is not None:
-                    metrics.log_metric(f"{model}/{name}/{key}", score[key])
-    for model, of_sets in evaluation["drift"].items():
+            metrics.log_metric(f"{model}/{name}/loss", score.loss)
+            if score.accuracy is not None:
+                metrics.log_metric(f"{model}/{name}/accuracy", score.accuracy)
+    for model, of_sets in evaluation.drift.items():
         for name, drift in of_sets.items():
             if drift is not None:
-                metrics.log_metric(f"drift/{model}/{name}", drift["kl"])
+                metrics.log_metric(f"drift/{model}/{name}", drift.kl)
     shutil.copyfile(round.folder / "report.html", report.path)
-    return evaluation["decision"]["promote"]
+    return evaluation.decided.promote

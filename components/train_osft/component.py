@@ -85,7 +85,7 @@ def train_osft(
         "target_patterns": target_patterns or None,
         "nproc_per_node": nproc_per_node or None,
     }
-    summary = rounds.train_osft(
+    summary, checkpoint = rounds.train_osft(
         rounds.PipelineRun(
             storage_root=storage_root,
             pipeline_run_id=pipeline_run_id,
@@ -102,7 +102,6 @@ def train_osft(
         manifest_file=manifest.path,
         **(settings | more_settings),
     )
-    for name, value in summary.items():
-        if isinstance(value, int | float):
-            metrics.log_metric(name, value)
-    return summary["checkpoint"]
+    for name, value in summary.numbers().items():
+        metrics.log_metric(name, value)
+    return checkpoint

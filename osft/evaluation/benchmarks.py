@@ -21,6 +21,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osft import storage
+from osft.evaluation.record import BenchmarkScore, BenchmarkTask
 
 BATCH_SIZES = {"cpu": 4, "cuda": 16}
 """Requests at once. Fixed, because padding to another batch moves the last digits."""
@@ -54,7 +55,7 @@ class Benchmarks:
                 _check_safe(task, config)
         self._loaded = [item for name in names for item in self._load(name)]
         self.described = {name: self._describe(name, item) for name, item in self._reported()}
-        """Benchmark -> `metric`, `higher_is_better` and `num_samples`."""
+        """By benchmark."""
         self.content_hash = self._content_hash()
         """Of all that determines the results of a model."""
 
@@ -63,8 +64,8 @@ class Benchmarks:
         """The benchmarks that have a result."""
         return list(self.described)
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, float | None]]:
-        """Benchmark -> `value` of its metric, and `stderr` (None where the harness has none)."""
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, BenchmarkScore]:
+        """By benchmark; a standard error is None where the harness has none."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -81,11 +82,12 @@ class Benchmarks:
         for name, described in self.described.items():
             numbers = found["results"][name]
             # One value for each filter of the answers; the first is the task's main one.
-            filters = [key.split(",", 1)[1] for key in numbers if key.startswith(f"{described['metric']},")]
+            filters = [key.split(",", 1)[1] for key in numbers if key.startswith(f"{described.metric},")]
             if not filters:
-                raise ValueError(f"benchmark {name} has no result for {described['metric']!r}, only {list(numbers)}")
-            value, stderr = (numbers.get(f"{described['metric']}{part},{filters[0]}") for part in ("", "_stderr"))
-            results[name] = {"value": float(value), "stderr": None if stderr in (None, "N/A") else float(stderr)}
+                raise ValueError(f"benchmark {name} has no result for {described.metric!r}, only {list(numbers)}")
+            value, stderr = (numbers.get(f"{described.metric}{part},{filters[0]}") for part in ("", "_stderr"))
+            error = None if stderr in (None, "N/A") else float(stderr)
+            results[name] = BenchmarkScore(value=float(value), stderr=error)
         return results
 
     def _load(self, name: str) -> list[Any]:
@@ -119,7 +121,7 @@ class Benchmarks:
             else:
                 items = [*item, *items]
 
-    def _describe(self, name: str, item: Any) -> dict[str, Any]:
+    def _describe(self, name: str, item: Any) -> BenchmarkTask:
         tasks = item.get_all_tasks() if _is_group(item) else [item]
         metrics = iter(tasks[0].higher_is_better())
         metric = item.aggregate_metric_list[0].metric if _is_group(item) else next(metrics, None)
@@ -131,10 +133,11 @@ class Benchmarks:
             )
         sizes = [len(task.eval_docs) for task in tasks]
         samples = sum(min(size, self._limit or size) for size in sizes)
-        return {"metric": metric, "higher_is_better": found.pop(), "num_samples": samples}
+        return BenchmarkTask(metric=str(metric), higher_is_better=found.pop(), num_samples=samples)
 
     def _content_hash(self) -> str:
-        settings = [version("lm-eval"), self.described, self._limit, BATCH_SIZES]
+        described = {name: task.to_dict() for name, task in self.described.items()}
+        settings = [version("lm-eval"), described, self._limit, BATCH_SIZES]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for name, task in self._tasks().items():
             # Where the data lies does not matter, only what it says.

@@ -14,9 +14,8 @@ Its standard error is that of a ratio of two sums over records, as the loss's (`
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,30 +23,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from osft.data.chat import tokenize
 from osft.data.packing import Batching
 from osft.data.records import Record
+from osft.evaluation.record import SetDrift
 from osft.evaluation.scoring import MAX_TEXT_TOKENS, micro_batches, residuals, stderr_of_sum
 from osft.models.checkpoint import CheckpointReader
 from osft.models.likelihood import kl_divergence, target_logits
 
 _FOR_ACTIVATIONS = 0.15
 """Share of a GPU's memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class SetDrift:
-    """How far a model is from another on one evaluation set."""
-
-    kl: float
-    """KL(reference || model), nats per token."""
-    stderr: float | None
-    """Standard error of `kl`; None of one record."""
-    num_tokens: int
-    """The tokens whose predictions were compared."""
-    dtype: str
-    """In which the models were computed, such as "float32"."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +47,7 @@ class RecordDrift:
         """The set's drift."""
         tokens = sum(self.num_tokens)
         stderr = stderr_of_sum(residuals(self.kl, self.num_tokens))
-        return SetDrift(sum(self.kl) / tokens, stderr, tokens, self.dtype)
+        return SetDrift(kl=sum(self.kl) / tokens, stderr=stderr, num_tokens=tokens, dtype=self.dtype)
 
 
 @torch.no_grad()

@@ -10,6 +10,15 @@ from osft.data.files import data_name
 from osft.data.records import DataError, Record, read_records
 from osft.evaluation.drift import drift_dtype
 from osft.evaluation.measure import MeasuredModel
+from osft.evaluation.record import (
+    BenchmarkResults,
+    BenchmarkScore,
+    EvaluatedModel,
+    EvaluatedSet,
+    Evaluation,
+    Example,
+    SetDrift,
+)
 from osft.evaluation.score_store import ScoreStore
 from osft.evaluation.scoring import RecordScores, changes, describe_accuracy
 from osft.models.checkpoint import CheckpointReader
@@ -59,7 +68,7 @@ def evaluate(
     num_examples: int = 4,
     max_tokens: int = 2048,
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure the models on every set and benchmark, and compare the candidate with the others.
 
     models: "base", "champion" (may be absent) and "candidate" -> folder, URI or Hugging Face id. One model is in
@@ -69,20 +78,7 @@ def evaluate(
     files of `benchmark_folder` among them, with the first `max_benchmark_samples` questions of each (0: all).
     num_examples: of the new task and of each earlier one, how many records are shown with the models' answers.
 
-    Returns a plain dict, which `osft.rounds` completes and writes as `evaluation.json`:
-
-    - `task`, `created`, `models[model]["path"]`, `sets[name]`: `role`, `source`, `num_samples`, `notes` on its
-      accuracy
-    - `reference`: what the candidate is compared with, "champion" where there is one, else "base"
-    - `results[model][set]`: the fields of `SetScore`; not of self-written text
-    - `exact`: those of the candidate's exact weights on the new task, before they were rounded to be served; None where
-      the candidate keeps none
-    - `changes[model][set]`: the candidate against this model, see `scoring.changes`; not of self-written text
-    - `drift[model][set]`: how far the candidate's predictions moved from this model's, the fields of `SetDrift`: `kl`,
-      KL(model || candidate) in nats per token over the whole vocabulary, `stderr`, `num_tokens` and `dtype`; None where
-      the two read the records as different tokens
-    - `benchmarks`: None, or `tasks[name]` and `results[model][name]`, see `benchmarks.Benchmarks`
-    - `examples`: `set`, `prompt`, `reference` and `answers[model]`
+    The matrix, the decision and the champion's version are for `osft.rounds` to add.
 
     Raises ValueError for other models, and for benchmarks that cannot be run (before a model is loaded); DataError for
     sets without a name of their own or a known role, an empty one, or not exactly one new task.
@@ -105,7 +101,7 @@ def evaluate(
 
     scores: dict[str, dict[str, RecordScores]] = {}
     answers: dict[str, dict[str, list[str]]] = {}
-    benchmark_results: dict[str, dict[str, Any]] = {}
+    benchmark_results: dict[str, dict[str, BenchmarkScore]] = {}
     for name in present:
         model = measured(name)
         scores[name] = {s.name: model.scores(s.records, f"{name} on {s.name}") for s in scored}
@@ -113,13 +109,13 @@ def evaluate(
         if public is not None:
             benchmark_results[name] = model.benchmarks(public, f"{name} on benchmarks")
         del model  # the next one needs its memory
-    drift: dict[str, dict[str, Any]] = {}
+    drift: dict[str, dict[str, SetDrift | None]] = {}
     dtype = drift_dtype(list(folders.values()))
     candidate = measured("candidate", dtype=dtype)
     for name in present[:-1]:
         reference = measured(name, dtype=dtype)
         found = {s.name: candidate.drift(reference, s.records, f"{name} to candidate on {s.name}") for s in sets}
-        drift[name] = {key: of_set and of_set.summary().to_dict() for key, of_set in found.items()}
+        drift[name] = {key: of_set.summary() if of_set else None for key, of_set in found.items()}
         del reference
     del candidate
     notes = {s.name: describe_accuracy(s.records, scores["candidate"][s.name]) for s in scored}
@@ -129,38 +125,40 @@ def evaluate(
     exact = None
     if CheckpointReader(folders["candidate"]).is_exact:
         unrounded = measured("candidate", exact=True)
-        exact = unrounded.scores(task.records, f"candidate's exact weights on {task.name}").summary().to_dict()
+        exact = unrounded.scores(task.records, f"candidate's exact weights on {task.name}").summary()
 
-    return {
-        "task": task.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "models": {name: {"path": str(models[name]), "version": None} for name in present},
-        "reference": "champion" if "champion" in models else "base",
-        "sets": {
-            s.name: {"role": s.role, "source": s.source, "num_samples": len(s.records), "notes": notes.get(s.name, [])}
+    return Evaluation(
+        task=task.name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        models={name: EvaluatedModel(path=str(models[name]), version=None) for name in present},
+        reference="champion" if "champion" in models else "base",
+        sets={
+            s.name: EvaluatedSet(
+                role=s.role, source=s.source, num_samples=len(s.records), notes=tuple(notes.get(s.name, ()))
+            )
             for s in sets
         },
-        "results": {
-            name: {key: score.summary().to_dict() for key, score in of_sets.items()} for name, of_sets in scores.items()
-        },
-        "exact": exact,
-        "changes": {
+        results={name: {key: score.summary() for key, score in of_sets.items()} for name, of_sets in scores.items()},
+        exact=exact,
+        changes={
             name: {s.name: changes(scores[name][s.name], scores["candidate"][s.name]) for s in scored}
             for name in present[:-1]
         },
-        "drift": drift,
-        "benchmarks": None if public is None else {"tasks": public.described, "results": benchmark_results},
-        "examples": [
-            {
-                "set": key,
-                "prompt": record.messages[-2]["content"] if len(record.messages) > 1 else "",
-                "reference": record.messages[-1]["content"],
-                "answers": {name: answers[name][key][i] for name in present},
-            }
+        drift=drift,
+        benchmarks=None if public is None else BenchmarkResults(tasks=public.described, results=benchmark_results),
+        examples=tuple(
+            Example(
+                set=key,
+                prompt=record.messages[-2]["content"] if len(record.messages) > 1 else "",
+                reference=record.messages[-1]["content"],
+                answers={name: answers[name][key][i] for name in present},
+            )
             for key, records in shown.items()
             for i, record in enumerate(records)
-        ],
-    }
+        ),
+        matrix=None,
+        decision=None,
+    )
 
 
 def _check_models(models: Mapping[str, str]) -> None:

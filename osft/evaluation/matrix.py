@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
+from osft.evaluation.record import AnchorScores, ContinualMatrix, MatrixRound, MetricMatrix
+
 Score = float | None
 Scores = Mapping[str, Mapping[str, Score]]
 """Of one model: the name of an evaluation set -> metric -> value, None if not measured: "loss", "accuracy", and the
@@ -101,18 +103,11 @@ def anchor_drift(scores: Sequence[Score], baseline: Score) -> float:
 
 def describe(
     rounds: Sequence[tuple[str, int | None]], baseline: Scores, scores: Sequence[Scores], *, anchors: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The matrix of a sequence of rounds as plain values, with every number above that the scores are enough for.
+) -> ContinualMatrix:
+    """The matrix of a sequence of rounds, with every number above that the scores are enough for.
 
     rounds: the task that each learned, and the version of its model (None: not registered), the oldest first.
     baseline: of the base model. scores: of the model after each round. anchors: names of general sets.
-
-    Returns `rounds`, `metrics`, `anchors` and `drift`. `metrics["loss"]` and `metrics["accuracy"]` hold `baseline` and
-    `rows` as they were measured, and the numbers, those of losses from the negated ones; a number is None where a score
-    that it needs is missing or not finite. There is no "accuracy" unless each model was measured on all tasks
-    learned so far. `anchors[name]` holds for each metric that was ever measured the `baseline` and the `values` after
-    each round.
-    `drift[name]` holds, for every set on which it was measured, KL(base || model) after each round, in nats per token.
 
     Raises ValueError for another number of scores than of rounds.
     """
@@ -124,44 +119,44 @@ def describe(
         before, *rows = [[_of(model, task, metric) for task in tasks] for model in (baseline, *scores)]
         if metric == "loss" or all(isfinite(_nan(row[j])) for i, row in enumerate(rows) for j in range(i + 1)):
             metrics[metric] = _block(tasks, before, rows, lower_is_better=metric == "loss")
-    return {
-        "rounds": [{"task": task, "version": version} for task, version in rounds],
-        "metrics": metrics,
-        "anchors": {anchor: _anchor(anchor, baseline, scores) for anchor in anchors},
-        "drift": _drifts(scores),
-    }
+    return ContinualMatrix(
+        rounds=tuple(MatrixRound(task=task, version=version) for task, version in rounds),
+        metrics=metrics,
+        anchors={anchor: _anchor(anchor, baseline, scores) for anchor in anchors},
+        drift=_drifts(scores),
+    )
 
 
 def _block(
     tasks: Sequence[str], baseline: list[Score], rows: list[list[Score]], *, lower_is_better: bool
-) -> dict[str, Any]:
+) -> MetricMatrix:
     """One metric's part of `describe`."""
     before, *matrix = negated([baseline, *rows]) if lower_is_better else [baseline, *rows]
     lost = _if_measured(forgetting, matrix) or []
-    return {
-        "baseline": baseline,
-        "rows": rows,
-        "average_accuracy": _if_measured(average_accuracy, matrix),
-        "learning_accuracy": _if_measured(learning_accuracy, matrix),
-        "backward_transfer": _if_measured(backward_transfer, matrix),
-        "forward_transfer": _if_measured(forward_transfer, matrix, before),
-        "average_forgetting": _if_measured(average_forgetting, matrix),
-        "forgetting": dict(zip(tasks, lost, strict=False)),  # the last task has none
-    }
+    return MetricMatrix(
+        baseline=tuple(baseline),
+        rows=tuple(map(tuple, rows)),
+        average_accuracy=_if_measured(average_accuracy, matrix),
+        learning_accuracy=_if_measured(learning_accuracy, matrix),
+        backward_transfer=_if_measured(backward_transfer, matrix),
+        forward_transfer=_if_measured(forward_transfer, matrix, before),
+        average_forgetting=_if_measured(average_forgetting, matrix),
+        forgetting=dict(zip(tasks, lost, strict=False)),  # the last task has none
+    )
 
 
-def _anchor(name: str, baseline: Scores, scores: Sequence[Scores]) -> dict[str, Any]:
+def _anchor(name: str, baseline: Scores, scores: Sequence[Scores]) -> dict[str, AnchorScores]:
     found = {}
     for metric in ("loss", "accuracy"):
         before, *values = [_of(model, name, metric) for model in (baseline, *scores)]
         if any(value is not None for value in (before, *values)):
-            found[metric] = {"baseline": before, "values": values}
+            found[metric] = AnchorScores(baseline=before, values=tuple(values))
     return found
 
 
-def _drifts(scores: Sequence[Scores]) -> dict[str, list[Score]]:
+def _drifts(scores: Sequence[Scores]) -> dict[str, tuple[Score, ...]]:
     names = dict.fromkeys(name for model in reversed(scores) for name in model)  # as the last round has them
-    found = {name: [_of(model, name, "kl_base") for model in scores] for name in names}
+    found = {name: tuple(_of(model, name, "kl_base") for model in scores) for name in names}
     return {name: values for name, values in found.items() if any(value is not None for value in values)}
 
 

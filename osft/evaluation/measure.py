@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from osft.data.packing import Batching
 from osft.data.records import Record
 from osft.evaluation.drift import RecordDrift, measure_drift
+from osft.evaluation.record import BenchmarkScore
 from osft.evaluation.score_store import ScoreStore, measurement_key, model_hash
 from osft.evaluation.scoring import (
     MAX_NEW_TOKENS,
@@ -121,16 +122,16 @@ class MeasuredModel:
         )
         return answers
 
-    def benchmarks(self, benchmarks: "Benchmarks", description: str) -> dict[str, Any]:
+    def benchmarks(self, benchmarks: "Benchmarks", description: str) -> dict[str, BenchmarkScore]:
         """The results of each benchmark; `description` is what the log shows."""
 
         def measure() -> dict[str, Any]:
             print(f"{description}: {', '.join(benchmarks.names)}", flush=True)
             model, tokenizer = self._loaded
-            return benchmarks.run(model, tokenizer)
+            return {name: score.to_dict() for name, score in benchmarks.run(model, tokenizer).items()}
 
-        results: dict[str, Any] = self._store.measured(self._key("benchmarks", tasks=benchmarks.content_hash), measure)
-        return results
+        found = self._store.measured(self._key("benchmarks", tasks=benchmarks.content_hash), measure)
+        return {name: BenchmarkScore(**score) for name, score in found.items()}
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ two independent samples (Miller 2024, arXiv:2411.00640).
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from osft.data.chat import Sample, tokenize
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.data.records import Record
 from osft.data.template_keys import with_known_roles
+from osft.evaluation.record import MetricChange, SetChanges, SetScore
 from osft.models.likelihood import cross_entropy, target_logits
 
 SHORT_ANSWER_TOKENS = 16
@@ -36,29 +37,6 @@ MAX_TEXT_TOKENS = 256
 """Of a plain text, the tokens that are scored."""
 MAX_NEW_TOKENS = 24
 """Of a model's own answer, unless it ends before."""
-
-
-@dataclass(frozen=True, slots=True)
-class SetScore:
-    """A model's scores on one evaluation set."""
-
-    loss: float
-    loss_stderr: float | None
-    """Standard error of the loss; None of one record."""
-    perplexity: float
-    num_loss_tokens: int
-    num_samples: int
-    accuracy: float | None
-    accuracy_stderr: float | None
-    """Standard error of the accuracy, sqrt(p (1 - p) / n)."""
-    accuracy_kind: str | None
-    """`choice`, `exact match`, or None where the set has neither."""
-    num_ties: int = 0
-    """Records with choices of which none is right because another is as probable, or there is no other."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,32 +76,24 @@ class RecordScores:
         )
 
 
-def changes(before: RecordScores, after: RecordScores) -> dict[str, dict[str, float | None] | None]:
-    """What changed on the same records: for "loss" and "accuracy" the `change`, `relative` and `stderr`.
-
-    `change` is after minus before, `relative` that over `before` (None where it is 0), `stderr` the standard error of
-    `change` from the differences of each record (None of one record). The accuracy is None where one of the two has
-    none, or one of another kind. Raises ValueError for different numbers of records.
-    """
+def changes(before: RecordScores, after: RecordScores) -> SetChanges:
+    """What changed on the same records. Raises ValueError for different numbers of records."""
     if len(before.nll) != len(after.nll):
         raise ValueError(f"scores of {len(before.nll)} and of {len(after.nll)} records cannot be compared")
     old_residuals, new_residuals = (residuals(scores.nll, scores.num_loss_tokens) for scores in (before, after))
     paired = [new - old for old, new in zip(old_residuals, new_residuals, strict=True)]
-    found: dict[str, dict[str, float | None] | None] = {
-        "loss": _change(before.loss, after.loss, stderr_of_sum(paired)),
-        "accuracy": None,
-    }
+    accuracy = None
     if before.correct is not None and after.correct is not None and before.accuracy_kind == after.accuracy_kind:
         samples = len(after.correct)
         differences = [(new - old) / samples for old, new in zip(before.correct, after.correct, strict=True)]
         was, now = (sum(correct) / samples for correct in (before.correct, after.correct))
         mean = sum(differences) / samples
-        found["accuracy"] = _change(was, now, stderr_of_sum([value - mean for value in differences]))
-    return found
+        accuracy = _change(was, now, stderr_of_sum([value - mean for value in differences]))
+    return SetChanges(loss=_change(before.loss, after.loss, stderr_of_sum(paired)), accuracy=accuracy)
 
 
-def _change(before: float, after: float, stderr: float | None) -> dict[str, float | None]:
-    return {"change": after - before, "relative": (after - before) / before if before else None, "stderr": stderr}
+def _change(before: float, after: float, stderr: float | None) -> MetricChange:
+    return MetricChange(change=after - before, relative=(after - before) / before if before else None, stderr=stderr)
 
 
 def residuals(sums: Sequence[float], num_tokens: Sequence[int]) -> list[float]:

@@ -6,7 +6,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def export_model(
             written = origin
             if dtype == torch.float32 or before is not None:
                 rounding = "none" if before is None else "stochastic"
-                written = replace(origin, dtype=text, rounding=rounding, total=loss.total(), weights={})
+                written = origin.replace(dtype=text, rounding=rounding, total=loss.total(), weights={})
             described = {name: with_rounding(card_text, origin, written) for name, card_text in texts.items()}
             return described | {ORIGIN: written.to_json()}
 

@@ -3,10 +3,12 @@
 A folder without it, of another program or of an older release, is a base model like any other.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from osft.storage.record import Record, RecordError, RecordPart
 
 if TYPE_CHECKING:
     from osft.settings.training import TrainConfig
@@ -14,11 +16,9 @@ if TYPE_CHECKING:
 ORIGIN = "osft.json"
 MODEL_CARD = "README.md"
 """Of a model's folder; `osft.models.model_card` writes it."""
-FORMAT = 1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoundingLoss:
+class RoundingLoss(RecordPart):
     """What the rounding of the served weights did to the update (`osft.training.saving`). None without an update."""
 
     update_lost: float | None
@@ -29,8 +29,7 @@ class RoundingLoss:
     """|D' - P D'| / |D'|."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredStatistics:
+class StoredStatistics(RecordPart):
     """What a model knows, as second moments of its layers' inputs, in a store (`osft.subspace.statistics_store`)."""
 
     address: str
@@ -39,11 +38,9 @@ class StoredStatistics:
     """Of the content."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
+class Origin(Record):
     """The content of `osft.json`."""
 
-    format: int = FORMAT
     base_model: str
     """Path, URI or Hugging Face id of the model that the first training of the lineage started from."""
     trained_from: str
@@ -56,14 +53,10 @@ class Origin:
     """How they were rounded; "none" where the dtype holds them exactly."""
     total: RoundingLoss
     """Over all weights together."""
-    weights: dict[str, RoundingLoss] = field(default_factory=dict)
+    weights: dict[str, RoundingLoss] = Field(default_factory=dict)
     """Of each target."""
     statistics: StoredStatistics | None = None
     """What the next training has to keep (`osft.training.round_statistics`); None without protect="activations"."""
-
-    def to_json(self) -> str:
-        """For the file."""
-        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def read_origin(folder: Path) -> Origin | None:
@@ -72,13 +65,8 @@ def read_origin(folder: Path) -> Origin | None:
     if not file.is_file():
         return None
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        losses = {"total": RoundingLoss(**values["total"])}
-        weights = {name: RoundingLoss(**loss) for name, loss in values["weights"].items()}
-        named = values.get("statistics")
-        statistics = StoredStatistics(**named) if named else None
-        return Origin(**values | losses | {"weights": weights, "statistics": statistics})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return Origin.from_json(file.read_bytes(), str(file))
+    except RecordError as error:
         raise ValueError(
             f"{file} is damaged ({error}). Copy the model again, or remove the file to have the folder taken as a base "
             "model"

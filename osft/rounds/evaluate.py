@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from osft import storage
-from osft.rounds.pipeline_run import EVALUATION_FILE, PipelineRun, read_json
+from osft.evaluation.record import ContinualMatrix, Decision, Evaluation, SetScore
+from osft.models.training_summary import TrainingSummary
+from osft.rounds.pipeline_run import EVALUATION_FILE, TRAINING_FILE, PipelineRun, read_json
 from osft.tracking import lineage, runs
 from osft.tracking.lineage import Lineage, Row, Scores
 
@@ -36,7 +38,7 @@ def evaluate_model(
     lm_eval_folder: str = "",
     max_lm_eval_samples: int = 0,
     accelerators: str = "",
-) -> dict[str, Any]:
+) -> Evaluation:
     """Measure base, champion and candidate on the new task, on every earlier one and on the anchors, and decide.
 
     With protect="activations" the drift is measured on the text that the base model wrote, too, which the factors name.
@@ -81,26 +83,27 @@ def evaluate_model(
             score_store=storage.join(run.storage_root, "scores"),
         )
         if parent_version is not None:
-            evaluation["models"]["champion"]["version"] = parent_version
-        evaluation["matrix"] = _matrix(evaluation, parent, versions)
+            champion = evaluation.models["champion"].replace(version=parent_version)
+            evaluation = evaluation.replace(models=evaluation.models | {"champion": champion})
         known = zip(versions, parent.rows, strict=True) if parent else ()
         earlier_versions = [MeasuredVersion(version, row.task, row.scores) for version, row in known]
-        evaluation["decision"] = decide(evaluation, rules, history=earlier_versions)
+        decision = Decision.from_plain(decide(evaluation.to_dict(), rules, history=earlier_versions))
+        evaluation = evaluation.replace(matrix=_matrix(evaluation, parent, versions), decision=decision)
         evaluation_file = run.write_record(EVALUATION_FILE, evaluation)
-        print(f"gate: {_outcome(evaluation)}", flush=True)
-        for model, scores in evaluation["results"].items():
+        print(f"gate: {_outcome(evaluation, decision)}", flush=True)
+        for model, scores in evaluation.results.items():
             for name, score in scores.items():
-                numbers = {key: score[key] for key in ("loss", "perplexity", "accuracy")}
+                numbers = {"loss": score.loss, "perplexity": score.perplexity, "accuracy": score.accuracy}
                 step.log_metrics({f"{model}/{name}/{key}": value for key, value in numbers.items()}, to_parent=True)
-        for model, of_sets in evaluation["drift"].items():
-            moved = {f"drift/{model}/{name}": drift and drift["kl"] for name, drift in of_sets.items()}
+        for model, of_sets in evaluation.drift.items():
+            moved = {f"drift/{model}/{name}": drift.kl if drift else None for name, drift in of_sets.items()}
             step.log_metrics(moved, to_parent=True)
-        if evaluation["exact"]:  # what rounding costs is the difference to candidate/<task>/loss
-            step.log_metrics({f"candidate_exact/{task}/loss": evaluation["exact"]["loss"]}, to_parent=True)
+        if evaluation.exact:  # what rounding costs is the difference to candidate/<task>/loss
+            step.log_metrics({f"candidate_exact/{task}/loss": evaluation.exact.loss}, to_parent=True)
         metrics = storage.fetch(run.address("train", "metrics.jsonl")).read_text(encoding="utf-8")
         html = render_report(
             evaluation,
-            training=read_json(run.address("train", "training.json")),
+            training=run.read_record(TrainingSummary, *TRAINING_FILE),
             metrics=[json.loads(line) for line in metrics.splitlines()],
             factors=factors,
             dataset=read_json(storage.join(data_path, "dataset.json")),
@@ -111,31 +114,31 @@ def evaluate_model(
     return evaluation
 
 
-def _outcome(evaluation: Mapping[str, Any]) -> str:
+def _outcome(evaluation: Evaluation, decision: Decision) -> str:
     """The decision, and what the new task's loss became."""
-    task, decision = evaluation["task"], evaluation["decision"]
-    before, after = (evaluation["results"][model][task]["loss"] for model in (evaluation["reference"], "candidate"))
-    outcome = "passed" if decision["promote"] else f"refused, {decision['reason']}"
+    task = evaluation.task
+    before, after = (evaluation.results[model][task].loss for model in (evaluation.reference, "candidate"))
+    outcome = "passed" if decision.promote else f"refused, {decision.reason}"
     return f"{outcome}; loss on {task} {before:.3f} -> {after:.3f}"
 
 
-def next_scores(evaluation: Mapping[str, Any], parent: Lineage | None) -> tuple[Scores, tuple[Row, ...]]:
+def next_scores(evaluation: Evaluation, parent: Lineage | None) -> tuple[Scores, tuple[Row, ...]]:
     """The base model's scores and the rows of the matrix, as the candidate's lineage has them.
 
     What the parent's lineage has already stays as it was measured then. The candidate's scores have its drift: as
     `kl_base` and `kl_champion`, KL(base || candidate) and KL(champion || candidate) in nats per token.
     """
-    measured = {model: _scores(results) for model, results in evaluation["results"].items()}
-    for model, of_sets in evaluation.get("drift", {}).items():  # evaluations of earlier releases have none
+    measured = {model: _scores(results) for model, results in evaluation.results.items()}
+    for model, of_sets in evaluation.drift.items():
         for name, drift in of_sets.items():
             if drift is not None:
-                moved = {f"kl_{model}": drift["kl"], f"kl_{model}_stderr": drift["stderr"]}
+                moved = {f"kl_{model}": drift.kl, f"kl_{model}_stderr": drift.stderr}
                 measured["candidate"][name] = measured["candidate"].get(name, {}) | moved
     baseline, parent_scores = measured["base"], measured.get("champion", {})
     if parent is not None:
         baseline = baseline | parent.baseline
         parent_scores = parent_scores | parent.rows[-1].scores
-    rows = lineage.next_rows(parent, evaluation["task"], parent_scores=parent_scores, scores=measured["candidate"])
+    rows = lineage.next_rows(parent, evaluation.task, parent_scores=parent_scores, scores=measured["candidate"])
     return baseline, rows
 
 
@@ -148,15 +151,15 @@ def _self_written_text(factors_path: str, factors: "FactorSet") -> str | None:
     return self_written_text(storage.join(factors_path.rsplit("/", 2)[0], factors.statistics))
 
 
-def _scores(results: Mapping[str, Mapping[str, Any]]) -> Scores:
-    return {name: {metric: score[metric] for metric in _METRICS} for name, score in results.items()}
+def _scores(results: Mapping[str, SetScore]) -> Scores:
+    return {name: {metric: getattr(score, metric) for metric in _METRICS} for name, score in results.items()}
 
 
-def _matrix(evaluation: Mapping[str, Any], parent: Lineage | None, versions: Sequence[int]) -> dict[str, Any]:
+def _matrix(evaluation: Evaluation, parent: Lineage | None, versions: Sequence[int]) -> ContinualMatrix:
     """What `osft.evaluation.matrix` says of all rounds up to this one."""
     from osft.evaluation import matrix
 
     baseline, rows = next_scores(evaluation, parent)
-    anchors = [name for name, described in evaluation["sets"].items() if described["role"] == "anchor"]
+    anchors = [name for name, described in evaluation.sets.items() if described.role == "anchor"]
     rounds = [(row.task, version) for row, version in zip(rows, [*versions, None], strict=True)]
     return matrix.describe(rounds, baseline, [row.scores for row in rows], anchors=anchors)

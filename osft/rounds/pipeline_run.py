@@ -2,19 +2,34 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from osft import storage
 from osft.rounds.resolution import ResolvedRound
 from osft.storage.atomic import atomic_path
 from osft.storage.paths import expanded
+from osft.storage.record import Migration, Record
 from osft.storage.sealed import read_sealed, sealed
 from osft.tracking import runs
 
 ROUND_FILE, EVALUATION_FILE, VERSION_FILE = "round.json", "evaluation.json", "version.json"
 """What steps leave in a round's folder for those that follow."""
+TRAINING_FILE = ("train", "training.json")
+"""What the training run leaves there."""
+_REMEDY = "Start a new pipeline run, or retry the step that writes it"
+R = TypeVar("R", bound=Record)
+
+
+class RegisteredVersion(Record):
+    """The model version of a round; `version.json`."""
+
+    MIGRATIONS: ClassVar[Mapping[int, Migration]] = {0: lambda found: found}  # had no format
+
+    model_name: str
+    version: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +72,13 @@ class PipelineRun:
         storage.publish(self.address(name))
         return self.folder / name
 
-    def write_record(self, name: str, value: dict[str, Any]) -> Path:
+    def write_record(self, name: str, record: Record) -> Path:
         """Make a JSON file of this pipeline run that holds its own hash (`osft.storage.sealed`), for all steps."""
-        return self.write(name, json.dumps(sealed(value), indent=2) + "\n")
+        return self.write(name, json.dumps(sealed(record.to_dict()), indent=2) + "\n")
+
+    def read_record(self, kind: type[R], *parts: str) -> R:
+        """What a step left. Raises DamagedFile or RecordError if it is not what was written, or of a newer release."""
+        return kind.read(self.address(*parts), _REMEDY)
 
     def step(self, name: str) -> Any:
         """The context of one step: a nested MLflow run (`osft.tracking.runs.StepRun`)."""
@@ -67,7 +86,7 @@ class PipelineRun:
 
     def resolved(self) -> ResolvedRound:
         """What `resolve_round` decided."""
-        return ResolvedRound.from_json(json.dumps(read_json(self.address(ROUND_FILE))))
+        return self.read_record(ResolvedRound, ROUND_FILE)
 
     def mlflow(self) -> Any:
         """A client of the tracking server."""
@@ -76,4 +95,4 @@ class PipelineRun:
 
 def read_json(location: str) -> dict[str, Any]:
     """A JSON file of a path or URI, without its hash. Raises DamagedFile if it is not what was written."""
-    return read_sealed(storage.fetch(location), "Start a new pipeline run, or retry the step that writes it")
+    return read_sealed(storage.fetch(location), _REMEDY)

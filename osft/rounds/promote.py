@@ -6,10 +6,12 @@ from typing import Any
 import osft
 from osft import storage
 from osft.data.record_hashes import RECORDS_FILE, read_hashes
+from osft.evaluation.record import Evaluation
 from osft.models.model_card import with_scores
 from osft.models.origin import MODEL_CARD, StoredStatistics
+from osft.models.training_summary import TrainingSummary
 from osft.rounds.evaluate import next_scores
-from osft.rounds.pipeline_run import EVALUATION_FILE, VERSION_FILE, PipelineRun, read_json
+from osft.rounds.pipeline_run import EVALUATION_FILE, TRAINING_FILE, VERSION_FILE, PipelineRun, RegisteredVersion
 from osft.rounds.resolution import ResolvedRound
 from osft.storage.hashes import folder_sha256
 from osft.tracking import champion, lineage, registry, runs
@@ -25,16 +27,16 @@ def register_model(
 
     Its alias is `candidate`, and `challenger` if the gate refused it.
     """
-    evaluation = read_json(run.address(EVALUATION_FILE))
+    evaluation = run.read_record(Evaluation, EVALUATION_FILE)
     resolved = run.resolved()
-    decision = evaluation["decision"]
+    decision = evaluation.decided
     tags = {
         "osft.checkpoint": f"{run.pipeline_run_id}/{Path(checkpoint_path).name}",
         "osft.base_model": resolved.base_model,
         runs.PIPELINE_RUN_TAG: run.pipeline_run_id,
         runs.TASK_TAG: resolved.task,
         runs.PARENT_VERSION_TAG: resolved.parent_version or "none",
-        runs.DECISION_TAG: "promote" if decision["promote"] else "refuse",
+        runs.DECISION_TAG: "promote" if decision.promote else "refuse",
     }
     with run.step("register_model") as step:
         folder = run.folder / "lineage"
@@ -61,16 +63,16 @@ def register_model(
             model_card=with_scores(card.read_text(encoding="utf-8"), description) if card.is_file() else None,
         )
         step.log_params({"model_name": model_name, "model_version": version})
-        run.write_record(VERSION_FILE, {"model_name": model_name, "version": version})
+        run.write_record(VERSION_FILE, RegisteredVersion(model_name=model_name, version=version))
         print(f"registry: {model_name} version {version} is the candidate", flush=True)
         step.tag_round(
             model_version=version,
             decision=tags[runs.DECISION_TAG],
-            outcome=None if decision["promote"] else Outcome.REFUSED,
+            outcome=None if decision.promote else Outcome.REFUSED,
         )
-        if not decision["promote"]:
-            registry.refuse(step.client, model_name, version, decision["reason"])
-            print(f"registry: the gate refused it, it is the challenger: {decision['reason']}", flush=True)
+        if not decision.promote:
+            registry.refuse(step.client, model_name, version, decision.reason)
+            print(f"registry: the gate refused it, it is the challenger: {decision.reason}", flush=True)
             step.client.set_terminated(run.mlflow_run_id, "FINISHED")
     return version
 
@@ -108,14 +110,14 @@ def _lineage(
     checkpoint_sha256: str,
     factors_path: str,
     image: str,
-    evaluation: dict[str, Any],
+    evaluation: Evaluation,
     resolved: ResolvedRound,
 ) -> Lineage:
     parent = None
     if resolved.parent_version is not None:
         parent = lineage.read(mlflow, model_name, resolved.parent_version)
     baseline, rows = next_scores(evaluation, parent)
-    training = read_json(run.address("train", "training.json"))
+    training = run.read_record(TrainingSummary, *TRAINING_FILE)
     return Lineage(
         model_name=model_name,
         parent_version=resolved.parent_version,
@@ -124,9 +126,9 @@ def _lineage(
         checkpoint=checkpoint_path,
         checkpoint_sha256=checkpoint_sha256,
         data=resolved.data,
-        settings=training["config"],
+        settings=training.config,
         factor_key=Path(factors_path).stem,
-        statistics=below_the_root(training.get("statistics"), run.storage_root),
+        statistics=below_the_root(training.statistics, run.storage_root),
         code_version=osft.__version__,
         image=image,
         pipeline_run_id=run.pipeline_run_id,
@@ -136,9 +138,8 @@ def _lineage(
     )
 
 
-def below_the_root(statistics: dict[str, str] | None, storage_root: str) -> StoredStatistics | None:
+def below_the_root(statistics: StoredStatistics | None, storage_root: str) -> StoredStatistics | None:
     """What training.json says of the statistics, for a storage root that may be mounted elsewhere next time."""
     if statistics is None:
         return None
-    address = statistics["address"].removeprefix(f"{storage_root.rstrip('/')}/")
-    return StoredStatistics(address=address, sha256=statistics["sha256"])
+    return statistics.replace(address=statistics.address.removeprefix(f"{storage_root.rstrip('/')}/"))

@@ -1,9 +1,7 @@
 """The first step of a round: which model goes on, and whether there is something for it to learn."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from osft import storage
 from osft.data import examples
@@ -11,17 +9,24 @@ from osft.data.record_hashes import NONE
 from osft.rounds.new_records import find_new_records
 from osft.rounds.sources import open_source
 from osft.settings.values import number
+from osft.storage.record import Migration, Record
 from osft.tracking import lineage
 from osft.tracking.champion import settled_champion
-from osft.tracking.lineage import DataFile, DataManifest, Lineage, check_task
+from osft.tracking.lineage import DataManifest, Lineage, check_task
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ResolvedRound:
-    """What a round starts from."""
+def _without_format(found: dict[str, Any]) -> dict[str, Any]:
+    """Before records had a format, and the first ones before replay and reports of conversions."""
+    return {"earlier_data": {}, "conversions": {}} | found
+
+
+class ResolvedRound(Record):
+    """What a round starts from; `round.json`."""
+
+    MIGRATIONS: ClassVar[Mapping[int, Migration]] = {0: _without_format}
 
     base_model: str
     parent_version: int | None
@@ -38,22 +43,10 @@ class ResolvedRound:
     """Path or URI of the new records, JSON lines; empty if there is nothing to learn."""
     nothing_to_learn: str
     """Why the round ends here; empty if it goes on."""
-    earlier_data: Mapping[str, str] = field(default_factory=dict)
+    earlier_data: dict[str, str]
     """Earlier task -> path or URI of the dataset that its round learned, whether or not it is still there."""
-    conversions: Mapping[str, int] = field(default_factory=dict)
+    conversions: dict[str, int]
     """What was converted in the data and ignored, and in how many records."""
-
-    def to_json(self) -> str:
-        """For the steps that follow."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "ResolvedRound":
-        """What `to_json` gave."""
-        values = json.loads(text)
-        files = tuple(DataFile(**file) for file in values["data"]["files"])
-        data = DataManifest(**values["data"] | {"files": files})
-        return cls(**values | {"data": data, "earlier_tasks": tuple(values["earlier_tasks"])})
 
 
 def resolve(

@@ -66,7 +66,7 @@ def resolve_round(
                     f"the anchor {uri} has the name of a task of {model_name}, {data_name(uri)!r}. What was learned is "
                     "evaluated anyway: leave it out of anchor_uris, or rename the file if it is something else"
                 )
-        step.log_artifact(run.write_record(ROUND_FILE, json.loads(found.to_json())))
+        step.log_artifact(run.write_record(ROUND_FILE, found))
         step.log_params({"task": found.task, "parent_version": found.parent_version or "none"})
         step.log_metrics({"records": found.data.num_records, "new_records": found.data.num_new})
         for line in (found.nothing_to_learn or _described(found, model_name), *report_lines(found.conversions)):

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osft import storage
-from osft.rounds.pipeline_run import PipelineRun, read_json
+from osft.models.training_summary import FittedStep, TrainingSummary
+from osft.rounds.pipeline_run import TRAINING_FILE, PipelineRun
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 from osft.settings.values import number
@@ -54,8 +55,8 @@ def precompute_svd(
 
 def train_osft(
     run: PipelineRun, where: LauncherSettings, *, manifest_file: str | Path, **settings: Any
-) -> dict[str, Any]:
-    """Train; `settings` are the fields of `TrainConfig` but for `ckpt_output_dir`. Returns the summary.
+) -> tuple[TrainingSummary, str]:
+    """Train; `settings` are the fields of `TrainConfig` but for `ckpt_output_dir`. Returns the summary, and the model.
 
     With a `replay_ratio`, and no `replay_data` of one's own, samples of the datasets that the champion and its
     ancestors learned are replayed, as far as these are still there. What is started is written to `manifest_file`
@@ -72,23 +73,20 @@ def train_osft(
         Path(manifest_file).write_text(job.describe(), encoding="utf-8")
         step.log_artifact(Path(manifest_file))
         run_job(job, limits=limits, output=folder, callbacks=[step.live_metrics()])
-        summary = read_json(storage.join(folder, "training.json"))
-        step.log_metrics({k: v for k, v in summary.items() if isinstance(v, int | float)})
-        saved = summary.get("saved") or {}
-        step.log_metrics({f"saved/{k}": v for k, v in saved.items() if isinstance(v, float)})
-        step.log_metrics(curve_of_the_step(summary))
-        replayed = summary.get("replay") or {}
-        step.log_metrics({f"replay/{k}": v for k, v in replayed.items() if isinstance(v, int)})
-        step.log_artifact(storage.local(storage.join(folder, "training.json")))
-    return summary | {"checkpoint": storage.join(folder, summary["checkpoints"][-1])}
+        summary = run.read_record(TrainingSummary, *TRAINING_FILE)
+        step.log_metrics(summary.numbers())
+        step.log_metrics({f"saved/{k}": v for k, v in summary.saved or () if isinstance(v, float)})
+        step.log_metrics(curve_of_the_step(summary.fitted_step))
+        step.log_metrics({f"replay/{k}": v for k, v in summary.replay or () if isinstance(v, int)})
+        step.log_artifact(storage.local(run.address(*TRAINING_FILE)))
+    return summary, storage.join(folder, summary.checkpoints[-1])
 
 
-def curve_of_the_step(summary: dict[str, Any]) -> dict[str, float]:
+def curve_of_the_step(fitted: FittedStep | None) -> dict[str, float]:
     """What fit_step tried, as metrics: loss, gain and drift at each part of the update; none of a run without."""
-    fitted = summary.get("fitted_step") or {"tried": []}
     return {
-        f"fitted_step/{name}_at_{tried['scale']:g}": tried[name]
-        for tried in fitted["tried"]
+        f"fitted_step/{name}_at_{tried.scale:g}": getattr(tried, name)
+        for tried in (fitted.tried if fitted else ())
         for name in ("loss", "gain", "standard_error", "drift")
     }
 

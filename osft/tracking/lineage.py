@@ -16,25 +16,25 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Self
+
+from pydantic import JsonValue, model_validator
 
 from osft.data.record_hashes import RECORDS_FILE, Hashes, read_hashes, union, write_hashes
 from osft.evaluation.matrix import Score, negated
 from osft.models.origin import StoredStatistics
 from osft.storage.atomic import atomic_path, write_json
 from osft.storage.hashes import file_sha256
+from osft.storage.record import Record, RecordError, RecordPart
 from osft.tracking.registry import LINEAGE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-FORMAT = 1
 LINEAGE_FILE = "lineage.json"
 EVALUATION_SETS = "evaluation_sets"
 _TASK = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,199}")
-_STRICT = {"extra": "forbid", "strict": True}
 
 Scores = dict[str, dict[str, Score]]
 """Of one model: the name of an evaluation set -> metric -> value, None if not measured.
@@ -48,11 +48,9 @@ class LineageError(ValueError):
     """A version whose history cannot be read; the message names it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataFile:
+class DataFile(RecordPart):
     """One file that a round read."""
 
-    __pydantic_config__: ClassVar[Any] = _STRICT
     name: str
     """Path or URI; of a Hugging Face data set its id."""
     sha256: str
@@ -60,11 +58,9 @@ class DataFile:
     num_records: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataManifest:
+class DataManifest(RecordPart):
     """What a round read."""
 
-    __pydantic_config__: ClassVar[Any] = _STRICT
     uri: str
     revision: str = ""
     """The commit of a Hugging Face data set."""
@@ -75,31 +71,24 @@ class DataManifest:
     """Distinct records that no ancestor had."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredFile:
+class StoredFile(RecordPart):
     """A file beside lineage.json."""
 
-    __pydantic_config__: ClassVar[Any] = _STRICT
     sha256: str
     num_records: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class Row(RecordPart):
     """A model of the history, and what was measured of it: a row of the continual-learning matrix."""
 
-    __pydantic_config__: ClassVar[Any] = _STRICT
     task: str
     """What the round learned."""
     scores: Scores
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lineage:
+class Lineage(Record):
     """The content of `lineage.json`."""
 
-    __pydantic_config__: ClassVar[Any] = _STRICT
-    format: int = FORMAT
     model_name: str
     parent_version: int | None
     """None: the base model."""
@@ -111,7 +100,7 @@ class Lineage:
     checkpoint_sha256: str = ""
     """Of the names and bytes of its files, exact weights included; empty in versions from before this was recorded."""
     data: DataManifest
-    settings: dict[str, Any]
+    settings: dict[str, JsonValue]
     factor_key: str
     statistics: StoredStatistics | None = None
     """What the next round has to keep: the base model and all that was learned so far (protect="activations"). They
@@ -124,18 +113,20 @@ class Lineage:
     """Of the base model."""
     rows: tuple[Row, ...]
     """Of the model after each round so far; the last is this version's."""
-    records: StoredFile = field(default=StoredFile(sha256="", num_records=0))
+    records: StoredFile = StoredFile(sha256="", num_records=0)
     """`records.bin`; `write` fills it in."""
     evaluation_set: StoredFile | None = None
     """The held-out records; `write` fills it in."""
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check(self) -> Self:
         tasks = [row.task for row in self.rows]
         if not tasks or tasks[-1] != self.task or len(set(tasks)) != len(tasks):
             raise ValueError(f"rows must be of different tasks and end with this round's, {self.task!r}; got {tasks}")
         if (self.parent_version is None) != (len(tasks) == 1):
             raise ValueError(f"parent_version is {self.parent_version}, which does not fit {len(tasks)} rounds")
         check_task(self.task)
+        return self
 
     @property
     def dataset(self) -> str:
@@ -173,7 +164,7 @@ def next_rows(parent: Lineage | None, task: str, *, parent_scores: Scores, score
     """
     rows = parent.rows if parent else ()
     if rows:
-        rows = (*rows[:-1], replace(rows[-1], scores=rows[-1].scores | parent_scores))
+        rows = (*rows[:-1], rows[-1].replace(scores=rows[-1].scores | parent_scores))
     return (*rows, Row(task=task, scores=scores))
 
 
@@ -196,32 +187,17 @@ def write(folder: Path, lineage: Lineage, *, record_hashes: Hashes, held_out: Pa
             with stored.open("rb") as lines:
                 count = sum(1 for line in lines if line.strip())
             evaluation_set = StoredFile(sha256=file_sha256(stored), num_records=count)
-        lineage = replace(lineage, records=records, evaluation_set=evaluation_set)
-        write_json(temporary / LINEAGE_FILE, asdict(lineage))
+        lineage = lineage.replace(records=records, evaluation_set=evaluation_set)
+        write_json(temporary / LINEAGE_FILE, lineage.to_dict())
     return lineage
 
 
 def parse(text: str, source: str) -> Lineage:
     """The lineage of a `lineage.json`. Raises LineageError that names `source` for anything else."""
-    from pydantic import TypeAdapter, ValidationError
-    from pydantic_core import from_json
-
     try:
-        found = from_json(text)
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            given = found.get("format") if isinstance(found, dict) else None
-            raise LineageError(
-                f"{source}: its {LINEAGE_FILE} has the format {given!r}, this release reads {FORMAT}. Use the release "
-                "that wrote it, or a newer one"
-            )
-        return TypeAdapter(Lineage).validate_json(text)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-        raise LineageError(f"{source}: its {LINEAGE_FILE} is not valid: {problems}") from None
-    except LineageError:
-        raise
-    except ValueError as error:
-        raise LineageError(f"{source}: its {LINEAGE_FILE} is not JSON: {error}") from None
+        return Lineage.from_json(text, f"{source}: its {LINEAGE_FILE}")
+    except RecordError as error:
+        raise LineageError(str(error)) from None
 
 
 def read(mlflow: "MlflowClient", model_name: str, version: int) -> Lineage:

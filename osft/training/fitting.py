@@ -13,72 +13,18 @@ model with the one before.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from osft.data.packing import Feeding
 from osft.data.samples import Samples
+from osft.models.training_summary import FittedStep, TriedScale
 from osft.settings.training import TrainConfig
 from osft.subspace.model import osft_layers
 from osft.subspace.weight import OSFTWeight, local
 from osft.training.held_out import sample_nll
 from osft.training.teacher import TaughtBatch, taught
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TriedScale:
-    """What the update does at one scale."""
-
-    scale: float
-    """alpha, the factor of the update."""
-    loss: float
-    """On the held-out samples, nats per token."""
-    gain: float
-    """By how much it is below the start's."""
-    standard_error: float
-    """Of the gain, from the differences of each sample."""
-    drift: float
-    """KL(start || this) on self-written text, nats per token."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FittedStep:
-    """What was tried, and what was taken."""
-
-    scale: float
-    """That of the model as it is written."""
-    start_loss: float
-    """Of the model without the update, nats per token."""
-    tried: tuple[TriedScale, ...]
-    num_samples: int
-    """Held-out samples."""
-    num_text_tokens: int
-    """Predictions on self-written text that the drift is a mean of."""
-    max_drift: float
-    reason: str
-    """Why this scale, in words."""
-
-    @property
-    def chosen(self) -> TriedScale:
-        """What was found at the scale that was taken."""
-        return next(one for one in self.tried if one.scale == self.scale)
-
-    def metrics(self) -> dict[str, Any]:
-        """What a step's metrics say of it."""
-        return {"step_scale": self.scale, "step_gain": self.chosen.gain, "step_drift": self.chosen.drift}
-
-    def line(self) -> str:
-        """The result in a line."""
-        one = self.chosen
-        scales = ", ".join(f"{other.scale:g}" for other in self.tried)
-        return (
-            f"{self.scale:g} of the update is kept ({self.reason}; tried: {scales}): it gains {one.gain:.4f} ± "
-            f"{one.standard_error:.4f} nats per token on {self.num_samples} held-out samples and moves the model by "
-            f"{one.drift:.4f} on its own text"
-        )
 
 
 def fit_step(model: nn.Module, config: TrainConfig, selection: Samples, text: Samples, feeding: Feeding) -> FittedStep:

@@ -7,7 +7,6 @@ call with the same settings and `resume="auto"` resumes from it. Two calls at on
 refused.
 """
 
-import json
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from osft import storage
+from osft.models.training_summary import TrainingSummary
 from osft.process.errors import note_in
 from osft.process.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
 from osft.process.termination import CAN_PASS_ON, children, passing_on
@@ -96,7 +96,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
         fill(config, output)
         finished = finished_run(config, output, made_of)
         if finished:
-            fetch_models(config, output, finished.summary["checkpoints"])
+            fetch_models(config, output, finished.summary.checkpoints)
             return finished
         state = state_to_resume(config, output, made_of)
         selection = held_out_selection(config, data, replay)
@@ -133,8 +133,8 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
         with Follower(output, callbacks, after=after) if config.node_rank == 0 else nullcontext():
             summary = _run_processes(_launch_config(config, processes), work)
         if not (output / SUMMARY).is_file():  # not node 0, and a folder of its own
-            write_sealed(output / SUMMARY, summary)
-        fetch_models(config, output, summary["checkpoints"])
+            write_sealed(output / SUMMARY, summary.to_dict())
+        fetch_models(config, output, summary.checkpoints)
     return TrainResult(output, summary, uri=run_uri(config))
 
 
@@ -192,7 +192,7 @@ def _launch_config(config: TrainConfig, processes: int) -> "LaunchConfig":
     )
 
 
-def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, Any]:
+def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> TrainingSummary:
     """Start `osft.training.worker` in each process, wait, and return the summary. Raises RuntimeError if one fails."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -216,8 +216,7 @@ def _run_processes(launch: "LaunchConfig", work: dict[str, Any]) -> dict[str, An
                     raise
                 _tell_interruption(error, signal.Signals(signum))
                 raise SignalException(f"asked to end by signal {signum}", signal.Signals(signum)) from None
-        summary: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
-        return summary
+        return TrainingSummary.from_json(summary_file.read_bytes(), str(summary_file))
     except ChildFailedError as error:
         raise _training_failed(error) from None
     except (RendezvousError, torch.distributed.DistError) as error:

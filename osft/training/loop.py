@@ -324,7 +324,7 @@ def run(
         )
         if saving:
             written = _write_models(saving, config, step, position, metrics, is_last=is_last)
-            rounding = asdict(written[-1].rounding) if written and written[-1].rounding else {}
+            rounding = written[-1].rounding.to_dict() if written and written[-1].rounding else {}
             metrics = replace(metrics, checkpoints=tuple(model.path for model in written), **rounding)
         on_step(metrics)
         if is_last:

@@ -20,6 +20,7 @@ summary.
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,7 @@ def fill(config: TrainConfig, output: Path) -> None:
         (output / MODELS).mkdir(exist_ok=True)
 
 
-def fetch_models(config: TrainConfig, output: Path, models: list[str]) -> None:
+def fetch_models(config: TrainConfig, output: Path, models: Sequence[str]) -> None:
     """Have those of a run's models here that an earlier start wrote. Only node 0 needs them."""
     if storage.is_remote(config.ckpt_output_dir) and config.node_rank == 0:
         for model in models:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from osft import storage
+from osft.models.training_summary import FittedStep, SavedUpdate, TrainingSummary, WeightSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +15,7 @@ class TrainResult:
 
     output_dir: Path
     """The run's ckpt_output_dir; where that is a URI, the scratch folder of this node."""
-    summary: dict[str, Any]
+    summary: TrainingSummary
     """Counts, timings, memory, losses, rank layout and settings; the content of `training.json`."""
     reused: bool = False
     """True if the run had already finished and nothing was trained."""
@@ -31,17 +32,17 @@ class TrainResult:
         """`checkpoint` where others find it: its URI if the run has one, else its path."""
         if self.checkpoint is None:
             return None
-        return storage.join(self.uri or self.output_dir, self.summary["checkpoints"][-1])
+        return storage.join(self.uri or self.output_dir, self.summary.checkpoints[-1])
 
     @property
     def checkpoints(self) -> list[Path]:
         """All models that the run wrote, in their order. Of a run with a URI, only node 0 has them."""
-        return [self.output_dir / folder for folder in self.summary["checkpoints"]]
+        return [self.output_dir / folder for folder in self.summary.checkpoints]
 
     @property
     def best_checkpoint(self) -> Path | None:
         """The model with the lowest validation loss, with `save_best_val_loss`."""
-        folder = self.summary["best_checkpoint"]
+        folder = self.summary.best_checkpoint
         return self.output_dir / folder if folder else None
 
     @property
@@ -57,73 +58,63 @@ class TrainResult:
     @property
     def num_steps(self) -> int:
         """Optimizer steps."""
-        return int(self.summary["steps"])
+        return self.summary.steps
 
     @property
     def num_samples(self) -> int:
         """Samples processed, epochs included."""
-        return int(self.summary["samples"])
+        return self.summary.samples
 
     @property
     def num_tokens(self) -> int:
         """Tokens processed, epochs included."""
-        return int(self.summary["tokens"])
+        return self.summary.tokens
 
     @property
     def num_loss_tokens(self) -> int:
         """Of these, the tokens that counted in the loss."""
-        return int(self.summary["loss_tokens"])
+        return self.summary.loss_tokens
 
     @property
     def final_loss(self) -> float:
         """Loss of the last step, in nats per token."""
-        return float(self.summary["final_loss"])
+        return self.summary.final_loss
 
     @property
     def timings(self) -> dict[str, float]:
         """Seconds: `load`, `train`, `save`."""
-        return {name: self.summary[f"{name}_seconds"] for name in ("load", "train", "save")}
+        return {
+            "load": self.summary.load_seconds,
+            "train": self.summary.train_seconds,
+            "save": self.summary.save_seconds,
+        }
 
     @property
     def peak_memory_bytes(self) -> int:
         """Of the first process: the GPU allocator's peak, or the resident memory's on a CPU."""
-        return int(self.summary["peak_memory_bytes"])
+        return self.summary.peak_memory_bytes
 
     @property
-    def rank_layout(self) -> dict[str, dict[str, Any]]:
-        """Target weight -> `shape`, number of `unfrozen` and `frozen` directions, `update_norm`, `weight_norm`.
-
-        Also the `effective_rank` of the update: how many of the unfrozen directions it is spread over; with
-        protect="activations" its `predicted_drift`, and where the run had text to measure it on, its `sampled_drift`
-        (`osft.training.sampled_drift`), in nats per token.
-        """
-        layout: dict[str, dict[str, Any]] = self.summary["rank_layout"]
-        return layout
+    def rank_layout(self) -> dict[str, WeightSummary]:
+        """By target weight: its split, the norm, the effective rank and the drift of its update."""
+        return self.summary.rank_layout
 
     @property
-    def saved(self) -> dict[str, Any] | None:
-        """How the last model was written (`dtype`, `rounding`), and what that did to the update.
-
-        `update_lost`, `rounding_error` and `frozen_share` are those of osft/training/saving.py. None without a model.
-        """
-        described: dict[str, Any] | None = self.summary.get("saved")
-        return described
+    def saved(self) -> SavedUpdate | None:
+        """How the last model was written, and what that did to the update. None without a model."""
+        return self.summary.saved
 
     @property
-    def fitted_step(self) -> dict[str, Any] | None:
-        """With fit_step: which part of the update was kept, and the gain and drift of each that was tried.
-
-        The fields of `osft.training.fitting.FittedStep`.
-        """
-        fitted: dict[str, Any] | None = self.summary.get("fitted_step")
-        return fitted
+    def fitted_step(self) -> FittedStep | None:
+        """With fit_step: which part of the update was kept, and the gain and drift of each that was tried."""
+        return self.summary.fitted_step
 
     def __repr__(self) -> str:
         summary, timings = self.summary, self.timings
-        loss = f"{summary['first_loss']:.4f} -> {self.final_loss:.4f}"
-        if summary["validation_loss"] is not None:
-            loss += f", validation {summary['validation_loss']:.4f}"
-        ranks = [layout["unfrozen"] for layout in self.rank_layout.values()]
+        loss = f"{summary.first_loss:.4f} -> {self.final_loss:.4f}"
+        if summary.validation_loss is not None:
+            loss += f", validation {summary.validation_loss:.4f}"
+        ranks = [layout.unfrozen for layout in self.rank_layout.values()]
         spread = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
         lines = [
             f"TrainResult{' (finished before, nothing trained)' if self.reused else ''}",
@@ -132,31 +123,30 @@ class TrainResult:
             f"  loss        {loss} nats per token",
             f"  steps       {self.num_steps:,} ({self.num_samples:,} samples, {self.num_tokens:,} tokens, "
             f"{self.num_loss_tokens:,} with loss)",
-            f"  parameters  {summary['trainable_parameters']:,} trainable of {summary['total_parameters']:,}",
+            f"  parameters  {summary.trainable_parameters:,} trainable of {summary.total_parameters:,}",
             f"  rank        {spread} unfrozen directions in {len(ranks)} weights",
             *_fitted_line(self.fitted_step),
             *_saved_line(self.saved),
             f"  time        {timings['load']:.1f} s load, {timings['train']:.1f} s train, {timings['save']:.1f} s save",
-            f"  memory      {self.peak_memory_bytes / 2**30:.2f} GiB at most, {summary['world_size']} x "
-            f"{summary['device']}",
+            f"  memory      {self.peak_memory_bytes / 2**30:.2f} GiB at most, {summary.world_size} x {summary.device}",
         ]
         return "\n".join(lines)
 
 
-def _fitted_line(fitted: dict[str, Any] | None) -> list[str]:
+def _fitted_line(fitted: FittedStep | None) -> list[str]:
     if fitted is None:
         return []
-    taken = next(tried for tried in fitted["tried"] if tried["scale"] == fitted["scale"])
+    taken = fitted.chosen
     return [
-        f"  step        {fitted['scale']:g} of the update ({fitted['reason']}): gain {taken['gain']:.4f} ± "
-        f"{taken['standard_error']:.4f}, drift {taken['drift']:.4f} nats per token"
+        f"  step        {fitted.scale:g} of the update ({fitted.reason}): gain {taken.gain:.4f} ± "
+        f"{taken.standard_error:.4f}, drift {taken.drift:.4f} nats per token"
     ]
 
 
-def _saved_line(saved: dict[str, Any] | None) -> list[str]:
-    if saved is None or saved["rounding"] == "none" or saved["update_lost"] is None:
+def _saved_line(saved: SavedUpdate | None) -> list[str]:
+    if saved is None or saved.rounding == "none" or saved.update_lost is None:
         return []
     return [
-        f"  saved       {saved['dtype']}, rounded ({saved['rounding']}): {saved['update_lost']:.1%} of the update is "
+        f"  saved       {saved.dtype}, rounded ({saved.rounding}): {saved.update_lost:.1%} of the update is "
         "not in the weights; exact/ keeps it"
     ]

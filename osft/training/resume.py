@@ -16,11 +16,14 @@ resume="off"                                   removes what is there and trains 
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from osft import storage
+from osft.models.training_summary import TrainingSummary
 from osft.settings.training import TrainConfig
+from osft.storage.record import RecordError
 from osft.storage.sealed import DamagedFile, read_sealed
 from osft.training.identity import MADE_OF, cannot_be_compared, differences
 from osft.training.mirror import METRICS, MODELS, POSITION, SETTINGS, STOP_FILE, SUMMARY
@@ -38,13 +41,14 @@ def finished_run(config: TrainConfig, output: Path, made_of: dict[str, str]) -> 
     """
     if config.resume == "off" or not (output / SUMMARY).is_file():
         return None
-    summary = read_sealed(output / SUMMARY, _RESUME_OR_TRAIN_AGAIN)
-    if lacking := [name for name in ("config", "checkpoints", "steps") if name not in summary]:
-        raise DamagedFile(f"{output / SUMMARY} has no {lacking[0]!r}, so it is no run's. {_RESUME_OR_TRAIN_AGAIN}")
-    _check_same_run(summary["config"], config, made_of, output, "a finished")
-    if "metrics_sha256" in summary:
-        _check_metrics(output / METRICS, summary["steps"], summary["metrics_sha256"], _TRAIN_AGAIN)
-    if gone := _gone(config, output, summary["checkpoints"], summary.get("checkpoint_files", {})):
+    try:
+        summary = TrainingSummary.read(output / SUMMARY, _RESUME_OR_TRAIN_AGAIN)
+    except RecordError as error:
+        raise DamagedFile(f"{error}. {_RESUME_OR_TRAIN_AGAIN}") from None
+    _check_same_run(summary.config, config, made_of, output, "a finished")
+    if summary.metrics_sha256:
+        _check_metrics(output / METRICS, summary.steps, summary.metrics_sha256, _TRAIN_AGAIN)
+    if gone := _gone(config, output, summary.checkpoints, summary.checkpoint_files):
         print(f"train: {output} was finished, but {', '.join(gone)} is not there or not whole any more", flush=True)
         return None
     return TrainResult(output, summary, reused=True, uri=run_uri(config))
@@ -180,7 +184,7 @@ def _models(config: TrainConfig, output: Path) -> set[str]:
     return found
 
 
-def _gone(config: TrainConfig, output: Path, models: list[str], files: dict[str, dict[str, int]]) -> list[str]:
+def _gone(config: TrainConfig, output: Path, models: Sequence[str], files: dict[str, dict[str, int]]) -> list[str]:
     """Those of the models that are not there, or lack a file or a part of one. `files`: as `model_files`, by model."""
     if not models:
         return []

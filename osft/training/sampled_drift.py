@@ -33,7 +33,6 @@ statistics are of more text.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +41,7 @@ from torch import nn
 from osft.data.packing import Feeding
 from osft.data.samples import Samples
 from osft.models.likelihood import cross_entropy, target_logits
+from osft.models.training_summary import SamplingQuality
 from osft.subspace.calibration import sample_tokens
 from osft.subspace.model import osft_layers
 from osft.subspace.weight import local
@@ -64,9 +64,10 @@ class SampledDrift:
     relative_error: float
     """Standard error of each value as a share of it, root mean square over the targets."""
 
-    def described(self) -> dict[str, Any]:
+    @property
+    def quality(self) -> SamplingQuality:
         """How well it is known, for the summary of a run."""
-        return {"draws": self.draws, "relative_error": self.relative_error}
+        return SamplingQuality(draws=self.draws, relative_error=self.relative_error)
 
 
 def sampled_drift(

@@ -6,7 +6,6 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,14 @@ from osft.data.samples import JoinedSamples, SampleList, Samples, SubsetOfSample
 from osft.models.checkpoint import tensor_sha256
 from osft.models.conversion import ModelWeights
 from osft.models.origin import Origin, read_origin
+from osft.models.training_summary import (
+    PreflightResult,
+    ReplaySource,
+    ReplaySummary,
+    SavedUpdate,
+    TrainingSummary,
+    WeightSummary,
+)
 from osft.process.errors import noted
 from osft.process.parent import end_with_parent
 from osft.settings.schedule import warmup_warning
@@ -178,48 +185,51 @@ def train_process(work: dict[str, Any]) -> None:
         history = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
     checkpoints = [path for line in history for path in line["checkpoints"]]
     origin = read_origin(output / checkpoints[-1]) if checkpoints else None  # of the model that the run is for
-    summary = {
-        "config": config.to_dict() | {"dataset": dataset.name, MADE_OF: work["made_of"]},
-        "steps": position.step,
-        "samples": position.samples,
-        "tokens": position.tokens,
-        "loss_tokens": position.loss_tokens,
-        "first_loss": history[0]["loss"],
-        "final_loss": history[-1]["loss"],
-        "validation_loss": history[-1]["validation_loss"],
-        "best_validation_loss": position.best_validation_loss,
-        "checkpoints": checkpoints,
-        "checkpoint_files": {path: model_files(output / path) for path in checkpoints} if rank == 0 else {},
-        "best_checkpoint": position.best_checkpoint,
-        "metrics_sha256": metrics_sha256(output / METRICS, position.step) if rank == 0 else "",
-        "world_size": world_size,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "liger": work["liger"],
-        "preflight": preflight.to_dict(),
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "load_seconds": loaded - started,
-        "train_seconds": seconds - outputs.seconds,
-        "save_seconds": outputs.seconds,
-        "peak_memory_bytes": _peak_memory(device),
-        "rank_layout": {
-            name: _layout(described, factors.split_kinds[name], *norms[name], effective_ranks[name])
-            | ({"predicted_drift": predicted[name]} if predicted else {})
-            | ({"sampled_drift": sampled.by_target[name]} if sampled else {})
-            | (asdict(origin.weights[name]) if origin else {})
+    settings = config.to_dict() | {"dataset": dataset.name, MADE_OF: work["made_of"]}
+    summary = TrainingSummary(
+        config=json.loads(json.dumps(settings)),
+        steps=position.step,
+        samples=position.samples,
+        tokens=position.tokens,
+        loss_tokens=position.loss_tokens,
+        first_loss=history[0]["loss"],
+        final_loss=history[-1]["loss"],
+        validation_loss=history[-1]["validation_loss"],
+        best_validation_loss=position.best_validation_loss,
+        checkpoints=tuple(checkpoints),
+        checkpoint_files={path: model_files(output / path) for path in checkpoints} if rank == 0 else {},
+        best_checkpoint=position.best_checkpoint,
+        metrics_sha256=metrics_sha256(output / METRICS, position.step) if rank == 0 else "",
+        world_size=world_size,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        liger=work["liger"],
+        preflight=PreflightResult(**preflight.to_dict()),
+        trainable_parameters=trainable,
+        total_parameters=total,
+        load_seconds=loaded - started,
+        train_seconds=seconds - outputs.seconds,
+        save_seconds=outputs.seconds,
+        peak_memory_bytes=_peak_memory(device),
+        rank_layout={
+            name: WeightSummary(
+                **_layout(described, factors.split_kinds[name], *norms[name], effective_ranks[name]),
+                predicted_drift=predicted.get(name),
+                sampled_drift=sampled.by_target[name] if sampled else None,
+                **(dict(origin.weights[name]) if origin else {}),
+            )
             for name, described in factors.weights.items()
         },
-        "fitted_step": asdict(fitted) if fitted else None,
-        "sampled_drift": sampled.described() if sampled else None,
-        "saved": None if origin is None else _described(origin),
-        "statistics": asdict(origin.statistics) if origin and origin.statistics else None,
-        "replay": _replayed(replay),
-    }
+        fitted_step=fitted,
+        sampled_drift=sampled.quality if sampled else None,
+        saved=_saved(origin) if origin else None,
+        statistics=origin.statistics if origin else None,
+        replay=_replayed(replay),
+    )
     mirror.check_owner()
     if rank == 0:
-        write_sealed(output / SUMMARY, summary)
+        write_sealed(output / SUMMARY, summary.to_dict())
     if os.environ["LOCAL_RANK"] == "0":
-        write_json(Path(work["summary_file"]), summary)
+        write_json(Path(work["summary_file"]), summary.to_dict())
     if world_size > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -245,19 +255,28 @@ def _start(stored: ModelWeights, targets: list[str]) -> str:
     return f"starts from weights that are rounded to {dtype}: {stored.folder} keeps no exact ones"
 
 
-def _replayed(replay: Path | None) -> dict[str, Any] | None:
-    """What was replayed in each epoch: num_samples, num_tokens, num_loss_tokens, and the `sources` that it is from."""
+def _replayed(replay: Path | None) -> ReplaySummary | None:
+    """What was replayed in each epoch."""
     if replay is None:
         return None
     statistics = open_dataset(replay).statistics
-    counts = {name: statistics[name] for name in ("num_tokens", "num_loss_tokens", "sources")}
-    return {"num_samples": statistics["num_train_samples"]} | counts
+    return ReplaySummary(
+        num_samples=statistics["num_train_samples"],
+        num_tokens=statistics["num_tokens"],
+        num_loss_tokens=statistics["num_loss_tokens"],
+        sources=tuple(ReplaySource(**source) for source in statistics["sources"]),
+    )
 
 
-def _described(origin: Origin) -> dict[str, Any]:
+def _saved(origin: Origin) -> SavedUpdate:
     """How the last model was written, and what that did to the update as a whole."""
-    names = ("base_model", "starts_from_exact", "dtype", "rounding")
-    return {name: getattr(origin, name) for name in names} | asdict(origin.total)
+    return SavedUpdate(
+        base_model=origin.base_model,
+        starts_from_exact=origin.starts_from_exact,
+        dtype=origin.dtype,
+        rounding=origin.rounding,
+        **dict(origin.total),
+    )
 
 
 def _layout(
@@ -268,7 +287,7 @@ def _layout(
     `shape` is (m, n), or (experts, m, n) with a split for each. Norms are Frobenius'.
     """
     return {
-        "shape": described["shape"],
+        "shape": tuple(described["shape"]),
         "unfrozen": described["rank"],
         "frozen": num_directions(described["shape"], split_kind) - described["rank"],
         "weight_norm": weight_norm,

@@ -16,6 +16,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from osft import osft, rounds
+from osft.models.training_summary import TrainingSummary
 from osft.tracking import runs
 from osft.training import TrainResult
 from tests.cluster.cluster import Cluster
@@ -178,8 +179,8 @@ class Round:
             time.sleep(0.02)
 
     def losses(self) -> list[float]:
-        result = TrainResult(self.output, json.loads((self.output / "training.json").read_text()))
-        assert result.summary["world_size"] == 2
+        result = TrainResult(self.output, TrainingSummary.read(self.output / "training.json"))
+        assert result.summary.world_size == 2
         assert LlamaForCausalLM.from_pretrained(result.checkpoint).num_parameters() > 0
         return [step["loss"] for step in result.history]
 

@@ -9,12 +9,38 @@ import torch
 from safetensors.torch import save_file
 
 from osft.evaluation import matrix as measures
+from osft.evaluation.record import Evaluation
+from osft.evaluation.report import render_report
+from osft.models.training_summary import TrainingSummary, WeightSummary
 from osft.subspace.factor_set import FORMAT, FactorSet, load_factor_set
 
 TASKS = ("sarcasm-headlines", "science-questions", "film-reviews")
 ANCHORS = ("web-text", "code-comments")
 SELF_WRITTEN = "self-written text"
 SCRIPT = "<script>alert(1)</script>"
+
+
+def rendered(evaluation: dict[str, Any], **inputs: Any) -> str:
+    """The page of inputs as they are in a round's files."""
+    if training := inputs.get("training"):
+        inputs = inputs | {"training": a_summary(training)}
+    return render_report(an_evaluation(evaluation), **inputs)
+
+
+def a_summary(plain: dict[str, Any]) -> TrainingSummary:
+    """The record of what `new_training` gave."""
+    return TrainingSummary.from_dict(plain, "training.json")
+
+
+def an_evaluation(plain: dict[str, Any]) -> Evaluation:
+    """The record of what `new_evaluation` gave."""
+    return Evaluation.from_dict(plain, "evaluation.json")
+
+
+def a_weight(**changes: Any) -> WeightSummary:
+    """What training says of a square weight of 8 rows."""
+    layout = {"unfrozen": 4, "frozen": 4, "weight_norm": 4.0, "update_norm": 1.0, "effective_rank": 2.0}
+    return WeightSummary(shape=(8, 8), **layout | changes)
 
 
 def new_evaluation(rounds: int = 1, *, benchmarks: bool = False) -> dict[str, Any]:
@@ -254,6 +280,12 @@ def new_training(factors: FactorSet) -> dict[str, Any]:
             "model_path": "/storage/models/smollm2-135m-instruct",
         },
         "steps": 2,
+        "samples": 100,
+        "first_loss": 4.0,
+        "final_loss": 2.0,
+        "validation_loss": None,
+        "checkpoints": ["hf_format/samples_100.0"],
+        "best_checkpoint": None,
         "tokens": 3796,
         "loss_tokens": 226,
         "world_size": 2,

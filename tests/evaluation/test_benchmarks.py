@@ -90,8 +90,8 @@ def test_result_is_the_accuracy_of_the_most_probable_answer(folder, model, token
     found = benchmarks.run(model, byte_tokenizer())["larger"]
     expected = accuracy(model, tokenizer, seed=0)
     assert 0 < expected < 1
-    assert found["value"] == expected
-    assert found["stderr"] == pytest.approx(math.sqrt(expected * (1 - expected) / (QUESTIONS - 1)))
+    assert found.value == expected
+    assert found.stderr == pytest.approx(math.sqrt(expected * (1 - expected) / (QUESTIONS - 1)))
 
 
 def test_group_has_its_aggregate_and_one_without_its_tasks(folder, model, tokenizer):

@@ -122,26 +122,26 @@ SETS = [
 
 def test_evaluation_has_the_drift_from_each_other_model_on_every_set(models):
     found = evaluate(models, SETS, num_examples=0)
-    assert list(found["drift"]) == ["base", "champion"]
+    assert list(found.drift) == ["base", "champion"]
     others = {"base": base(), "champion": moved(base(), 0.05)}
     for name, other in others.items():
-        assert list(found["drift"][name]) == [s.name for s in SETS]
+        assert list(found.drift[name]) == [s.name for s in SETS]
         for s in SETS:
             expected = measure_drift(other, moved(base(), 0.1), TOKENIZERS, s.records).summary()
-            assert found["drift"][name][s.name] == expected.to_dict()
+            assert found.drift[name][s.name] == expected
 
 
 def test_on_self_written_text_drift_is_all_that_is_measured(models):
     found = evaluate(models, SETS, num_examples=1)
-    assert found["sets"]["written"]["role"] == "self-written"
+    assert found.sets["written"].role == "self-written"
     scored = {"new", "old", "web"}
-    assert all(set(found["results"][name]) == scored for name in models)
-    assert all(set(changes) == scored for changes in found["changes"].values())
+    assert all(set(found.results[name]) == scored for name in models)
+    assert all(set(changes) == scored for changes in found.changes.values())
 
 
 def test_candidate_that_is_the_base_model_has_not_drifted(models):
     found = evaluate({"base": models["base"], "candidate": models["base"]}, SETS, num_examples=0)
-    assert {drift["kl"] for drift in found["drift"]["base"].values()} == {0.0}
+    assert {drift.kl for drift in found.drift["base"].values()} == {0.0}
 
 
 def test_drift_of_models_that_cannot_be_compared_is_none(models, tmp_path):
@@ -150,7 +150,7 @@ def test_drift_of_models_that_cannot_be_compared_is_none(models, tmp_path):
     store = str(tmp_path / "store")
     for _ in range(2):  # measured, and read from the store
         found = evaluate(models | {"candidate": str(tmp_path)}, SETS[:1], num_examples=0, score_store=store)
-        assert found["drift"]["base"] == {"new": None}
+        assert found.drift["base"] == {"new": None}
 
 
 def test_text_that_the_base_model_wrote_is_found_from_its_factors(model_folder, tmp_path):
@@ -168,7 +168,7 @@ def test_drift_is_measured_again_for_other_records_and_the_other_direction(model
     def kl(candidate: str, reference: str, of_set: EvaluationSet) -> float:
         pair = {"base": models[reference], "candidate": models[candidate]}
         found = evaluate(pair, [of_set], num_examples=0, score_store=str(tmp_path))
-        return found["drift"]["base"][of_set.name]["kl"]
+        return found.drift["base"][of_set.name].kl
 
     other = replace(SETS[0], records=SETS[0].records[:2])
     values = [

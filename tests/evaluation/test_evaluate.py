@@ -11,6 +11,7 @@ import yaml
 from osft.data.records import DataError, Record
 from osft.evaluation.evaluate import EvaluationSet, evaluate, load_set
 from osft.evaluation.gate import GateRules, decide
+from osft.evaluation.record import BenchmarkTask, EvaluatedModel
 from osft.evaluation.scoring import changes, generate, score_records
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama, write_jsonl
 
@@ -81,58 +82,58 @@ def loaded(monkeypatch: pytest.MonkeyPatch, in_memory: list[int]) -> list[str]:
 
 
 def test_results_are_each_models_scores(evaluation):
-    assert list(evaluation["results"]) == list(SEEDS)
+    assert list(evaluation.results) == list(SEEDS)
     for name, seed in SEEDS.items():
         for s in SETS:
             expected = score_records(tiny_llama(seed).eval(), byte_tokenizer(), s.records).summary()
-            assert evaluation["results"][name][s.name] == expected.to_dict()
+            assert evaluation.results[name][s.name] == expected
 
 
 def test_changes_are_the_candidates_against_each_other_model(evaluation):
-    assert list(evaluation["changes"]) == ["base", "champion"]
+    assert list(evaluation.changes) == ["base", "champion"]
     scores = {
         name: score_records(tiny_llama(seed).eval(), byte_tokenizer(), SETS[1].records) for name, seed in SEEDS.items()
     }
     for name in ("base", "champion"):
-        assert evaluation["changes"][name]["new"] == changes(scores[name], scores["candidate"])
-    assert evaluation["changes"]["base"]["text"]["accuracy"] is None
+        assert evaluation.changes[name]["new"] == changes(scores[name], scores["candidate"])
+    assert evaluation.changes["base"]["text"].accuracy is None
 
 
 def test_what_was_evaluated_is_described(evaluation, models):
-    assert evaluation["task"] == "new"
-    assert evaluation["reference"] == "champion"
-    assert evaluation["models"] == {name: {"path": path, "version": None} for name, path in models.items()}
-    assert evaluation["sets"]["old"] == {
+    assert evaluation.task == "new"
+    assert evaluation.reference == "champion"
+    assert evaluation.models == {name: EvaluatedModel(path=path, version=None) for name, path in models.items()}
+    assert evaluation.sets["old"].to_dict() == {
         "role": "earlier task",
         "source": "old.jsonl",
         "num_samples": 5,
         "notes": [],
     }
-    assert evaluation["benchmarks"] is None
+    assert evaluation.benchmarks is None
 
 
 def test_evaluation_is_json_and_can_be_decided_on(evaluation):
-    decision = decide(json.loads(json.dumps(evaluation)), GateRules())
+    decision = decide(json.loads(evaluation.to_json()), GateRules())
     assert [rule["rule"] for rule in decision["rules"]] == ["min_gain", "max_forgetting", "max_drift"]
 
 
 def test_examples_show_the_new_and_the_earlier_tasks_with_every_models_answer(evaluation):
-    assert [example["set"] for example in evaluation["examples"]] == ["new", "new", "old", "old"]
-    record, shown = SETS[2].records[1], evaluation["examples"][3]
-    assert shown["prompt"] == record.messages[0]["content"]
-    assert shown["reference"] == record.messages[1]["content"]
+    assert [example.set for example in evaluation.examples] == ["new", "new", "old", "old"]
+    record, shown = SETS[2].records[1], evaluation.examples[3]
+    assert shown.prompt == record.messages[0]["content"]
+    assert shown.reference == record.messages[1]["content"]
     answers = {name: generate(tiny_llama(seed).eval(), byte_tokenizer(), record) for name, seed in SEEDS.items()}
-    assert shown["answers"] == answers
+    assert shown.answers == answers
     assert len(set(answers.values())) > 1
 
 
 def test_first_round_compares_with_the_base_model(models):
     first = {name: models[name] for name in ("candidate", "base")}
     found = evaluate(first, SETS, num_examples=0)
-    assert found["reference"] == "base"
-    assert list(found["models"]) == list(found["results"]) == ["base", "candidate"]
-    assert list(found["changes"]) == ["base"]
-    assert found["examples"] == []
+    assert found.reference == "base"
+    assert list(found.models) == list(found.results) == ["base", "candidate"]
+    assert list(found.changes) == ["base"]
+    assert found.examples == ()
 
 
 def test_models_are_loaded_one_after_the_other_and_beside_the_candidate_for_the_drift(models, loaded, in_memory):
@@ -144,7 +145,7 @@ def test_models_are_loaded_one_after_the_other_and_beside_the_candidate_for_the_
 def test_what_is_in_the_store_loads_no_model(evaluation, models, store, loaded):
     again = evaluate(models, SETS, num_examples=2, score_store=store)
     assert loaded == []
-    assert again | {"created": ""} == evaluation | {"created": ""}
+    assert again.replace(created="") == evaluation.replace(created="")
 
 
 def test_only_the_model_that_is_new_is_loaded(evaluation, models, store, loaded, tmp_path):
@@ -153,7 +154,7 @@ def test_only_the_model_that_is_new_is_loaded(evaluation, models, store, loaded,
     next_round = {"base": models["base"], "champion": models["candidate"], "candidate": str(tmp_path)}
     found = evaluate(next_round, SETS, num_examples=2, score_store=store)
     assert loaded == [str(tmp_path), models["base"], str(tmp_path), models["candidate"]]
-    assert found["results"]["champion"] == evaluation["results"]["candidate"]
+    assert found.results["champion"] == evaluation.results["candidate"]
 
 
 @pytest.mark.parametrize(
@@ -233,12 +234,12 @@ def test_benchmarks_are_measured_once_and_compared(models, loaded, tmp_path):
     }
     found = evaluate(models, SETS, **settings)
     assert len(loaded) == 6
-    assert found["benchmarks"]["tasks"] == {"larger": {"metric": "acc", "higher_is_better": True, "num_samples": 8}}
-    assert list(found["benchmarks"]["results"]) == list(models)
-    assert evaluate(models, SETS, **settings)["benchmarks"] == found["benchmarks"]
+    assert found.benchmarks.tasks == {"larger": BenchmarkTask(metric="acc", higher_is_better=True, num_samples=8)}
+    assert list(found.benchmarks.results) == list(models)
+    assert evaluate(models, SETS, **settings).benchmarks == found.benchmarks
     assert len(loaded) == 6
-    (rule,) = [rule for rule in decide(found, GateRules())["rules"] if rule["subject"] == "larger"]
-    assert rule["after"] == found["benchmarks"]["results"]["candidate"]["larger"]["value"]
+    (rule,) = [rule for rule in decide(found.to_dict(), GateRules())["rules"] if rule["subject"] == "larger"]
+    assert rule["after"] == found.benchmarks.results["candidate"]["larger"].value
 
 
 def test_benchmark_that_cannot_run_is_refused_before_a_model_is_looked_for(tmp_path):

@@ -115,7 +115,7 @@ def of_tasks(values: list[float | None], metric: str = "accuracy", **anchors: fl
 
 
 def test_description_holds_the_matrix_and_its_numbers():
-    found = matrix.describe(ROUNDS, of_tasks(BASELINE), [of_tasks(row) for row in R])
+    found = matrix.describe(ROUNDS, of_tasks(BASELINE), [of_tasks(row) for row in R]).to_dict()
     assert found["rounds"][1:] == [{"task": "second", "version": 4}, {"task": "third", "version": None}]
     block = found["metrics"]["accuracy"]
     assert (block["baseline"], block["rows"]) == (BASELINE, R)
@@ -135,15 +135,17 @@ def test_description_holds_the_drift_from_the_base_model_after_each_round():
         {"first": {"loss": 1.0, "kl_base": 0.2}, "web": {"kl_base": 0.01, "kl_base_stderr": 0.001}},
         {"first": {"loss": 1.0}, "web": {"kl_base": 0.02, "kl_champion": 0.01}, "own": {"kl_base": 0.0}},
     ]
-    found = matrix.describe(ROUNDS[:2], {}, scores, anchors=["web"])
+    found = matrix.describe(ROUNDS[:2], {}, scores, anchors=["web"]).to_dict()
     assert found["drift"] == {"first": [0.2, None], "web": [0.01, 0.02], "own": [None, 0.0]}
     assert found["anchors"] == {"web": {}}
-    assert matrix.describe(ROUNDS[:1], {}, scores[1:], anchors=["none"])["drift"] == {"web": [0.02], "own": [0.0]}
+    assert matrix.describe(ROUNDS[:1], {}, scores[1:], anchors=["none"]).drift == {"web": (0.02,), "own": (0.0,)}
 
 
 def test_description_of_losses_keeps_them_as_measured_and_counts_a_rise_as_forgetting():
     losses = [[1.0, 2.5], [1.5, 2.0]]
-    found = matrix.describe(ROUNDS[:2], of_tasks([3.0, 3.5], "loss"), [of_tasks(row, "loss") for row in losses])
+    found = matrix.describe(
+        ROUNDS[:2], of_tasks([3.0, 3.5], "loss"), [of_tasks(row, "loss") for row in losses]
+    ).to_dict()
     block = found["metrics"]["loss"]
     assert (block["baseline"], block["rows"]) == ([3.0, 3.5], losses)
     assert block["average_accuracy"] == -1.75
@@ -154,7 +156,7 @@ def test_description_of_losses_keeps_them_as_measured_and_counts_a_rise_as_forge
 
 def test_description_leaves_out_the_numbers_whose_scores_are_missing():
     rows = [[1.0], [None, 2.0], [1.5, 2.5, 3.0]]
-    block = matrix.describe(ROUNDS, {}, [of_tasks(row, "loss") for row in rows])["metrics"]["loss"]
+    block = matrix.describe(ROUNDS, {}, [of_tasks(row, "loss") for row in rows]).to_dict()["metrics"]["loss"]
     assert block["rows"] == [[1.0, None, None], [None, 2.0, None], [1.5, 2.5, 3.0]]
     assert block["backward_transfer"] == -0.5
     assert block["forward_transfer"] is block["average_forgetting"] is None, "task first after round second"
@@ -164,7 +166,7 @@ def test_description_leaves_out_the_numbers_whose_scores_are_missing():
 @pytest.mark.parametrize("value", [None, math.nan])
 def test_description_has_accuracies_only_if_each_model_was_measured_on_what_it_had_learned(value):
     def metrics(rows: list) -> dict:
-        return matrix.describe(ROUNDS, {}, [of_tasks(row) for row in rows])["metrics"]
+        return matrix.describe(ROUNDS, {}, [of_tasks(row) for row in rows]).to_dict()["metrics"]
 
     assert metrics(LOWER)["accuracy"]["forward_transfer"] is None
     assert "accuracy" not in metrics([LOWER[0], [value, 0.7], LOWER[2]])
@@ -173,7 +175,9 @@ def test_description_has_accuracies_only_if_each_model_was_measured_on_what_it_h
 
 def test_description_follows_the_anchors_from_the_base_model_on():
     scores = [of_tasks([1.0], "loss", text=2.5), of_tasks([1.0, 1.0], "loss", text=None, late=4.0)]
-    found = matrix.describe(ROUNDS[:2], of_tasks([], "loss", text=2.0), scores, anchors=["text", "late"])["anchors"]
+    found = matrix.describe(ROUNDS[:2], of_tasks([], "loss", text=2.0), scores, anchors=["text", "late"]).to_dict()[
+        "anchors"
+    ]
     assert found == {
         "text": {"loss": {"baseline": 2.0, "values": [2.5, None]}},
         "late": {"loss": {"baseline": None, "values": [None, 4.0]}},
@@ -181,7 +185,7 @@ def test_description_follows_the_anchors_from_the_base_model_on():
 
 
 def test_first_round_is_described_without_transfer():
-    found = matrix.describe(ROUNDS[:1], of_tasks([3.0], "loss"), [of_tasks([1.0], "loss")])["metrics"]["loss"]
+    found = matrix.describe(ROUNDS[:1], of_tasks([3.0], "loss"), [of_tasks([1.0], "loss")]).to_dict()["metrics"]["loss"]
     assert found["average_accuracy"] == found["learning_accuracy"] == -1.0
     assert found["backward_transfer"] is found["forward_transfer"] is found["average_forgetting"] is None
     assert found["forgetting"] == {}

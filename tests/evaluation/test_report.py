@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from osft.data.packing import Batching
-from osft.evaluation.report import render_report
 from osft.evaluation.report.formats import format_duration, format_number, format_percent
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace.factor_set import FactorSet
@@ -20,6 +19,7 @@ from tests.evaluation.round_report import (
     new_factors,
     new_metrics,
     new_training,
+    rendered,
     rule,
 )
 
@@ -53,7 +53,7 @@ training = pytest.fixture(new_training)
 def page(factors: FactorSet) -> str:
     """The whole report of a third round, for tests that only read it."""
     inputs = {"training": new_training(factors), "metrics": new_metrics(), "dataset": new_dataset(), "cost": COST}
-    return render_report(new_evaluation(3, benchmarks=True), factors=factors, **inputs)
+    return rendered(new_evaluation(3, benchmarks=True), factors=factors, **inputs)
 
 
 def test_sections_are_there_in_order(page):
@@ -92,7 +92,7 @@ def test_rule_on_the_divergence_says_how_far_the_model_moved(page):
 def test_rule_that_needs_an_error_that_is_unknown_says_so(evaluation):
     unknown = rule("min_gain", "news", 0.2, 0.15, passed=False, stderr=None, standard_errors=2)
     evaluation["decision"]["rules"] = [unknown]
-    measured = Page(render_report(evaluation)).row("Gain on the new task min_gain")[5]
+    measured = Page(rendered(evaluation)).row("Gain on the new task min_gain")[5]
     assert measured == "gained 20.00 % compared: with an unknown standard error"
 
 
@@ -101,14 +101,14 @@ def test_rule_in_the_unit_of_its_metric_shows_no_percent(evaluation):
     evaluation["decision"]["rules"] = [
         rule("max_benchmark_regression", "arc_easy", -0.03, 0.02, passed=True, **numbers)
     ]
-    assert Page(render_report(evaluation)).row("Benchmark regression max_benchmark_regression")[1:] == [
+    assert Page(rendered(evaluation)).row("Benchmark regression max_benchmark_regression")[1:] == [
         *("✓ pass", "arc_easy acc", "base", "0.6100 → 0.6400", "gained 0.0300", "lose at most 0.0200")
     ]
 
 
 def test_rule_on_a_number_that_is_none_says_so(evaluation):
     evaluation["decision"]["rules"] = [rule("max_drift", "web-text", math.nan, 0.02, passed=False, stderr=None)]
-    assert Page(render_report(evaluation)).row("Drift of general ability max_drift")[5] == "not a number"
+    assert Page(rendered(evaluation)).row("Drift of general ability max_drift")[5] == "not a number"
 
 
 def test_promoted_page_does_not_say_refused(page):
@@ -119,7 +119,7 @@ def test_promoted_page_does_not_say_refused(page):
 def test_refused_page_gives_the_reason_and_the_failed_rule_first(evaluation):
     evaluation["decision"] |= {"promote": False, "reason": "web-text lost 2.04 %"}
     evaluation["decision"]["rules"].append(rule("max_drift", "code-comments", 0.0204, 0.02, passed=False))
-    html = render_report(evaluation)
+    html = rendered(evaluation)
     banner = html.split('class="banner bad"')[1].split("</div>")[0]
     assert "Refused" in banner
     assert "web-text lost 2.04 %" in banner
@@ -132,7 +132,7 @@ def test_refused_page_gives_the_reason_and_the_failed_rule_first(evaluation):
 def test_many_rules_hide_passed_ones_but_no_failed_one(evaluation):
     rules = [rule("max_forgetting", f"task {i}", 0.1, 0.05, passed=i % 2 == 0) for i in range(24)]
     evaluation["decision"]["rules"] = rules
-    visible, hidden = render_report(evaluation).split("<details><summary>12 more rules")
+    visible, hidden = rendered(evaluation).split("<details><summary>12 more rules")
     assert (visible.count("✗ fail"), visible.count("✓ pass")) == (12, 0)
     assert hidden.split("</details>")[0].count("✓ pass") == 12
 
@@ -149,7 +149,7 @@ def test_missing_inputs_drop_their_sections(
     evaluation, training, metrics, factors, dataset, left_out: set[str], missing: set[str]
 ):
     inputs = {"training": training, "metrics": metrics, "factors": factors, "dataset": dataset, "cost": COST}
-    html = render_report(evaluation, **{name: None if name in left_out else v for name, v in inputs.items()})
+    html = rendered(evaluation, **{name: None if name in left_out else v for name, v in inputs.items()})
     kept = [name for name in SECTIONS if name not in missing | {"benchmarks"}]
     assert re.findall(r'<section id="(\w+)">', html) == kept
     assert re.findall(r'<a href="#(\w+)">', html) == kept
@@ -160,24 +160,27 @@ def test_evaluation_as_it_comes_without_matrix_and_versions_renders(evaluation):
         evaluation.pop(name)
     for model in evaluation["models"].values():
         model.pop("version")
-    assert "no matrix of rounds and tasks here" in Page(render_report(evaluation)).text["rounds"]
+    assert "no matrix of rounds and tasks here" in Page(rendered(evaluation)).text["rounds"]
 
 
 def test_provenance_without_training_and_data_holds_the_models_only(evaluation):
-    text = Page(render_report(evaluation)).text["provenance"]
+    text = Page(rendered(evaluation)).text["provenance"]
     assert "/models/base" in text
     assert "Training settings" not in text
     assert "Training data" not in text
 
 
 def test_data_section_says_what_was_replayed(evaluation, training):
-    sources = [{"data_uri": f"/data/{name}.jsonl", "num_samples": number} for name, number in REPLAYED.items()]
-    training["replay"] = {"num_samples": 32, "num_tokens": 4321, "sources": sources}
-    text = Page(render_report(evaluation, training=training, dataset=new_dataset())).text["provenance"]
+    sources = [
+        {"data_uri": f"/data/{name}.jsonl", "dataset": "k", "num_samples": number, "num_tokens": 9}
+        for name, number in REPLAYED.items()
+    ]
+    training["replay"] = {"num_samples": 32, "num_tokens": 4321, "num_loss_tokens": 432, "sources": sources}
+    text = Page(rendered(evaluation, training=training, dataset=new_dataset())).text["provenance"]
     assert "Replayed32 samples (4,321 tokens)" in text
     assert "20 of /data/questions.jsonl, 12 of /data/reviews.jsonl" in text
     training["replay"] = None
-    assert "Replayed" not in render_report(evaluation, training=training, dataset=new_dataset())
+    assert "Replayed" not in rendered(evaluation, training=training, dataset=new_dataset())
 
 
 REPLAYED = {"questions": 20, "reviews": 12}
@@ -185,7 +188,7 @@ REPLAYED = {"questions": 20, "reviews": 12}
 
 def test_page_without_examples_has_no_such_section(evaluation):
     evaluation["examples"] = []
-    assert "Examples" not in render_report(evaluation)
+    assert "Examples" not in rendered(evaluation)
 
 
 def test_settings_and_counts_equal_the_inputs(page):
@@ -230,7 +233,7 @@ def hostile_inputs(factors: FactorSet, hostile: str) -> dict[str, Any]:
 
 def test_untrusted_text_is_escaped_everywhere(factors):
     hostile = f"{SCRIPT}\"'$x$&\x00"
-    html = render_report(**hostile_inputs(factors, hostile))
+    html = rendered(**hostile_inputs(factors, hostile))
     assert "<script" not in html
     assert "script" not in Page(html).tags
     by_section = {section: text.count("alert(1)") for section, text in Page(html).text.items()}
@@ -245,13 +248,14 @@ def test_prompt_with_a_script_is_shown_as_text(page):
 
 
 def test_what_rounding_did_to_the_update_is_told_with_what_it_cost(factors):
-    evaluation = new_evaluation() | {"exact": {"loss": 1.23456}}
+    evaluation = new_evaluation()
+    evaluation["exact"] = evaluation["results"]["candidate"][evaluation["task"]] | {"loss": 1.23456}
     training = new_training(factors)
-    text = Page(render_report(evaluation, training=training, factors=factors)).text["subspace"]
+    text = Page(rendered(evaluation, training=training, factors=factors)).text["subspace"]
     for said in ("bfloat16, rounded (nearest)", "27.2", "54.3", "39.9", "the exact ones of 1.2346"):
         assert said in text, said
     training["saved"] |= {"rounding": "none", "dtype": "float32"}
-    text = Page(render_report(new_evaluation(), training=training, factors=factors)).text["subspace"]
+    text = Page(rendered(new_evaluation(), training=training, factors=factors)).text["subspace"]
     assert "stored in float32, which holds the update" in text
     assert "frozen directions" not in text.split("What saving did")[1].split("Use of")[0]
 
@@ -259,7 +263,7 @@ def test_what_rounding_did_to_the_update_is_told_with_what_it_cost(factors):
 def test_split_by_inputs_is_told_as_such_and_no_update_is_compared_with_an_inputs_size(tmp_path, model_folder):
     subspace = SubspaceConfig(protect="activations", calibration_tokens=256, unfreeze_rank_ratio=0.25)
     found = compute_factors(model_folder, "none", tmp_path, subspace, batching=Batching.PACKED)
-    html = render_report(new_evaluation(), training=new_training(found), factors=found)
+    html = rendered(new_evaluation(), training=new_training(found), factors=found)
     text = Page(html).text["subspace"]
     held = re.search(r"frozen directions hold (\d+\.\d) % of the inputs' energy", " ".join(text.split()))
     assert 75 < float(held[1]) < 100, "the three quarters with the most"
@@ -308,12 +312,12 @@ def test_every_plot_has_a_title(page):
 
 
 def test_equal_inputs_give_equal_pages(factors):
-    assert render_report(new_evaluation(), factors=factors) == render_report(new_evaluation(), factors=factors)
+    assert rendered(new_evaluation(), factors=factors) == rendered(new_evaluation(), factors=factors)
 
 
 def test_page_with_lone_surrogates_can_be_written(evaluation, tmp_path):
     evaluation["examples"][0]["answers"]["candidate"] = json.loads(r'"\ud83d"')
-    (tmp_path / "report.html").write_text(render_report(evaluation), encoding="utf-8")
+    (tmp_path / "report.html").write_text(rendered(evaluation), encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 
 from docs.browser import Page, browser
 from docs.screenshot import take_screenshot
-from osft.evaluation.report import render_report
 from tests.evaluation.round_report import (
     COST,
     KINDS,
@@ -18,6 +17,7 @@ from tests.evaluation.round_report import (
     new_factors,
     new_metrics,
     new_training,
+    rendered,
 )
 
 pytestmark = pytest.mark.browser
@@ -86,7 +86,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     factors = new_factors(folder, blocks=30, kinds=KINDS)
     inputs: dict[str, Any] = {"training": new_training(factors), "metrics": new_metrics(60), "dataset": new_dataset()}
-    html = render_report(new_evaluation(3, benchmarks=True), factors=factors, cost=COST, **inputs)
+    html = rendered(new_evaluation(3, benchmarks=True), factors=factors, cost=COST, **inputs)
     (folder / "report.html").write_text(html, encoding="utf-8")
     return folder / "report.html"
 
@@ -156,7 +156,7 @@ def test_dark_mode_of_the_reader_keeps_the_page_light(page):
 
 def test_thirty_rounds_fit_the_window(new_browser, tmp_path):
     evaluation = new_evaluation(30)
-    (tmp_path / "long.html").write_text(render_report(evaluation), encoding="utf-8")
+    (tmp_path / "long.html").write_text(rendered(evaluation), encoding="utf-8")
     for width in WIDTHS:
         new_browser.open(tmp_path / "long.html", width=width)
         assert new_browser.evaluate(TOO_WIDE) == []
@@ -167,7 +167,7 @@ def test_words_without_spaces_do_not_widen_the_page(new_browser, tmp_path):
     text = (
         json.dumps(new_evaluation(3, benchmarks=True)).replace("film-reviews", "f" * 300).replace("serious", "s" * 300)
     )
-    (tmp_path / "wide.html").write_text(render_report(json.loads(text)), encoding="utf-8")
+    (tmp_path / "wide.html").write_text(rendered(json.loads(text)), encoding="utf-8")
     for width in WIDTHS:
         new_browser.open(tmp_path / "wide.html", width=width)
         assert new_browser.evaluate(TOO_WIDE) == []

@@ -3,10 +3,9 @@ import re
 
 import pytest
 
-from osft.evaluation.report import render_report
 from osft.evaluation.report.results import benchmark_rows, result_rows
 from tests.evaluation.html_page import Page
-from tests.evaluation.round_report import new_evaluation
+from tests.evaluation.round_report import an_evaluation, new_evaluation, rendered
 
 
 @pytest.fixture
@@ -16,7 +15,7 @@ def evaluation():
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render_report(new_evaluation(3, benchmarks=True))
+    return rendered(new_evaluation(3, benchmarks=True))
 
 
 def result_row(html: str, name: str) -> list[str]:
@@ -37,28 +36,28 @@ def test_set_without_accuracy_shows_dashes(page):
 
 
 def test_what_is_unusual_of_a_sets_accuracy_stands_below_the_table(evaluation):
-    assert "no two different choices" not in render_report(evaluation)
+    assert "no two different choices" not in rendered(evaluation)
     evaluation["sets"]["web-text"]["notes"] = ["3 of 9 records have no two different choices"]
-    assert "web-text: 3 of 9 records have no two different choices." in render_report(evaluation)
+    assert "web-text: 3 of 9 records have no two different choices." in rendered(evaluation)
 
 
 def test_first_round_shows_two_models_and_the_change_against_the_base():
-    row = result_row(render_report(new_evaluation(1)), "sarcasm-headlines")
+    row = result_row(rendered(new_evaluation(1)), "sarcasm-headlines")
     assert row[1:4] == ["3.200 24.53", "1.280 3.60", "▼ −60.0 % better −1.920 ± 0.012"]
 
 
 def test_new_task_stands_first_and_anchors_last(evaluation):
-    roles = [row["role"] for row in result_rows(evaluation)]
+    roles = [row["role"] for row in result_rows(an_evaluation(evaluation))]
     assert roles == ["new task", "earlier task", "earlier task", "anchor", "anchor"]
 
 
 def test_change_within_its_error_is_neither_better_nor_worse(evaluation):
     measured = evaluation["changes"]["champion"]["web-text"]["loss"]
     measured |= {"change": 0.01, "stderr": 0.02}
-    verdicts = {row["name"]: row["changes"]["loss"].verdict for row in result_rows(evaluation)}
+    verdicts = {row["name"]: row["changes"]["loss"].verdict for row in result_rows(an_evaluation(evaluation))}
     assert verdicts["web-text"] == "within error"
     measured |= {"stderr": 0.005}
-    verdicts = {row["name"]: row["changes"]["loss"].verdict for row in result_rows(evaluation)}
+    verdicts = {row["name"]: row["changes"]["loss"].verdict for row in result_rows(an_evaluation(evaluation))}
     assert verdicts["web-text"] == "worse"
 
 
@@ -72,7 +71,7 @@ def test_loss_that_is_not_finite_is_shown_as_such(loss: float):
     evaluation = new_evaluation()
     evaluation["results"]["candidate"]["web-text"] |= {"loss": loss, "perplexity": loss}
     evaluation["changes"]["base"]["web-text"]["loss"] |= {"change": loss, "relative": loss, "stderr": math.nan}
-    row = result_row(render_report(evaluation), "web-text")
+    row = result_row(rendered(evaluation), "web-text")
     assert row[2:4] == [f"{loss} {loss}", "–"]
 
 
@@ -87,12 +86,12 @@ def test_benchmark_where_lower_is_better_got_better(evaluation):
     evaluation["benchmarks"]["tasks"]["piqa"]["higher_is_better"] = False
     for scores in evaluation["benchmarks"]["results"].values():
         scores["piqa"]["stderr"] = None
-    changes = {row["name"]: row["change"] for row in benchmark_rows(evaluation)}
+    changes = {row["name"]: row["change"] for row in benchmark_rows(an_evaluation(evaluation))}
     assert (changes["piqa"].verdict, changes["piqa"].stderr) == ("better", None)
 
 
 def test_benchmark_that_the_base_model_was_not_run_on_has_no_change():
     evaluation = new_evaluation(benchmarks=True)
     del evaluation["benchmarks"]["results"]["base"]["piqa"]
-    row = Page(render_report(evaluation)).row("piqa acc, 400 questions, higher is better")
+    row = Page(rendered(evaluation)).row("piqa acc, 400 questions, higher is better")
     assert row[1:] == ["–", "0.6050 ± 0.0244", "–"]

@@ -3,16 +3,16 @@ import re
 import pytest
 
 from osft.evaluation import matrix as measures
-from osft.evaluation.report import render_report
+from osft.evaluation.record import AnchorScores
 from osft.evaluation.report.heat_map import DIVERGING, SEQUENTIAL, Scale, heat_map, ink_on
 from osft.evaluation.report.rounds import anchor_drifts, measures_by_round
 from tests.evaluation.html_page import Page
-from tests.evaluation.round_report import TASKS, new_evaluation
+from tests.evaluation.round_report import TASKS, new_evaluation, rendered
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render_report(new_evaluation(3))
+    return rendered(new_evaluation(3))
 
 
 def plot(html: str, name: str) -> str:
@@ -134,7 +134,7 @@ def test_matrix_with_gaps_renders_and_says_what_is_unknown():
     block["rows"][2][0] = None
     block |= {"baseline": [None] * 3, "forgetting": {}}
     block |= dict.fromkeys(("average_accuracy", "backward_transfer", "forward_transfer", "average_forgetting"))
-    assert "– average loss" in Page(render_report(evaluation)).text["rounds"]
+    assert "– average loss" in Page(rendered(evaluation)).text["rounds"]
 
 
 def test_row_that_ends_early_is_a_row_with_gaps(page):
@@ -142,13 +142,16 @@ def test_row_that_ends_early_is_a_row_with_gaps(page):
     for block in evaluation["matrix"]["metrics"].values():
         block["rows"] = [[value for value in row if value is not None] for row in block["rows"]]
     assert [len(row) for row in block["rows"]] == [2, 3, 3]
-    assert render_report(evaluation).split('id="results"')[0] == page.split('id="results"')[0]
+    assert rendered(evaluation).split('id="results"')[0] == page.split('id="results"')[0]
 
 
 def test_drift_is_relative_for_losses_and_a_difference_for_accuracies():
     anchors = {
-        "web": {"loss": {"baseline": 2.0, "values": [2.02, None, 2.1]}},
-        "quiz": {"loss": {"baseline": None, "values": [1.0, 1.0, 1.0]}, "accuracy": {"baseline": 0.5, "values": [0.4]}},
+        "web": {"loss": AnchorScores(baseline=2.0, values=(2.02, None, 2.1))},
+        "quiz": {
+            "loss": AnchorScores(baseline=None, values=(1.0, 1.0, 1.0)),
+            "accuracy": AnchorScores(baseline=0.5, values=(0.4,)),
+        },
     }
     assert anchor_drifts(anchors, "loss") == {"web": [pytest.approx(0.01), None, pytest.approx(0.05)]}
     assert anchor_drifts(anchors, "accuracy") == {"quiz": [pytest.approx(-0.1)]}
@@ -162,9 +165,9 @@ def test_forgetting_of_each_task_is_drawn_with_its_number(page):
 
 def test_first_round_says_in_a_sentence_that_there_is_no_matrix_yet():
     evaluation = new_evaluation(1)
-    assert "no matrix of rounds and tasks here" in Page(render_report(evaluation)).text["rounds"]
-    block = {"baseline": [3.2], "rows": [[1.28]]}
+    assert "no matrix of rounds and tasks here" in Page(rendered(evaluation)).text["rounds"]
+    block = new_evaluation(2)["matrix"]["metrics"]["loss"] | {"baseline": [3.2], "rows": [[1.28]], "forgetting": {}}
     evaluation["matrix"] = {"rounds": [{"task": TASKS[0], "version": None}], "metrics": {"loss": block}, "anchors": {}}
-    html = render_report(evaluation)
+    html = rendered(evaluation)
     assert "This is the first round" in Page(html).text["rounds"]
     assert "matrix-loss" not in html

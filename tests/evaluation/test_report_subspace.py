@@ -1,6 +1,5 @@
 """What the report says of updates in a split by inputs."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from osft.subspace import select_targets
 from osft.subspace.calibration import measure
 from osft.subspace.factor_set import FactorSet
 from osft.subspace.factor_store import precompute_by_inputs
+from tests.evaluation.round_report import a_summary, new_training
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +28,11 @@ def factors(model_folder: Path, tmp_path_factory) -> FactorSet:
 
 
 def test_size_of_an_update_is_relative_to_its_weight_whatever_it_is_split_by(factors):
-    layouts = {name: {"update_norm": 1.0, "weight_norm": 4.0, "unfrozen": 8} for name in factors.weights}
-    section = subspace_section(factors, {"rank_layout": layouts})
+    training = new_training(factors)
+    for layout in training["rank_layout"].values():
+        layout |= {"update_norm": 1.0, "weight_norm": 4.0}
+    section = subspace_section(factors, a_summary(training))
     assert section["largest_update"][1] == pytest.approx(0.25)
-    for layout in layouts.values():
+    for layout in training["rank_layout"].values():
         del layout["weight_norm"]
-    assert subspace_section(factors, {"rank_layout": json.loads(json.dumps(layouts))})["largest_update"] is None
+    assert subspace_section(factors, a_summary(training))["largest_update"] is None

@@ -3,12 +3,21 @@ import re
 
 import pytest
 
-from osft.evaluation.report import render_report
 from osft.evaluation.report.subspace import relative_update_sizes, used_shares
 from osft.evaluation.report.training import cost_of
 from osft.subspace.factor_set import FactorSet
 from tests.evaluation.html_page import Page
-from tests.evaluation.round_report import COST, KINDS, new_evaluation, new_factors, new_metrics, new_training
+from tests.evaluation.round_report import (
+    COST,
+    KINDS,
+    a_summary,
+    a_weight,
+    new_evaluation,
+    new_factors,
+    new_metrics,
+    new_training,
+    rendered,
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +28,7 @@ def factors(tmp_path_factory: pytest.TempPathFactory) -> FactorSet:
 @pytest.fixture(scope="module")
 def page(factors: FactorSet) -> str:
     inputs = {"training": new_training(factors), "metrics": new_metrics(), "cost": COST}
-    return render_report(new_evaluation(), factors=factors, **inputs)
+    return rendered(new_evaluation(), factors=factors, **inputs)
 
 
 def test_cost_equals_the_inputs(page):
@@ -38,14 +47,14 @@ def test_cost_equals_the_inputs(page):
 
 
 def test_run_on_cpus_claims_no_gpu_hours(factors):
-    tiles = cost_of(new_training(factors) | {"device": "cpu"}, None, None)["tiles"]
+    tiles = cost_of(a_summary(new_training(factors) | {"device": "cpu"}), None, None)["tiles"]
     assert ("0.0552", "CPU process-hours: 2 processes for 1 min 39 s") in tiles
     assert not any("GPU" in part for tile in tiles for part in tile)
 
 
 def test_run_that_was_taken_up_again_counts_all_its_steps(factors):
     metrics = [line | {"step_seconds": 100.0} for line in new_metrics()]
-    tiles = {label: value for value, label in cost_of(new_training(factors), metrics, None)["tiles"]}
+    tiles = {label: value for value, label in cost_of(a_summary(new_training(factors)), metrics, None)["tiles"]}
     assert tiles["training time"] == "3 min 20 s"
     assert tiles["tokens per second"] == "19"
 
@@ -78,7 +87,7 @@ def test_training_from_before_the_effective_rank_still_renders(factors):
     training = new_training(factors)
     for layout in training["rank_layout"].values():
         del layout["effective_rank"]
-    text = Page(render_report(new_evaluation(), training=training, factors=factors)).text["subspace"]
+    text = Page(rendered(new_evaluation(), training=training, factors=factors)).text["subspace"]
     assert "Size of the updates" in text
     assert "Use of the free subspace" not in text
 
@@ -88,12 +97,12 @@ def test_experts_of_a_block_count_as_one_weight():
     assert relative_update_sizes(updates, {"layers.0.experts.0.up": 6.0, "layers.0.experts.1.up": 8.0}) == {
         (0, "up"): 0.5
     }
-    ranks = {f"layers.0.experts.{i}.up": {"unfrozen": 4, "effective_rank": rank} for i, rank in enumerate((1.0, 3.0))}
+    ranks = {f"layers.0.experts.{i}.up": a_weight(effective_rank=rank) for i, rank in enumerate((1.0, 3.0))}
     assert used_shares(ranks) == {(0, "up"): 0.5}
 
 
 def test_update_that_is_not_finite_has_no_share():
-    layout = {"layers.0.up": {"unfrozen": 4, "effective_rank": math.nan}}
+    layout = {"layers.0.up": a_weight(effective_rank=math.nan)}
     assert used_shares(layout) == {}
     assert relative_update_sizes({"layers.0.up": math.nan}, {"layers.0.up": 1.0}) == {}
 
@@ -110,9 +119,9 @@ def test_gradient_plot_shows_the_clipping(page):
 
 def test_loss_plot_shows_the_loss_on_held_out_data_where_it_was_measured():
     metrics = new_metrics()
-    assert "held-out data" not in render_report(new_evaluation(), metrics=metrics)
+    assert "held-out data" not in rendered(new_evaluation(), metrics=metrics)
     metrics[1]["validation_loss"] = 3.0
-    assert "held-out data" in render_report(new_evaluation(), metrics=metrics)
+    assert "held-out data" in rendered(new_evaluation(), metrics=metrics)
 
 
 def fitted() -> dict:
@@ -124,7 +133,7 @@ def fitted() -> dict:
 
 def test_fitted_step_shows_what_was_tried_and_taken(factors):
     training = new_training(factors) | {"fitted_step": fitted()}
-    html = render_report(new_evaluation(), training=training, metrics=new_metrics())
+    html = rendered(new_evaluation(), training=training, metrics=new_metrics())
     text = Page(html).text["training"]
     assert "0.50 of the update that training found is in the model: the largest gain" in text
     assert "40 held-out samples" in text
@@ -143,11 +152,11 @@ def test_run_that_fitted_no_step_shows_none(page):
 def test_drift_is_drawn_where_it_was_measured(page, name):
     assert "training-drift" not in page
     metrics = [line | {name: 0.001 * line["step"]} for line in new_metrics()]
-    assert "training-drift" in render_report(new_evaluation(), metrics=metrics)
+    assert "training-drift" in rendered(new_evaluation(), metrics=metrics)
 
 
 def test_long_run_is_thinned_and_keeps_both_ends():
-    html = render_report(new_evaluation(), metrics=new_metrics(5000))
+    html = rendered(new_evaluation(), metrics=new_metrics(5000))
     assert len(html) < 200_000
     assert "9,490,000" in html
 
@@ -155,4 +164,4 @@ def test_long_run_is_thinned_and_keeps_both_ends():
 def test_page_of_thirty_rounds_and_a_deep_model_stays_small(tmp_path):
     factors = new_factors(tmp_path, blocks=32, kinds=KINDS)
     inputs = {"training": new_training(factors), "metrics": new_metrics(300), "cost": COST}
-    assert len(render_report(new_evaluation(30, benchmarks=True), factors=factors, **inputs).encode()) < 2_000_000
+    assert len(rendered(new_evaluation(30, benchmarks=True), factors=factors, **inputs).encode()) < 2_000_000

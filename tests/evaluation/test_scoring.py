@@ -230,41 +230,41 @@ def test_standard_error_of_the_loss_is_the_spread_over_drawn_samples():
 
 
 def test_change_of_loss_is_compared_record_by_record():
-    found = changes(BEFORE, scores([1.0, 1.0, 8.0], [1, 1, 2]))["loss"]  # loss 2.5; residuals -3/8, -3/8, 3/4
+    found = changes(BEFORE, scores([1.0, 1.0, 8.0], [1, 1, 2])).loss  # loss 2.5; residuals -3/8, -3/8, 3/4
     stderr = math.sqrt(3 / 2 * (0.125**2 + 0.375**2 + 0.25**2))
-    assert found == {"change": -0.5, "relative": pytest.approx(-1 / 6), "stderr": pytest.approx(stderr)}
+    assert found.to_dict() == {"change": -0.5, "relative": pytest.approx(-1 / 6), "stderr": pytest.approx(stderr)}
 
 
 def test_what_is_hard_for_both_models_adds_no_error():
-    found = changes(BEFORE, scores([0.5, 2.5, 7.0], [1, 1, 2]))["loss"]  # each token is 0.5 better
-    assert found["change"] == -0.5
-    assert found["stderr"] == 0.0
+    found = changes(BEFORE, scores([0.5, 2.5, 7.0], [1, 1, 2])).loss  # each token is 0.5 better
+    assert found.change == -0.5
+    assert found.stderr == 0.0
 
 
 def test_change_of_accuracy_is_compared_record_by_record():
     was, now = ([True, False, False, True], [True, True, True, False])
-    found = changes(scores([1.0] * 4, [1] * 4, was), scores([1.0] * 4, [1] * 4, now))["accuracy"]
+    found = changes(scores([1.0] * 4, [1] * 4, was), scores([1.0] * 4, [1] * 4, now)).accuracy
     # differences 0, 1, 1, -1: their variance is 2.75 / 3
-    assert found == {"change": 0.25, "relative": 0.5, "stderr": pytest.approx(math.sqrt(2.75 / 3 / 4))}
+    assert found.to_dict() == {"change": 0.25, "relative": 0.5, "stderr": pytest.approx(math.sqrt(2.75 / 3 / 4))}
 
 
 def test_a_change_from_zero_has_no_relative_size():
     found = changes(scores([0.0, 0.0], [1, 1], [False] * 2), scores([1.0, 3.0], [1, 1], [True] * 2))
-    assert found["loss"]["relative"] is None
-    assert found["accuracy"]["relative"] is None
+    assert found.loss.relative is None
+    assert found.accuracy.relative is None
 
 
 def test_one_record_has_no_standard_error():
     one = scores([1.0], [1], [True])
     assert one.summary().loss_stderr is None
-    assert changes(one, one)["loss"]["stderr"] is None
-    assert changes(one, one)["accuracy"]["stderr"] is None
+    assert changes(one, one).loss.stderr is None
+    assert changes(one, one).accuracy.stderr is None
 
 
 def test_accuracy_of_one_model_only_or_of_another_kind_is_not_compared():
     chosen = scores([1.0] * 3, [1] * 3, [True] * 3)
-    assert changes(BEFORE, chosen)["accuracy"] is None
-    assert changes(replace(chosen, accuracy_kind="exact match"), chosen)["accuracy"] is None
+    assert changes(BEFORE, chosen).accuracy is None
+    assert changes(replace(chosen, accuracy_kind="exact match"), chosen).accuracy is None
 
 
 def test_scores_of_different_records_are_not_compared():

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
+from osft.models.training_summary import TrainingSummary
 from osft.training import TrainResult
 from tests.conftest import write_jsonl
 
@@ -159,8 +160,8 @@ def test_two_processes_train_in_the_training_image(training_image, storage):
     }
     given = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     run_in(training_image, "osft", "train", *given, options=(*mounted(storage), "--env", "OMP_NUM_THREADS=1"))
-    summary = json.loads((storage / "trained" / "training.json").read_text())
-    assert summary["world_size"] == 2
+    summary = TrainingSummary.read(storage / "trained" / "training.json")
+    assert summary.world_size == 2
     checkpoint = storage / "trained" / TrainResult(Path("."), summary).checkpoint
     changed = 0
     with (

@@ -20,7 +20,7 @@ from tests.parameters.conftest import losses, rates
 def test_validation_split_is_held_out_and_measured(call, tmp_path):
     result = call(validation_split=0.2, validation_frequency=2, max_steps=5)
     assert [line["validation_loss"] is not None for line in result.history] == [False, True, False, True, True]
-    assert result.summary["validation_loss"] == result.history[-1]["validation_loss"]
+    assert result.summary.validation_loss == result.history[-1]["validation_loss"]
     (folder,) = (tmp_path / "data" / "data").iterdir()
     counts = json.loads((folder / "dataset.json").read_text())
     assert counts["num_validation_samples"] > 5
@@ -193,7 +193,7 @@ def test_checkpoints_of_a_run_made_before_their_names_changed_are_found(call, tm
     made.checkpoint.rename(made.checkpoint.with_name("samples_48"))
     file = tmp_path / "out" / "training.json"
     summary = json.loads(file.read_text().replace("samples_48.0", "samples_48"))
-    for name in ("sha256", "checkpoint_files", "metrics_sha256"):
+    for name in ("sha256", "format", "checkpoint_files", "metrics_sha256"):
         del summary[name]
     del summary["config"]["made_of"]
     file.write_text(json.dumps(summary))

@@ -128,12 +128,12 @@ def test_replayed_samples_train_beside_the_new_ones(call, chats, tmp_path, capsy
     alone = call(max_steps=None)
     capsys.readouterr()
     replayed = call(max_steps=None, replay_ratio=0.2, replay_data=[str(earlier)])
-    found = replayed.summary["replay"]
+    found = replayed.summary.replay
     assert "replay: 30 samples" in capsys.readouterr().out
-    assert (found["num_samples"], found["sources"][0]["data_uri"]) == (30, str(earlier))
+    assert (found.num_samples, found.sources[0].data_uri) == (30, str(earlier))
     assert (replayed.num_samples, alone.num_samples) == (150, 120)
-    assert replayed.num_tokens == alone.num_tokens + found["num_tokens"]
-    assert replayed.num_loss_tokens == alone.num_loss_tokens + found["num_loss_tokens"]
+    assert replayed.num_tokens == alone.num_tokens + found.num_tokens
+    assert replayed.num_loss_tokens == alone.num_loss_tokens + found.num_loss_tokens
     planned = call(max_steps=None, replay_ratio=0.2, replay_data=[str(earlier)], dry_run=True)
     assert (planned.data.samples, planned.steps) == (150, replayed.num_steps)
     assert planned.data.tokens == pytest.approx(replayed.num_tokens, rel=0.05)

@@ -60,21 +60,21 @@ def test_fit_step_writes_the_model_that_gains_most_of_those_it_tried(call, chats
     settings = {"learning_rate": 0.1, "save_final_checkpoint": True, "max_step_drift": 1e3, "save_dtype": "float32"}
     whole = call(**settings)
     fitted = call(fit_step=True, step_scales=[0.05, 0.2, 1.0], selection_samples=20, **settings, **SHORT)
-    found = fitted.summary["fitted_step"]
-    assert [tried["scale"] for tried in found["tried"]] == [0.05, 0.2, 1.0]
-    assert whole.summary["fitted_step"] is None
-    assert fitted.history[-1]["step_scale"] == found["scale"]
-    assert f"{found['scale']:g} of the update is kept" in capsys.readouterr().out
+    found = fitted.summary.fitted_step
+    assert [tried.scale for tried in found.tried] == [0.05, 0.2, 1.0]
+    assert whole.summary.fitted_step is None
+    assert fitted.history[-1]["step_scale"] == found.scale
+    assert f"{found.scale:g} of the update is kept" in capsys.readouterr().out
 
     (folder,) = (tmp_path / "data" / "data").iterdir()
     train = load_split(folder, "train")
     selection = SubsetOfSamples(train, select(train, 20))
-    assert found["num_samples"] == len(selection.lengths) == 16
+    assert found.num_samples == len(selection.lengths) == 16
     loss = mean_nll(tuned(fitted), selection, Feeding(max_tokens=300, device=torch.device("cpu")))
-    by_scale = {tried["scale"]: tried["loss"] for tried in found["tried"]}
-    assert loss == pytest.approx(by_scale[found["scale"]], rel=1e-4)
+    by_scale = {tried.scale: tried.loss for tried in found.tried}
+    assert loss == pytest.approx(by_scale[found.scale], rel=1e-4)
     assert loss == pytest.approx(min(by_scale.values()), rel=1e-4)
-    drift = next(tried["drift"] for tried in found["tried"] if tried["scale"] == found["scale"])
+    drift = next(tried.drift for tried in found.tried if tried.scale == found.scale)
     assert mean_divergence(tuned(fitted), own_text(tmp_path)) == pytest.approx(drift, rel=1e-2)
 
 
@@ -102,11 +102,11 @@ def test_too_few_samples_to_hold_any_out_are_refused_before_training(call, tmp_p
 @pytest.mark.covers("max_step_drift")
 def test_max_step_drift_bounds_the_drift_of_what_is_written(call):
     settings = {"learning_rate": 0.03, "fit_step": True} | SHORT
-    curve = call(max_step_drift=1e3, **settings).summary["fitted_step"]["tried"]
-    bound = (curve[1]["drift"] + curve[2]["drift"]) / 2
-    found = call(max_step_drift=bound, **settings).summary["fitted_step"]
-    assert found["scale"] == min(curve[:2], key=lambda tried: tried["loss"])["scale"]
-    assert found["max_drift"] == bound
+    curve = call(max_step_drift=1e3, **settings).summary.fitted_step.tried
+    bound = (curve[1].drift + curve[2].drift) / 2
+    found = call(max_step_drift=bound, **settings).summary.fitted_step
+    assert found.scale == min(curve[:2], key=lambda tried: tried.loss).scale
+    assert found.max_drift == bound
 
 
 @pytest.mark.covers("step_scales")
@@ -139,7 +139,7 @@ def test_resumed_run_fits_the_same_step_once_at_its_end(call, tmp_path, monkeypa
     assert [line["distillation_loss"] for line in resumed.history] == [
         line["distillation_loss"] for line in expected.history
     ]
-    assert resumed.summary["fitted_step"] == expected.summary["fitted_step"]
+    assert resumed.summary.fitted_step == expected.summary.fitted_step
     assert [line["step_scale"] for line in resumed.history][:4] == [None] * 4
 
 
@@ -162,9 +162,9 @@ def test_drift_is_predicted_for_every_step_and_layer(call):
     result = call(**settings)
     steps = [line["predicted_drift"] for line in result.history]
     assert 0 < steps[0] < steps[2]
-    by_layer = {name: layout["predicted_drift"] for name, layout in result.rank_layout.items()}
+    by_layer = {name: layout.predicted_drift for name, layout in result.rank_layout.items()}
     assert sum(by_layer.values()) == pytest.approx(steps[-1])
     assert steps[-1] == pytest.approx(result.history[-1]["step_drift"], rel=0.5), "it is what is measured"
     other = call(**settings | {"protect": "weights"})
     assert other.history[-1]["predicted_drift"] is None
-    assert all("predicted_drift" not in layout for layout in other.rank_layout.values())
+    assert all(layout.predicted_drift is None for layout in other.rank_layout.values())

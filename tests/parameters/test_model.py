@@ -28,7 +28,7 @@ def test_model_is_loaded_as_told(call, monkeypatch):
     assert (plain.config._attn_implementation, changed.config._attn_implementation) == ("sdpa", "eager")
     assert losses(other) == pytest.approx(losses(reference), rel=1e-4)
     assert plain.dtype == torch.float32
-    assert reference.summary["liger"] is torch.cuda.is_available()
+    assert reference.summary.liger is torch.cuda.is_available()
 
 
 @pytest.mark.covers("use_liger")
@@ -42,8 +42,8 @@ def test_liger_that_cannot_run_is_refused_before_training(call, tmp_path, monkey
     with pytest.raises(ValueError, match=f"use_liger=True needs {lacking}"):
         call(use_liger=True)
     assert not (tmp_path / "run-1").exists()
-    assert call(use_liger=False, max_steps=1).summary["liger"] is False
-    assert call(use_liger=None, max_steps=1).summary["liger"] is False, "on only where both are there"
+    assert call(use_liger=False, max_steps=1).summary.liger is False
+    assert call(use_liger=None, max_steps=1).summary.liger is False, "on only where both are there"
 
 
 @pytest.mark.covers("trust_remote_code")
@@ -73,6 +73,6 @@ def test_code_of_the_model_runs_only_with_trust(call, tmp_path):
 @pytest.mark.covers("nproc_per_node")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_processes_per_node_by_word(call):
-    assert call(nproc_per_node="auto", max_steps=1).summary["world_size"] == 1
+    assert call(nproc_per_node="auto", max_steps=1).summary.world_size == 1
     with pytest.raises(ValueError, match="nproc_per_node is 'gpu', but there is no GPU"):
         call(nproc_per_node="gpu")

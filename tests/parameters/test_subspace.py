@@ -16,7 +16,7 @@ from osft.subspace.statistics_store import load_statistics
 def test_ratio_sets_the_number_of_unfrozen_directions(call):
     layouts = {ratio: call(unfreeze_rank_ratio=ratio, max_steps=1).rank_layout for ratio in (0.25, 1.0)}
     for ratio, layout in layouts.items():
-        assert {weight["unfrozen"] for weight in layout.values()} == {
+        assert {weight.unfrozen for weight in layout.values()} == {
             round(ratio * size)
             for size in (16, 32)  # of the key and value projections, and of all others
         }
@@ -40,17 +40,17 @@ def test_only_weights_that_match_a_pattern_change(call, model_folder):
 @pytest.mark.covers("free_subspace")
 def test_core_trains_fewer_coefficients(call):
     complement, core = call(max_steps=1), call(max_steps=1, free_subspace="core")
-    assert core.summary["trainable_parameters"] < 0.5 * complement.summary["trainable_parameters"]
+    assert core.summary.trainable_parameters < 0.5 * complement.summary.trainable_parameters
 
 
 @pytest.mark.covers("rank_allocation", "min_retention_ratio", "calibration_samples")
 def test_adaptive_ranks_differ_between_blocks(call, tmp_path):
     half = {"unfreeze_rank_ratio": 0.5, "rank_allocation": "adaptive", "max_steps": 1}
     adaptive = call(**half)
-    ranks = {name: weight["unfrozen"] for name, weight in adaptive.rank_layout.items()}
+    ranks = {name: weight.unfrozen for name, weight in adaptive.rank_layout.items()}
     assert ranks["model.layers.0.self_attn.q_proj"] != ranks["model.layers.1.self_attn.q_proj"]
     flat = call(**half, min_retention_ratio=0.5).rank_layout
-    assert {flat[f"model.layers.{i}.self_attn.q_proj"]["unfrozen"] for i in (0, 1)} == {16}, "none is below the mean"
+    assert {flat[f"model.layers.{i}.self_attn.q_proj"].unfrozen for i in (0, 1)} == {16}, "none is below the mean"
     call(**half, calibration_samples=1)
     manifests = [json.loads(file.read_text()) for file in (tmp_path / "data" / "factors" / "sets").iterdir()]
     assert len({json.dumps(manifest["importance"]) for manifest in manifests}) == 2, "one sample, another importance"
@@ -131,7 +131,7 @@ def test_given_records_are_measured_beside_or_instead_of_the_text(call, chats):
 def test_stiffness_shortens_updates(call):
     def norm(stiffness: float) -> float:
         layout = activations(call, stiffness=stiffness).rank_layout
-        return sum(weight["update_norm"] ** 2 for weight in layout.values())
+        return sum(weight.update_norm**2 for weight in layout.values())
 
     free, stiff = norm(0.0), norm(1e4)
     assert 0 < stiff < 0.9 * free

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from docs.console_picture import draw
+from osft.models.training_summary import TrainingSummary
 from osft.tracking import runs
 from osft.training import TrainResult
 from pipelines.run_local import YAML, app, without_retries
@@ -105,7 +106,7 @@ def test_run_ends_with_table_version_and_report(promoted, storage):
     task = {model: scores["larger-number"]["loss"] for model, scores in evaluation["results"].items()}
     assert f"{task['base']:.3f} -> {task['candidate']:.3f}" in end
     assert task["candidate"] < 0.85 * task["base"]
-    trained = TrainResult(folder / "train", json.loads((folder / "train" / "training.json").read_text()))
+    trained = TrainResult(folder / "train", TrainingSummary.read(folder / "train" / "training.json"))
     assert AutoModelForCausalLM.from_pretrained(trained.checkpoint).num_parameters() > 0
 
 

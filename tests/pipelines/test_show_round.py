@@ -1,12 +1,26 @@
 """The tables at a run's end in a terminal of 80 columns: names may be folded, numbers are whole."""
 
 import io
-import json
 
 import pytest
 from rich.console import Console
 
+from osft.evaluation.record import (
+    ContinualMatrix,
+    Decision,
+    EvaluatedModel,
+    EvaluatedSet,
+    Evaluation,
+    MatrixRound,
+    MetricChange,
+    MetricMatrix,
+    RuleOutcome,
+    SetChanges,
+    SetScore,
+)
+from osft.rounds.pipeline_run import RegisteredVersion
 from pipelines.show_round import show_history, show_matrix, show_round
+from tests.rounds.resolved import RESOLVED
 
 NAMES = {
     "sarcasm-headlines-of-a-newspaper-2": "new task",
@@ -17,48 +31,66 @@ NAMES = {
 TASKS = ["film-reviews", "sarcasm-headlines", "science-questions", "a-name-that-is-longer-than-others", "e", "f"]
 
 
-def rule(name: str, subject: str, value: float, bound: float) -> dict:
-    return {
-        "rule": name,
-        "subject": subject,
-        "metric": "loss",
-        "against": "champion",
-        "value": value,
-        "stderr": 0.0123,
-        "comparison": "at least",
-        "bound": bound,
-        "relative": True,
-        "passed": True,
-    }
+def rule(name: str, subject: str, value: float, bound: float) -> RuleOutcome:
+    return RuleOutcome(
+        rule=name,
+        subject=subject,
+        metric="loss",
+        against="champion",
+        before=1.0,
+        after=1.0 + value,
+        value=value,
+        stderr=0.0123,
+        standard_errors=1.0,
+        comparison="at least",
+        bound=bound,
+        relative=True,
+        passed=True,
+    )
 
 
 @pytest.fixture
-def evaluation() -> dict:
-    task = next(iter(NAMES))
+def evaluation() -> Evaluation:
+    task, counts = next(iter(NAMES)), {"num_loss_tokens": 9, "num_samples": 9}
     losses = {"champion": 0.190, "candidate": 0.184}
+    accuracy = {"accuracy": 1.0, "accuracy_stderr": 0.1, "accuracy_kind": "choice"}
     scores = {
-        model: {name: {"loss": loss, "accuracy": 1.0, "accuracy_stderr": 0.1} for name in NAMES}
+        model: dict.fromkeys(NAMES, SetScore(loss=loss, loss_stderr=None, perplexity=1.2, **counts, **accuracy))
         for model, loss in losses.items()
     }
-    rows = [[0.981] * (number + 1) for number in range(len(TASKS))]
-    block = {"baseline": [0.5] * len(TASKS), "rows": rows}
-    summary = dict.fromkeys(("average_accuracy", "backward_transfer", "forward_transfer", "average_forgetting"), 0.1)
-    return {
-        "task": task,
-        "reference": "champion",
-        "results": scores,
-        "sets": {name: {"role": role} for name, role in NAMES.items()},
-        "changes": {"champion": {name: {"loss": {"relative": -0.0316}} for name in NAMES}},
-        "decision": {"promote": True, "rules": [rule("max_forgetting", name, 0.1234, 0.99) for name in NAMES]},
-        "matrix": {"rounds": [{"task": name} for name in TASKS], "metrics": {"accuracy": block | summary}},
-    }
+    change = MetricChange(change=-0.006, relative=-0.0316, stderr=None)
+    rows = tuple((0.981,) * (number + 1) for number in range(len(TASKS)))
+    summary = ("average_accuracy", "learning_accuracy", "backward_transfer", "forward_transfer", "average_forgetting")
+    matrix = MetricMatrix(baseline=(0.5,) * len(TASKS), rows=rows, forgetting={}, **dict.fromkeys(summary, 0.1))
+    return Evaluation(
+        task=task,
+        created="2026-11-22T18:00:00+00:00",
+        models={name: EvaluatedModel(path=name, version=None) for name in ("base", "champion", "candidate")},
+        reference="champion",
+        sets={name: EvaluatedSet(role=role, source="", num_samples=9, notes=()) for name, role in NAMES.items()},
+        results=scores,
+        exact=None,
+        changes={"champion": dict.fromkeys(NAMES, SetChanges(loss=change, accuracy=None))},
+        drift={},
+        benchmarks=None,
+        examples=(),
+        matrix=ContinualMatrix(
+            rounds=tuple(MatrixRound(task=name, version=None) for name in TASKS),
+            metrics={"accuracy": matrix},
+            anchors={},
+            drift={},
+        ),
+        decision=Decision(
+            promote=True, reason="", rules=tuple(rule("max_forgetting", name, 0.1234, 0.99) for name in NAMES)
+        ),
+    )
 
 
 @pytest.fixture
 def folder(evaluation, tmp_path):
-    (tmp_path / "round.json").write_text(json.dumps({"nothing_to_learn": ""}))
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    (tmp_path / "version.json").write_text(json.dumps({"model_name": "osft-model", "version": 2}))
+    (tmp_path / "round.json").write_text(RESOLVED.to_json())
+    (tmp_path / "evaluation.json").write_text(evaluation.to_json())
+    (tmp_path / "version.json").write_text(RegisteredVersion(model_name="osft-model", version=2).to_json())
     return tmp_path
 
 

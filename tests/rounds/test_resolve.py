@@ -76,7 +76,7 @@ def test_the_first_round_starts_from_the_base_model_and_learns_everything(resolv
     assert found.nothing_to_learn == ""
     (file,) = found.data.files
     assert (found.data.num_records, found.data.num_new, file.num_records) == (len(RECORDS),) * 3
-    assert ResolvedRound.from_json(found.to_json()) == found
+    assert ResolvedRound.from_json(found.to_json(), "") == found
 
 
 def test_order_duplicates_and_files_do_not_matter(resolve, tmp_path):
@@ -109,7 +109,7 @@ def test_the_datasets_of_all_ancestors_are_named_by_their_tasks(resolve, champio
     found = resolve(write_jsonl(tmp_path / "all.jsonl", RECORDS))
     data = tmp_path / "root" / "data"
     assert dict(found.earlier_data) == {"first": str(data / "one"), "second": str(data / "two")}
-    assert ResolvedRound.from_json(found.to_json()) == found
+    assert ResolvedRound.from_json(found.to_json(), "") == found
 
 
 def test_what_only_a_refused_version_took_is_new(resolve, champion, tmp_path):
@@ -287,7 +287,7 @@ def test_converted_records_are_known_by_what_they_say(resolve, champion, tmp_pat
         found = resolve(write_jsonl(tmp_path / f"{number}.jsonl", [row | {"id": n} for n, row in enumerate(rows)]))
         assert found.data.num_new == len(RECORDS) - 20
         assert sorted(found.conversions.values()) == [len(RECORDS)] * 2
-        assert ResolvedRound.from_json(found.to_json()) == found
+        assert ResolvedRound.from_json(found.to_json(), "") == found
 
 
 def test_records_of_the_hub_are_read_at_their_commit(resolve, champion, monkeypatch, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from osft.tracking.description import describe_version
-from tests.tracking.evaluations import an_evaluation
+from tests.tracking.evaluations import an_evaluation, plain_evaluation
 
 
 def test_first_line_says_what_was_learned_and_from_which_version():
@@ -17,7 +17,7 @@ def test_first_version_comes_from_the_base_model():
 
 
 def test_hub_id_of_the_base_model_is_kept_whole():
-    given = an_evaluation() | {"models": {"base": {"path": "org/small-llama"}}}
+    given = an_evaluation(models={"base": {"path": "org/small-llama"}})
     assert "`org/small-llama`" in describe_version(given, parent_version=2)
 
 
@@ -45,17 +45,16 @@ def test_refusal_names_the_rule_the_numbers_and_the_bound():
 
 
 def test_refusal_for_drift_gives_its_unit():
-    evaluation = an_evaluation(refused=True)
-    (rule,) = evaluation["decision"]["rules"]
-    rule |= {"rule": "max_drift", "metric": "kl", "before": 0.0, "after": 0.08, "relative": False}
+    decision = plain_evaluation(refused=True)["decision"]
+    decision["rules"][0] |= {"rule": "max_drift", "metric": "kl", "before": 0.0, "after": 0.08, "relative": False}
     assert "- max_drift on mails: kl 0.0000 → 0.0800, at most 0.05 nats per token wanted" in describe_version(
-        evaluation, parent_version=2
+        an_evaluation(decision=decision), parent_version=2
     )
 
 
 @pytest.mark.parametrize("lacking", ["benchmarks", "matrix", "decision"])
 def test_what_was_not_measured_is_left_out(lacking):
-    assert "Learned film-reviews" in describe_version(an_evaluation() | {lacking: None}, parent_version=2)
+    assert "Learned film-reviews" in describe_version(an_evaluation(**{lacking: None}), parent_version=2)
 
 
 def test_many_sets_are_cut_to_mlflows_limit_and_counted():
@@ -66,6 +65,5 @@ def test_many_sets_are_cut_to_mlflows_limit_and_counted():
 
 
 def test_name_with_a_bar_ends_no_cell():
-    given = an_evaluation()
-    given["task"] = "a|b\nc"
+    given = an_evaluation(task="a|b\nc")
     assert "Learned a\\|b c" in describe_version(given, parent_version=2)

@@ -1,7 +1,6 @@
 """What a version says about where it comes from, and what is refused."""
 
 import json
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,7 @@ def stored_file(mlflow, version: int, name: str) -> Path:
 
 def test_what_is_read_is_what_was_written(mlflow, three_rounds):
     found = lineage.read(mlflow, "three", 3)
-    assert found == replace(three_rounds, records=found.records, evaluation_set=found.evaluation_set)
+    assert found == three_rounds.replace(records=found.records, evaluation_set=found.evaluation_set)
     assert (found.records.num_records, found.evaluation_set.num_records) == (10, 2)
 
 
@@ -100,7 +99,7 @@ def test_a_round_without_held_out_records_has_no_evaluation_set(mlflow, tmp_path
 def test_a_cycle_is_refused(mlflow, tmp_path):
     first = a_lineage(model_name="cycle")
     second = a_lineage(first, 1, task="second", model_name="cycle")
-    looped = replace(second, parent_version=2, rows=second.rows)
+    looped = second.replace(parent_version=2, rows=second.rows)
     register_round(mlflow, tmp_path / "1", looped, arithmetic(3), [])
     register_round(mlflow, tmp_path / "2", second, arithmetic(3), [])
     with pytest.raises(LineageError, match="version 2 of cycle is its own ancestor: 2 -> 1 -> 2"):
@@ -135,14 +134,14 @@ def test_a_version_without_lineage_is_refused(mlflow, tmp_path):
 
 
 def changed(**changes) -> str:
-    return json.dumps(asdict(a_lineage()) | changes)
+    return json.dumps(a_lineage().to_dict() | changes)
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         (changed(format=2), "has the format 2, this release reads 1"),
-        ("[]", "has the format None"),
+        ("[]", "holds no JSON object"),
         ("{", "is not JSON"),
         (changed(parent_version="1"), "parent_version"),
         (changed(surprise=1), "surprise"),
@@ -226,7 +225,7 @@ def test_the_command_makes_no_database_where_there_is_none(tmp_path, monkeypatch
 
 def test_lineage_from_before_statistics_were_recorded_has_none():
     entry = a_lineage(statistics=StoredStatistics(address="factors/statistics/k.json", sha256="k"))
-    written = asdict(entry)
+    written = entry.to_dict()
     assert lineage.parse(json.dumps(written), "it") == entry
     del written["statistics"]
     assert lineage.parse(json.dumps(written), "it").statistics is None

@@ -1,6 +1,5 @@
 """Training without starting processes, for tests of what happens inside of one."""
 
-import json
 import os
 import signal
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from osft.cli import app
+from osft.models.training_summary import TrainingSummary
 from osft.training import launch, local_job, worker
 from osft.training.job import JobStatus, Phase
 
@@ -41,14 +41,14 @@ class InProcessJob:
 def run_in_process(monkeypatch) -> None:
     """From now on a run of one process happens in this one: the same worker, without the seconds of starting it."""
 
-    def run_processes(launch_config: Any, work: dict[str, Any]) -> dict[str, Any]:
+    def run_processes(launch_config: Any, work: dict[str, Any]) -> TrainingSummary:
         assert launch_config.nproc_per_node == 1
         assert launch_config.max_nodes == 1
         handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
         torch_state = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         try:
             worker.train_process(work)
-            return json.loads(Path(work["summary_file"]).read_text())
+            return TrainingSummary.from_json(Path(work["summary_file"]).read_bytes(), work["summary_file"])
         finally:
             Path(work["summary_file"]).unlink(missing_ok=True)
             for signum, handler in handlers.items():

@@ -46,14 +46,14 @@ def test_two_processes_hold_fit_and_predict_as_one(on_two_and_one):
         learning_rate=1e-2,
         max_steps=4,
     )
-    assert (two.summary["world_size"], one.summary["world_size"]) == (2, 1)
+    assert (two.summary.world_size, one.summary.world_size) == (2, 1)
     for name in ("loss", "distillation_loss", "predicted_drift"):
         found, expected = ([line[name] for line in result.history] for result in (two, one))
         assert found == pytest.approx(expected, rel=1e-3), name
-    assert two.fitted_step["scale"] == one.fitted_step["scale"]
-    for found, expected in zip(two.fitted_step["tried"], one.fitted_step["tried"], strict=True):
-        assert found == pytest.approx(expected, rel=1e-2, abs=1e-5)
-    layouts = [{name: layout["predicted_drift"] for name, layout in r.rank_layout.items()} for r in (two, one)]
+    assert two.fitted_step.scale == one.fitted_step.scale
+    for found, expected in zip(two.fitted_step.tried, one.fitted_step.tried, strict=True):
+        assert found.to_dict() == pytest.approx(expected.to_dict(), rel=1e-2, abs=1e-5)
+    layouts = [{name: layout.predicted_drift for name, layout in r.rank_layout.items()} for r in (two, one)]
     assert layouts[0] == pytest.approx(layouts[1], rel=1e-2)
 
 
@@ -64,6 +64,6 @@ def test_two_processes_sample_the_drift_of_one(on_two_and_one):
         calibration_tokens=800, effective_batch_size=60, max_tokens_per_gpu=1000, learning_rate=1e-3, num_epochs=30
     )
     for result in (two, one):
-        assert result.summary["sampled_drift"]["draws"] >= 50
-    sums = [sum(layout["sampled_drift"] for layout in result.rank_layout.values()) for result in (two, one)]
+        assert result.summary.sampled_drift.draws >= 50
+    sums = [sum(layout.sampled_drift for layout in result.rank_layout.values()) for result in (two, one)]
     assert sums[0] == pytest.approx(sums[1], rel=0.5)

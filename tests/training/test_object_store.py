@@ -88,7 +88,7 @@ def kill_all(launcher: subprocess.Popen) -> str:
 @pytest.mark.slow
 def test_two_processes_train_from_and_to_uris_as_one_does_with_paths(config, remote, bucket, object_store, monkeypatch):
     result = train(dataclasses.replace(remote, nproc_per_node=2, save_state_steps=3))
-    assert result.summary["world_size"] == 2
+    assert result.summary.world_size == 2
     assert result.uri == f"{bucket}/run"
     assert result.checkpoint_uri == f"{bucket}/run/hf_format/samples_{12 * STEPS}.0"
     names = object_store.names(f"{bucket}/run")

@@ -420,4 +420,4 @@ def test_run_says_what_it_is_made_of(again, runs):
     made_of = json.loads((runs["unfinished"] / "config.json").read_text())["made_of"]
     assert set(made_of) == {"weights", "model_config", "tokenizer", "dataset", "factors"}
     summary = again("unfinished").summary
-    assert summary["config"]["made_of"] == made_of
+    assert summary.config["made_of"] == made_of

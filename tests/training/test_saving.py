@@ -112,10 +112,10 @@ def test_exact_update_of_a_bfloat16_model_does_not_leak_and_the_served_one_is_me
         total["update"] += update.square().sum().item()
         total["error"] += (rounded - update).square().sum().item()
         shown = result.rank_layout[layer]
-        assert (shown["update_lost"], shown["frozen_share"]) == (loss.update_lost, loss.frozen_share)
+        assert (shown.update_lost, shown.frozen_share) == (loss.update_lost, loss.frozen_share)
     assert origin.total.rounding_error == pytest.approx((total["error"] / total["update"]) ** 0.5, rel=2e-3)
     assert origin.total.update_lost > {5e-6: 0.6, 2e-5: 0.3, 1e-4: 0.02}[rate], "else there was nothing to keep"
-    assert result.saved["update_lost"] == origin.total.update_lost
+    assert result.saved.update_lost == origin.total.update_lost
     assert f"saved       bfloat16, rounded (nearest): {origin.total.update_lost:.1%} of the update" in repr(result)
     last = result.history[-1]
     assert (last["update_lost"], last["frozen_share"]) == (origin.total.update_lost, origin.total.frozen_share)
@@ -232,7 +232,7 @@ def test_save_dtype_is_that_of_the_files_and_of_config_json(train, bases, base, 
     for name in expected:  # what was not trained, too: rounding a float32 base takes from every tensor
         torch.testing.assert_close(exact.tensor(name).float(), expected[name], rtol=0, atol=6e-8)  # below 1
     assert (result.checkpoint / EXACT).exists() == (stored == "bfloat16")
-    assert result.summary["saved"]["rounding"] == ("stochastic" if stored == "bfloat16" else "none")
+    assert result.summary.saved.rounding == ("stochastic" if stored == "bfloat16" else "none")
 
 
 @pytest.mark.covers("save_rounding", "seed")
@@ -241,9 +241,9 @@ def test_stochastic_rounding_keeps_the_update_on_average_and_repeats(train, base
         train("bfloat16", save_rounding=how, seed=seed, data_path=str(bases["data"]), effective_batch_size=12)
         for how, seed in (("nearest", 1), ("stochastic", 1), ("stochastic", 1), ("stochastic", 2))
     )
-    assert (nearest.saved["rounding"], stochastic.saved["rounding"]) == ("nearest", "stochastic")
-    assert nearest.saved["update_lost"] > 0.6
-    assert abs(stochastic.saved["update_lost"]) < 0.2
+    assert (nearest.saved.rounding, stochastic.saved.rounding) == ("nearest", "stochastic")
+    assert nearest.saved.update_lost > 0.6
+    assert abs(stochastic.saved.update_lost) < 0.2
     name = "model.layers.0.mlp.up_proj.weight"
     one, same, different = (served(result.checkpoint)[name] for result in (stochastic, again, other))
     assert torch.equal(one, same)
@@ -265,15 +265,15 @@ def test_compensated_rounding_keeps_more_of_what_layers_compute_than_nearest(tra
     assert counted == []
     compensated = train("bfloat16", save_rounding="compensated", **settings)
     assert len(counted) == 2, "a pass over the samples for each block"
-    assert compensated.saved["rounding"] == "compensated"
-    assert compensated.saved["update_lost"] < nearest.saved["update_lost"]
+    assert compensated.saved.rounding == "compensated"
+    assert compensated.saved.update_lost < nearest.saved.update_lost
     one_set = [load_set(str(bases["data"]), "new task")]
     (task,) = (one.name for one in one_set)
     gains = []
     for result in (nearest, compensated):
         found = evaluate({"base": str(bases["bfloat16"]), "candidate": str(result.checkpoint)}, one_set, num_examples=0)
-        base, exact = found["results"]["base"][task]["loss"], found["exact"]["loss"]
-        gains.append((base - found["results"]["candidate"][task]["loss"]) / (base - exact))
+        base, exact = found.results["base"][task].loss, found.exact.loss
+        gains.append((base - found.results["candidate"][task].loss) / (base - exact))
     assert gains[1] > gains[0] + 0.05
 
 
@@ -313,14 +313,14 @@ def test_evaluation_measures_what_is_served_and_beside_it_what_was_learned(train
         evaluate({"base": str(bases[kind]), "candidate": str(tuned)}, one_set, num_examples=0)
         for kind, tuned in (("bfloat16", served_model), ("float32", exact_model))
     )
-    assert reference["exact"] is None, "it is what is served"
-    expected = reference["results"]["candidate"][task]["loss"]
-    assert found["exact"]["loss"] == pytest.approx(expected, rel=1e-6)
-    base = found["results"]["base"][task]["loss"]
-    assert base - found["exact"]["loss"] > 1.1 * (base - found["results"]["candidate"][task]["loss"])
+    assert reference.exact is None, "it is what is served"
+    expected = reference.results["candidate"][task].loss
+    assert found.exact.loss == pytest.approx(expected, rel=1e-6)
+    base = found.results["base"][task].loss
+    assert base - found.exact.loss > 1.1 * (base - found.results["candidate"][task].loss)
     command = ["evaluate", str(bases["bfloat16"]), str(served_model), str(chats), "--max-samples", "40"]
     shown = CliRunner().invoke(app, command)
-    assert f"The exact weights, before they were rounded to be served: {found['exact']['loss']:.4f}" in shown.output
+    assert f"The exact weights, before they were rounded to be served: {found.exact.loss:.4f}" in shown.output
 
 
 def test_lineage_leads_to_the_first_base_model(train, bases):

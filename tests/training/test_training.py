@@ -99,7 +99,7 @@ def two_processes(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_two_processes_train_as_one(one_process, two_processes):
-    assert two_processes.summary["world_size"] == 2
+    assert two_processes.summary.world_size == 2
     assert_same_training(two_processes, one_process)
 
 
@@ -110,10 +110,10 @@ def test_sharded_update_is_orthogonal_to_the_frozen_directions(config, two_proce
     for name, layout in result.rank_layout.items():
         before = base.tensor(f"{name}.weight").double()
         update = tuned.tensor(f"{name}.weight").double() - before
-        assert update.norm().item() == pytest.approx(layout["update_norm"], rel=1e-3)
+        assert update.norm().item() == pytest.approx(layout.update_norm, rel=1e-3)
         shares = torch.linalg.svdvals(update).square() / update.square().sum()
-        assert torch.special.entr(shares).sum().exp().item() == pytest.approx(layout["effective_rank"], rel=1e-2)
-        assert layout["effective_rank"] <= layout["unfrozen"] + 1e-4
+        assert torch.special.entr(shares).sum().exp().item() == pytest.approx(layout.effective_rank, rel=1e-2)
+        assert layout.effective_rank <= layout.unfrozen + 1e-4
         left, right = frozen_directions(before, round(0.25 * min(before.shape)))
         # The stored float32 weight rounds the update, so the bound is the rounding's.
         assert (left.T @ update).norm() / update.norm() < 1e-4

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from osft.evaluation.record import Evaluation
 from osft.evaluation.report.decision import rules_in_words
 from osft.evaluation.report.drift import drift_section
 from osft.evaluation.report.formats import format_duration, format_number, format_percent
@@ -11,15 +12,16 @@ from osft.evaluation.report.results import benchmark_rows, change_plots, example
 from osft.evaluation.report.rounds import matrix_blocks
 from osft.evaluation.report.subspace import subspace_section
 from osft.evaluation.report.training import cost_of, fitted_step, training_plots
+from osft.models.training_summary import TrainingSummary
 
 if TYPE_CHECKING:
     from osft.subspace.factor_set import FactorSet
 
 
 def render_report(
-    evaluation: dict[str, Any],
+    evaluation: Evaluation,
     *,
-    training: dict[str, Any] | None = None,
+    training: TrainingSummary | None = None,
     metrics: list[dict[str, Any]] | None = None,
     factors: "FactorSet | None" = None,
     dataset: dict[str, Any] | None = None,
@@ -27,10 +29,12 @@ def render_report(
 ) -> str:
     """One HTML page, without any reference to something outside it.
 
-    `evaluation` is the content of `evaluation.json`: models, sets, results, changes, decision and examples, and where
-    there are several rounds and benchmarks the matrix and those. `training` is `training.json`, `metrics` the lines of
-    `metrics.jsonl`, `dataset` the statistics in `dataset.json`, `cost` the seconds that each step of the round took.
-    What is None is left out of the page. Raises KeyError or jinja2.UndefinedError where an input lacks a field.
+    `evaluation` has a decision, `training` is `training.json`, `metrics` the lines of `metrics.jsonl`, `dataset` the
+    statistics in `dataset.json`, `cost` the seconds that each step of the round took. What is None is left out of the
+    page.
+
+    Raises ValueError for an evaluation without a decision, KeyError or jinja2.UndefinedError where an input lacks a
+    field.
     """
     templates = PackageLoader("osft", "evaluation/report/templates")
     environment = Environment(
@@ -51,16 +55,16 @@ def render_report(
         "cost": "Cost" if costs["tiles"] else "",
         "provenance": "Provenance",
     }
-    matrix = evaluation.get("matrix")
+    matrix = evaluation.matrix
     page = environment.get_template("page.html.j2").render(
         evaluation=evaluation,
         sections={name: title for name, title in sections.items() if title},
         models=models(evaluation),
-        rules=rules_in_words(evaluation["decision"]),
+        rules=rules_in_words(evaluation.decided),
         rows=rows,
-        change_plots=change_plots(rows, models(evaluation)[evaluation["reference"]]),
+        change_plots=change_plots(rows, models(evaluation)[evaluation.reference]),
         matrix=matrix,
-        matrix_blocks=matrix_blocks(matrix) if matrix and len(matrix["rounds"]) > 1 else [],
+        matrix_blocks=matrix_blocks(matrix) if matrix and len(matrix.rounds) > 1 else [],
         benchmarks=benchmarks,
         examples=examples,
         drift=drift,
@@ -69,8 +73,8 @@ def render_report(
         metrics=metrics,
         fitted=fitted_step(training),
         subspace=subspace_section(factors, training) if factors else None,
-        exact=evaluation.get("exact"),
-        candidate=evaluation["results"]["candidate"][evaluation["task"]],
+        exact=evaluation.exact,
+        candidate=evaluation.results["candidate"][evaluation.task],
         dataset=dataset,
         cost=costs,
     )

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from osft.evaluation.record import Evaluation, Example, MetricChange
 from osft.evaluation.report.formats import format_number
 from osft.evaluation.report.svg import BETTER, INK, MUTED, PANEL, WORSE, Plot, plot_style, printable, to_svg
 
@@ -33,66 +34,68 @@ class Change:
         return abs(self.stderr * self.relative / self.value)
 
 
-def models(evaluation: dict[str, Any]) -> dict[str, str]:
+def models(evaluation: Evaluation) -> dict[str, str]:
     """The round's models, oldest first: key -> what the page calls it."""
-    labels = {}
+    labels: dict[str, str] = {}
     for key in ("base", "champion", "candidate"):
-        if key in evaluation["models"]:
-            version = evaluation["models"][key].get("version")
+        if key in evaluation.models:
+            version = evaluation.models[key].version
             labels[key] = key if version is None else f"{key}, version {version}"
     return labels
 
 
-def result_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+def result_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Per set that has scores, the new task first, anchors last: `name`, `role`, `notes`, `scores` by model, `changes`.
 
     `changes[metric]` is what the candidate changed against the round's reference, None where it was not measured.
     """
     rows = []
-    for name in evaluation["results"]["candidate"]:
-        described = evaluation["sets"][name]
-        scores = {model: evaluation["results"][model][name] for model in models(evaluation)}
-        changes = evaluation["changes"][evaluation["reference"]][name]
+    for name in evaluation.results["candidate"]:
+        described = evaluation.sets[name]
+        scores = {model: evaluation.results[model][name] for model in models(evaluation)}
+        changes = evaluation.changes[evaluation.reference][name]
         rows.append(
             {
                 "name": name,
-                "role": described["role"],
-                "notes": described.get("notes", []),
+                "role": described.role,
+                "notes": described.notes,
                 "scores": scores,
                 "changes": {
-                    "loss": _change(changes["loss"], higher_is_better=False),
-                    "accuracy": _change(changes["accuracy"], higher_is_better=True),
+                    "loss": _change(changes.loss, higher_is_better=False),
+                    "accuracy": _change(changes.accuracy, higher_is_better=True),
                 },
             }
         )
     return sorted(rows, key=lambda row: ROLES.index(row["role"]) if row["role"] in ROLES else len(ROLES))
 
 
-def benchmark_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+def benchmark_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Per benchmark: `name`, `metric`, `higher_is_better`, `num_samples`, `scores` by model, and the `change`.
 
     The change's standard error is that of two independent measurements: the same questions make it smaller.
     """
-    benchmarks: Any = evaluation.get("benchmarks")
+    benchmarks = evaluation.benchmarks
+    if benchmarks is None:
+        return []
     rows = []
-    for name, described in benchmarks["tasks"].items() if benchmarks else ():
-        scores = {model: benchmarks["results"].get(model, {}).get(name) for model in models(evaluation)}
-        before, after = scores[evaluation["reference"]], scores["candidate"]
+    for name, described in benchmarks.tasks.items():
+        scores = {model: benchmarks.results.get(model, {}).get(name) for model in models(evaluation)}
+        before, after = scores[evaluation.reference], scores["candidate"]
         change = None
         if before and after:
-            errors = [before["stderr"], after["stderr"]]
-            stderr = None if None in errors else math.hypot(*errors)
-            measured = {"change": after["value"] - before["value"], "relative": None, "stderr": stderr}
-            change = _change(measured, higher_is_better=described["higher_is_better"])
-        rows.append({"name": name, "scores": scores, "change": change} | described)
+            errors = [score.stderr for score in (before, after) if score.stderr is not None]
+            stderr = math.hypot(*errors) if len(errors) == 2 else None
+            measured = MetricChange(change=after.value - before.value, relative=None, stderr=stderr)
+            change = _change(measured, higher_is_better=described.higher_is_better)
+        rows.append({"name": name, "scores": scores, "change": change} | dict(described))
     return rows
 
 
-def examples_by_set(evaluation: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def examples_by_set(evaluation: Evaluation) -> dict[str, list[Example]]:
     """What the models answered, by evaluation set, the new task first."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Example]] = {}
     for row in result_rows(evaluation):
-        if of_set := [example for example in evaluation["examples"] if example["set"] == row["name"]]:
+        if of_set := [example for example in evaluation.examples if example.set == row["name"]]:
             found[row["name"]] = of_set
     return found
 
@@ -116,16 +119,16 @@ def change_plots(rows: list[dict[str, Any]], reference: str) -> list[Plot]:
     return plots
 
 
-def _change(measured: dict[str, Any] | None, *, higher_is_better: bool) -> Change | None:
+def _change(measured: MetricChange | None, *, higher_is_better: bool) -> Change | None:
     if measured is None:
         return None
-    value, stderr = measured["change"], measured["stderr"]
+    value, stderr = measured.change, measured.stderr
     verdict = "better" if (value > 0) == higher_is_better else "worse"
     if abs(value) <= (stderr or 0.0):
         verdict = "within error"
     if not math.isfinite(value):
         verdict = ""
-    return Change(value=value, stderr=stderr, relative=measured["relative"], verdict=verdict)
+    return Change(value=value, stderr=stderr, relative=measured.relative, verdict=verdict)
 
 
 def _bars(name: str, title: str, bars: list[tuple[str, str, float, float, str]]) -> Plot:

@@ -1,11 +1,12 @@
 """What all rounds so far did: the continual-learning matrix, transfer, forgetting and drift."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from osft.evaluation import matrix as measures
 from osft.evaluation.matrix import Score
+from osft.evaluation.record import AnchorScores, ContinualMatrix, MatrixRound
 from osft.evaluation.report.formats import format_number, format_percent
 from osft.evaluation.report.heat_map import CHARACTER, Scale, heat_map
 from osft.evaluation.report.svg import BETTER, INK, LINES, MUTED, PANEL, WORSE, Plot, plot_style, printable, to_svg
@@ -22,25 +23,25 @@ FACTORS = {"loss": 1.0, "accuracy": 100.0}
 DIGITS = {"loss": 3, "accuracy": 1}
 
 
-def matrix_blocks(matrix: dict[str, Any]) -> list[dict[str, Any]]:
+def matrix_blocks(matrix: ContinualMatrix) -> list[dict[str, Any]]:
     """Per metric of a matrix of several rounds: its numbers as text, the heat map and the plots over rounds."""
     blocks = []
-    for metric, measured in matrix["metrics"].items():
-        block = measured | {"rows": [_whole_row(row, matrix) for row in measured["rows"]]}
-        block["baseline"] = _whole_row(measured["baseline"], matrix)
+    for metric, measured in matrix.metrics.items():
+        block = dict(measured) | {"rows": [_whole_row(row, matrix) for row in measured.rows]}
+        block["baseline"] = _whole_row(measured.baseline, matrix)
         history = measures_by_round(block, metric)
         plots = [_average_plot(history["average"], metric), _transfer_plot(history, metric)]
         if block["forgetting"]:
             plots += [_forgetting_plot(history, metric), _forgotten_tasks_plot(block["forgetting"], metric)]
-        if drift := anchor_drifts(matrix["anchors"], metric):
+        if drift := anchor_drifts(matrix.anchors, metric):
             plots.append(_drift_plot(drift, metric))
-        names = row_names(matrix["rounds"])
+        names = row_names(matrix.rounds)
         blocks.append(
             block
             | {
                 "metric": metric,
                 "unit": UNITS[metric],
-                "heat_map": _matrix_plot(matrix["rounds"], names, block, metric).svg,
+                "heat_map": _matrix_plot(matrix.rounds, names, block, metric).svg,
                 "names": names,
                 "write": lambda value, metric=metric: _cell(value, metric),
                 "plots": plots,
@@ -50,17 +51,15 @@ def matrix_blocks(matrix: dict[str, Any]) -> list[dict[str, Any]]:
     return blocks
 
 
-def row_names(rounds: Sequence[dict[str, Any]]) -> list[str]:
+def row_names(rounds: Sequence[MatrixRound]) -> list[str]:
     """What a model is called that came out of a round."""
-    versions = ["" if r["version"] is None else f" (v{r['version']})" for r in rounds]
-    return [
-        f"{number} {r['task']}{version}" for number, (r, version) in enumerate(zip(rounds, versions, strict=True), 1)
-    ]
+    versions = ["" if r.version is None else f" (v{r.version})" for r in rounds]
+    return [f"{number} {r.task}{version}" for number, (r, version) in enumerate(zip(rounds, versions, strict=True), 1)]
 
 
-def _whole_row(row: Sequence[Score], matrix: dict[str, Any]) -> list[Score]:
+def _whole_row(row: Sequence[Score], matrix: ContinualMatrix) -> list[Score]:
     """A score or None for every task: a row ends with what was measured."""
-    return [*row, *[None] * (len(matrix["rounds"]) - len(row))]
+    return [*row, *[None] * (len(matrix.rounds) - len(row))]
 
 
 def measures_by_round(block: dict[str, Any], metric: str) -> dict[str, Any]:
@@ -84,15 +83,16 @@ def measures_by_round(block: dict[str, Any], metric: str) -> dict[str, Any]:
     return found
 
 
-def anchor_drifts(anchors: dict[str, Any], metric: str) -> dict[str, list[float | None]]:
+def anchor_drifts(anchors: Mapping[str, Mapping[str, AnchorScores]], metric: str) -> dict[str, list[float | None]]:
     """Per anchor with a baseline, the change after each round: relative for loss, a difference for accuracy."""
     drifts = {}
     for name, measured in anchors.items():
         of_metric = measured.get(metric)
-        if not of_metric or not _known(of_metric["baseline"]) or (metric == "loss" and not of_metric["baseline"]):
+        base = of_metric.baseline if of_metric else None
+        if of_metric is None or base is None or not math.isfinite(base) or (metric == "loss" and not base):
             continue
-        base = of_metric["baseline"]
-        drift = [(v - base) / (base if metric == "loss" else 1) if _known(v) else None for v in of_metric["values"]]
+        whole = base if metric == "loss" else 1
+        drift = [(v - base) / whole if v is not None and math.isfinite(v) else None for v in of_metric.values]
         if any(value is not None for value in drift):
             drifts[name] = drift
     return drifts
@@ -132,7 +132,7 @@ def _tiles(block: dict[str, Any], metric: str) -> list[tuple[str, str, str]]:
     ]
 
 
-def _matrix_plot(rounds: Sequence[dict[str, Any]], names: Sequence[str], block: dict[str, Any], metric: str) -> Plot:
+def _matrix_plot(rounds: Sequence[MatrixRound], names: Sequence[str], block: dict[str, Any], metric: str) -> Plot:
     """Rounds x tasks, coloured by the change against the base model."""
     values = [block["baseline"], *block["rows"]]
 
@@ -152,7 +152,7 @@ def _matrix_plot(rounds: Sequence[dict[str, Any]], names: Sequence[str], block: 
         "accuracy": lambda v: format_number(100 * v, 0, signed=True),
     }[metric]
     unit = "change in percent" if metric == "loss" else "change in points"
-    longest = max(len(r["task"]) for r in rounds)
+    longest = max(len(r.task) for r in rounds)
     title = f"The {metric} of the model after each round (rows) on each task (columns)"
     return heat_map(
         f"matrix-{metric}",
@@ -160,7 +160,7 @@ def _matrix_plot(rounds: Sequence[dict[str, Any]], names: Sequence[str], block: 
         cells,
         [[_cell(value, metric) for value in row] for row in values],
         rows=["base model", *names],
-        columns=[r["task"] for r in rounds],
+        columns=[r.task for r in rounds],
         scale=Scale(label=f"{metric} against the base model ({unit})", low=low, high=high, center=0.0, write=write),
         description="The same numbers are in the table below the picture.",
         outlined={(task + 1, task) for task in range(len(rounds))},
@@ -264,7 +264,7 @@ def _drift_plot(drifts: dict[str, list[float | None]], metric: str) -> Plot:
     return line_plot(f"drift-{metric}", title, drifts, factor=100)
 
 
-def line_plot(name: str, title: str, values: dict[str, list[float | None]], *, factor: float = 1.0) -> Plot:
+def line_plot(name: str, title: str, values: Mapping[str, Sequence[float | None]], *, factor: float = 1.0) -> Plot:
     """A line for each set, times `factor`, over the rounds; None is a gap."""
     with plot_style():
         figure, axes = _panel(max(map(len, values.values())))

@@ -2,11 +2,12 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from osft.evaluation.report.heat_map import Scale, heat_map
 from osft.evaluation.report.svg import LINES, PANEL, WORSE, Plot, log_scale, plot_style, printable, thinned, to_svg
+from osft.models.training_summary import TrainingSummary, WeightSummary
 
 if TYPE_CHECKING:
     from osft.subspace.factor_set import FactorSet
@@ -18,7 +19,7 @@ Place = tuple[int, str]
 """A block's number and the kind of a weight in it."""
 
 
-def subspace_section(factors: "FactorSet", training: dict[str, Any] | None) -> dict[str, Any]:
+def subspace_section(factors: "FactorSet", training: TrainingSummary | None) -> dict[str, Any]:
     """What the section about the subspace shows."""
     import numpy as np
 
@@ -27,11 +28,11 @@ def subspace_section(factors: "FactorSet", training: dict[str, Any] | None) -> d
     energy = {target: float(np.sum(values**2)) for target, values in spectra.items()}
     frozen_energy = sum(float(np.sum(values[: frozen[target]] ** 2)) for target, values in spectra.items())
     of_weights = factors.protect == "weights"  # else the spectrum is the inputs', and says nothing of a weight's size
-    layouts = training["rank_layout"] if training else {}
-    norms = {target: layout["weight_norm"] for target, layout in layouts.items() if "weight_norm" in layout}
+    layouts = training.rank_layout if training else {}
+    norms = {target: norm for target, layout in layouts.items() if (norm := layout.weight_norm) is not None}
     if of_weights and not norms:  # of an older release
         norms = {target: math.sqrt(total) for target, total in energy.items()}
-    sizes = relative_update_sizes({target: layout["update_norm"] for target, layout in layouts.items()}, norms)
+    sizes = relative_update_sizes({target: layout.update_norm for target, layout in layouts.items()}, norms)
     used = used_shares(layouts)
     return {
         "key": factors.key,
@@ -43,7 +44,7 @@ def subspace_section(factors: "FactorSet", training: dict[str, Any] | None) -> d
         "spectra_plots": _spectra_plots(spectra, frozen, "Singular values" if of_weights else "Inputs"),
         "updates_plot": by_block("updates", "Size of each update, in percent of its weight's norm", sizes, digits=2),
         "largest_update": max(sizes.items(), key=lambda item: item[1]) if sizes else None,
-        "saved": training.get("saved") if training else None,
+        "saved": training.saved if training else None,
         "frozen_plot": by_block(
             "frozen", "Share of each stored update in frozen directions, in percent", frozen_shares(layouts), high=1.0
         ),
@@ -75,27 +76,27 @@ def relative_update_sizes(updates: dict[str, float], weights: dict[str, float]) 
     return {place: math.sqrt(update / weight) for place, (update, weight) in sums.items() if weight}
 
 
-def used_shares(layouts: dict[str, dict[str, Any]]) -> dict[Place, float]:
+def used_shares(layouts: Mapping[str, WeightSummary]) -> dict[Place, float]:
     """(block, kind) -> effective rank of the update over the number of unfrozen directions, of `rank_layout`.
 
     Several weights of one block and kind count by their mean. Runs before this was measured give nothing.
     """
     found: dict[Place, list[float]] = {}
     for target, layout in layouts.items():
-        place, rank = block_and_kind(target), layout.get("effective_rank")
-        if place and rank is not None and math.isfinite(rank) and layout["unfrozen"]:
-            found.setdefault(place, []).append(rank / layout["unfrozen"])
+        place, rank = block_and_kind(target), layout.effective_rank
+        if place and rank is not None and math.isfinite(rank) and layout.unfrozen:
+            found.setdefault(place, []).append(rank / layout.unfrozen)
     return {place: sum(shares) / len(shares) for place, shares in found.items()}
 
 
-def frozen_shares(layouts: dict[str, dict[str, Any]]) -> dict[Place, float]:
+def frozen_shares(layouts: Mapping[str, WeightSummary]) -> dict[Place, float]:
     """(block, kind) -> share of the stored update in frozen directions, of `rank_layout`; of several weights the mean.
 
     Runs before this was measured give nothing.
     """
     found: dict[Place, list[float]] = {}
     for target, layout in layouts.items():
-        place, share = block_and_kind(target), layout.get("frozen_share")
+        place, share = block_and_kind(target), layout.frozen_share
         if place and share is not None:
             found.setdefault(place, []).append(share)
     return {place: sum(shares) / len(shares) for place, shares in found.items()}

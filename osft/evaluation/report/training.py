@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from osft.evaluation.report.formats import format_duration, format_number
 from osft.evaluation.report.svg import BETTER, EDGE, PANEL, WORSE, Plot, log_scale, plot_style, thinned, to_svg
+from osft.models.training_summary import FittedStep, TrainingSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,52 +14,58 @@ SMOOTHED_FROM = 40
 """Steps from which the loss is drawn with its moving average, and points lose their markers."""
 
 
-def training_plots(metrics: list[dict[str, Any]], training: dict[str, Any] | None) -> list[Plot]:
+def training_plots(metrics: list[dict[str, Any]], training: TrainingSummary | None) -> list[Plot]:
     """Loss, learning rate, gradient norm and throughput against the step; the drift where it was measured."""
     return [
         _loss_plot(metrics),
         *_drift_plots(metrics),
         _curve(metrics, "learning_rate", "Learning rate"),
-        _gradient_plot(metrics, training["config"]["max_grad_norm"] if training else 0),
+        _gradient_plot(metrics, _clip(training)),
         _curve(metrics, "tokens_per_second", "Throughput (tokens per second)"),
     ]
 
 
-def fitted_step(training: dict[str, Any] | None) -> dict[str, Any] | None:
-    """`fitted_step` of training.json (`osft.training.fitting.FittedStep`) and its `plot`; None of a run without."""
-    fitted = training.get("fitted_step") if training else None
-    return fitted and fitted | {"plot": _fitted_plot(fitted)}
+def _clip(training: TrainingSummary | None) -> float:
+    """The gradient norm that is clipped to; 0 for none."""
+    clip = training.config["max_grad_norm"] if training else None
+    return clip if isinstance(clip, int | float) else 0.0
+
+
+def fitted_step(training: TrainingSummary | None) -> dict[str, Any] | None:
+    """The fields of `FittedStep` and its `plot`; None of a run without."""
+    fitted = training.fitted_step if training else None
+    return None if fitted is None else dict(fitted) | {"plot": _fitted_plot(fitted)}
 
 
 def cost_of(
-    training: dict[str, Any] | None, metrics: list[dict[str, Any]] | None, cost: dict[str, float] | None
+    training: TrainingSummary | None, metrics: list[dict[str, Any]] | None, cost: dict[str, float] | None
 ) -> dict[str, Any]:
     """`tiles` (value, label) and `parts` (name, seconds, share of the longest) of what is known."""
     parts, tiles = dict(cost or {}), []
     if cost:
         tiles.append((format_duration(sum(cost.values())), "for all steps of the round"))
     if training:
-        train_seconds = training["train_seconds"]
+        train_seconds = training.train_seconds
         if metrics:  # of a run that was taken up again, training.json times the last part only
             train_seconds = max(train_seconds, sum(line["step_seconds"] for line in metrics))
-        seconds = {"load": training["load_seconds"], "train": train_seconds, "save": training["save_seconds"]}
+        seconds = {"load": training.load_seconds, "train": train_seconds, "save": training.save_seconds}
         parts |= {f"training process: {part}": value for part, value in seconds.items()}
         tiles += _training_tiles(training, train_seconds, sum(seconds.values()) / 3600)
     longest = max(parts.values(), default=0) or 1
     return {"tiles": tiles, "parts": [(name, seconds, seconds / longest) for name, seconds in parts.items()]}
 
 
-def _training_tiles(training: dict[str, Any], train_seconds: float, hours: float) -> list[tuple[str, str]]:
-    processes = training["world_size"]
-    unit = "CPU process-hours" if training["device"] == "cpu" else "GPU-hours"
+def _training_tiles(training: TrainingSummary, train_seconds: float, hours: float) -> list[tuple[str, str]]:
+    processes = training.world_size
+    unit = "CPU process-hours" if training.device == "cpu" else "GPU-hours"
     held = f"{unit}: {processes} {'process' if processes == 1 else 'processes'} for {format_duration(3600 * hours)}"
-    throughput = training["tokens"] / train_seconds if train_seconds else None
+    throughput = training.tokens / train_seconds if train_seconds else None
     return [
         (format_duration(train_seconds), "training time"),
-        (format_number(training["tokens"]), f"tokens in {format_number(training['steps'])} steps"),
+        (format_number(training.tokens), f"tokens in {format_number(training.steps)} steps"),
         (format_number(throughput), "tokens per second"),
         (f"{processes * hours:.3g}", held),
-        (f"{training['peak_memory_bytes'] / 2**30:.2f} GiB", "peak memory of a process"),
+        (f"{training.peak_memory_bytes / 2**30:.2f} GiB", "peak memory of a process"),
     ]
 
 
@@ -110,20 +117,20 @@ def _drift_plots(metrics: list[dict[str, Any]]) -> list[Plot]:
         return [to_svg(figure, "training-drift", "Drift from the start (nats per token)")]
 
 
-def _fitted_plot(fitted: dict[str, Any]) -> Plot:
+def _fitted_plot(fitted: FittedStep) -> Plot:
     """Gain against drift, from no update to the whole of it."""
-    tried = sorted(fitted["tried"], key=lambda one: one["scale"])
+    tried = sorted(fitted.tried, key=lambda one: one.scale)
     with plot_style():
         figure, axes = _panel("drift (nats per token)")
-        drifts, gains = ([0.0, *(one[field] for one in tried)] for field in ("drift", "gain"))
-        errors = [0.0, *(one["standard_error"] for one in tried)]
+        drifts, gains = ([0.0, *(getattr(one, field) for one in tried)] for field in ("drift", "gain"))
+        errors = [0.0, *(one.standard_error for one in tried)]
         axes.errorbar(drifts, gains, yerr=errors, color=BETTER, marker="o", markersize=3, linewidth=1.4)
         for one in tried:
-            weight = "bold" if one["scale"] == fitted["scale"] else "normal"
-            place = (one["drift"], one["gain"])
-            axes.annotate(f"{one['scale']:g}", place, xytext=(4, 4), textcoords="offset points", fontweight=weight)
-        if fitted["max_drift"] < 2 * max(drifts):
-            axes.axvline(fitted["max_drift"], color=WORSE, linestyle="--", linewidth=1, label="bound")
+            weight = "bold" if one.scale == fitted.scale else "normal"
+            place = (one.drift, one.gain)
+            axes.annotate(f"{one.scale:g}", place, xytext=(4, 4), textcoords="offset points", fontweight=weight)
+        if fitted.max_drift < 2 * max(drifts):
+            axes.axvline(fitted.max_drift, color=WORSE, linestyle="--", linewidth=1, label="bound")
             axes.legend()
         axes.axhline(0, color=EDGE, linewidth=0.8)
         return to_svg(figure, "fitted-step", "Gain against drift, by the part of the update (nats per token)")
