@@ -8,7 +8,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer.main
 from pydantic.fields import FieldInfo
@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from osft.api import osft
 from osft.cli import app
 from osft.kubernetes.settings import PyTorchJobSettings
+from osft.models.training_summary import FittedStep, SavedUpdate, TrainingSummary, TriedScale, WeightSummary
 from osft.settings import compatibility
 from osft.settings.base import default_text, meaning, type_text
 from osft.settings.training import TrainConfig, grouped_fields
@@ -64,6 +65,7 @@ def render() -> str:
                 _settings(PyTorchJobSettings.model_fields),
                 "## The result",
                 _result(),
+                *_records(),
                 "## The command",
                 *_commands(),
                 "## The documented parameters, here and in training_hub",
@@ -144,6 +146,16 @@ def _documented_fields(owner: type) -> Iterator[tuple[str, str, str]]:
             )
 
 
+def _records() -> list[str]:
+    """What the result's records hold."""
+    tables = []
+    for kind in (TrainingSummary, WeightSummary, SavedUpdate, FittedStep, TriedScale):
+        fields = kind.model_fields.items()
+        rows = [(f"`{n}`", f"`{_type_text(f.annotation)}`", " ".join((f.description or "").split())) for n, f in fields]
+        tables.append(f"`{kind.__name__}`: {inspect.getdoc(kind)}\n\n" + _table(("field", "type", "meaning"), rows))
+    return tables
+
+
 def _commands(group: Any = None, prefix: str = "") -> list[str]:
     group = group or typer.main.get_command(app)
     pieces = []
@@ -212,7 +224,9 @@ def covering_tests() -> defaultdict[str, list[str]]:
 
 
 def _type_text(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", str(annotation))  # without modules
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

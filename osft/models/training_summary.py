@@ -20,7 +20,9 @@ class WeightSummary(RecordPart):
     unfrozen: int
     """Directions."""
     frozen: int | None
+    """Directions."""
     weight_norm: float | None
+    """Of the weight before training."""
     update_norm: float
     effective_rank: float | None
     """How many of the unfrozen directions the update is spread over."""
@@ -31,7 +33,9 @@ class WeightSummary(RecordPart):
     update_lost: float | None = None
     """By rounding, as in `RoundingLoss`; None without a model or an update, as those that follow."""
     rounding_error: float | None = None
+    """As in `RoundingLoss`."""
     frozen_share: float | None = None
+    """As in `RoundingLoss`."""
 
 
 class TriedScale(RecordPart):
@@ -57,11 +61,13 @@ class FittedStep(RecordPart):
     start_loss: float
     """Of the model without the update, nats per token."""
     tried: tuple[TriedScale, ...]
+    """In the order of step_scales."""
     num_samples: int
     """Held-out samples."""
     num_text_tokens: int
     """Predictions on self-written text that the drift is a mean of."""
     max_drift: float
+    """max_step_drift, nats per token."""
     reason: str
     """Why this scale, in words."""
 
@@ -166,6 +172,7 @@ class TrainingSummary(Record):
     validation_loss: float | None
     """After the last step, where there is held-out data."""
     best_validation_loss: float | None
+    """The lowest of all."""
     checkpoints: tuple[str, ...]
     """The models that were written, relative to the run's folder, in their order."""
     checkpoint_files: dict[str, dict[str, int]]
@@ -181,12 +188,17 @@ class TrainingSummary(Record):
     liger: bool
     """Whether Liger's kernels were used."""
     preflight: PreflightResult | None
+    """None in early releases."""
     trainable_parameters: int
+    """The coefficients of the updates."""
     total_parameters: int
+    """Of the model."""
     load_seconds: float
+    """Until the first step."""
     train_seconds: float
     """Without what saving took."""
     save_seconds: float
+    """Models and training states."""
     peak_memory_bytes: int
     """Of the first process: the GPU allocator's peak, or the resident memory's on a CPU."""
     rank_layout: dict[str, WeightSummary]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,8 +13,9 @@ from tqdm import tqdm
 from osft import storage
 from osft.models.checkpoint import tensor_sha256
 from osft.models.conversion import ModelWeights
-from osft.settings.subspace import Protect, SubspaceConfig
+from osft.settings.subspace import FreeSubspace, Protect, SubspaceConfig
 from osft.storage.hashes import named_sha256
+from osft.storage.record import Record, RecordError, RecordPart
 from osft.storage.sealed import DamagedFile, read_sealed
 from osft.subspace.decomposition import SplitKind, curvature
 from osft.subspace.rank_allocation import allocation_settings
@@ -35,17 +36,73 @@ class FactorsMismatchError(ValueError):
     """A factor set does not belong to the model or the settings that it is to be used with."""
 
 
+class SplitWeight(RecordPart):
+    """One target weight of a set, and where its factors are."""
+
+    sha256: str
+    """Of the weight."""
+    shape: tuple[int, ...]
+    """(m, n), or (experts, m, n)."""
+    rank: int
+    """Unfrozen directions."""
+    file: str
+    """Relative to the store."""
+    split_kind: SplitKind | None = None
+    """With protect="activations"; else the set's `free_subspace`."""
+    gradient_energy: float | tuple[float, ...] | None = None
+    """With protect="activations": the s of its layer, of experts one each."""
+    bases_sha256: str | None = None
+    """None in sets of early releases."""
+
+
+class FactorManifest(Record):
+    """The file that makes a set of factors complete.
+
+    What it does not need is not in it: its content names it, so that what there was before keeps its name.
+    """
+
+    FORMAT: ClassVar[int] = FORMAT
+
+    protect: Protect = "weights"
+    unfreeze_rank_ratio: float
+    free_subspace: FreeSubspace
+    weights: dict[str, SplitWeight]
+    """By target."""
+    rank_allocation: str = "uniform"
+    min_retention_ratio: float | None = None
+    """Of the adaptive allocation."""
+    importance: dict[str, float] | None = None
+    """Of the adaptive allocation: block -> what `measure_importance` found."""
+    statistics: str | None = None
+    """With protect="activations": the file of the statistics that it was computed from, relative to the store."""
+    unit: float | None = None
+    """With protect="activations": what curvatures are divided by (`Statistics.unit`)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON: of what was given."""
+        return {"format": self.FORMAT} | self.model_dump(mode="json", exclude_unset=True)
+
+
+class FactorManifestByInputs(FactorManifest):
+    """That of a set with protect="activations"."""
+
+    FORMAT: ClassVar[int] = BY_INPUTS_FORMAT
+
+    protect: Literal["activations"]
+    statistics: str
+    unit: float
+
+
 @dataclass(kw_only=True, slots=True)
 class FactorSet:
-    """The manifest of one model's factors."""
+    """One model's factors, as a manifest names them: the fields of `FactorManifest`."""
 
     path: Path
     """The manifest file."""
     unfreeze_rank_ratio: float
-    free_subspace: str
-    weights: dict[str, dict[str, Any]]
-    """Target -> `sha256` of its weight, `shape`, `rank`, `file` (relative to the store), `bases_sha256`; with
-    protect="activations" also `split_kind`, and `gradient_energy`, the s of its layer (of experts a list)."""
+    free_subspace: FreeSubspace
+    weights: dict[str, SplitWeight]
+    """By target."""
     protect: Protect = "weights"
     statistics: str | None = None
     """With protect="activations": the file of the statistics that it was computed from, relative to the store."""
@@ -67,21 +124,27 @@ class FactorSet:
     @property
     def bases_sha256(self) -> str:
         """Hash of all bases, which tells this set from one that was computed for the same weights elsewhere."""
-        return named_sha256({target: self.weights[target]["bases_sha256"] for target in sorted(self.weights)})
+        digests: dict[str, str] = {}
+        for target in sorted(self.weights):
+            digest = self.weights[target].bases_sha256
+            if digest is None:
+                raise ValueError(f"{self.path} is of an early release, without hashes of its bases. Load it with check")
+            digests[target] = digest
+        return named_sha256(digests)
 
     def factors_file(self, target: str) -> Path:
         """The safetensors file with the factors of `target`."""
-        return self.path.parent.parent / self.weights[target]["file"]
+        return self.path.parent.parent / self.weights[target].file
 
     @property
     def ranks(self) -> dict[str, int]:
         """Target -> the number of its unfrozen directions."""
-        return {target: weight["rank"] for target, weight in self.weights.items()}
+        return {target: weight.rank for target, weight in self.weights.items()}
 
     @property
     def split_kinds(self) -> dict[str, SplitKind]:
         """Target -> how it is split."""
-        return {target: weight.get("split_kind", self.free_subspace) for target, weight in self.weights.items()}
+        return {target: weight.split_kind or self.free_subspace for target, weight in self.weights.items()}
 
     def rows(self, target: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows, or experts, [start, stop) of the basis `name` (left, right or frozen) of `target`, float32."""
@@ -97,14 +160,13 @@ class FactorSet:
         """s c_j of the free directions of a split by inputs, as `Factors` has it; None of one by singular vectors."""
         if self.protect == "weights":
             return None
-        assert self.unit is not None, "written with every such set"
         weight = self.weights[target]
+        assert self.unit is not None, "written with every such set"
+        assert weight.split_kind is not None, "written with every such weight"
         with safe_open(self.factors_file(target), framework="pt") as opened:
             energies = opened.get_tensor("energies")
-        gradient_energy = torch.tensor(weight["gradient_energy"])
-        return curvature(
-            energies, weight["rank"], weight["split_kind"], gradient_energy=gradient_energy, unit=self.unit
-        )
+        gradient_energy = torch.tensor(weight.gradient_energy)
+        return curvature(energies, weight.rank, weight.split_kind, gradient_energy=gradient_energy, unit=self.unit)
 
     def spectrum(self, target: str) -> torch.Tensor:
         """Singular values, or with protect="activations" the roots of the inputs' energies: descending, float32.
@@ -129,7 +191,7 @@ def load_factor_set(path: str | Path, *, check: bool = True) -> FactorSet:
         raise FileNotFoundError(f"there is no factor set {path}. Run `precompute_svd` for this model first")
     factors = read_factor_set(found, 0)
     store = str(address).rsplit("/", 2)[0]
-    storage.fetch_files(store, [weight["file"] for weight in factors.weights.values()])
+    storage.fetch_files(store, [weight.file for weight in factors.weights.values()])
     files = {name: factors.factors_file(name) for name in factors.weights}
     for name, file in files.items():
         if not file.is_file():
@@ -141,7 +203,7 @@ def load_factor_set(path: str | Path, *, check: bool = True) -> FactorSet:
         return factors
     bases = intact_bases(files, lambda line: None)
     for name, file in files.items():
-        recorded = factors.weights[name].get("bases_sha256", bases.get(name))  # of an older release: none
+        recorded = factors.weights[name].bases_sha256
         if bases.get(name) is None:
             raise DamagedFile(
                 f"{storage.name_of(file)} is damaged: it does not hold the whole factors of {name}. Run "
@@ -152,35 +214,24 @@ def load_factor_set(path: str | Path, *, check: bool = True) -> FactorSet:
                 f"{path} was made of other bases of {name} (hash {recorded[:12]}) than there are now in "
                 f"{storage.name_of(file)} ({bases[name][:12]}). Run `precompute_svd` again for a set of those"
             )
-        factors.weights[name]["bases_sha256"] = bases[name]
+        factors.weights[name] = factors.weights[name].replace(bases_sha256=bases[name])
     return factors
 
 
 def read_factor_set(path: Path, computed: int) -> FactorSet:
     """The set of a manifest on this machine, whose files are not looked at; `computed` is how many of them are new."""
     remedy = "Remove it and run `precompute_svd` again, which writes it again"
-    manifest = read_sealed(path, remedy)
-    expected = BY_INPUTS_FORMAT if manifest.get("protect") == "activations" else FORMAT
-    if manifest.get("format") != expected:
+    found = read_sealed(path, remedy)
+    kind = FactorManifestByInputs if found.get("protect") == "activations" else FactorManifest
+    if found.get("format") != kind.FORMAT:
         raise FactorsMismatchError(
-            f"{path} has format {manifest.get('format')}, this version reads {expected}. Run `precompute_svd` again"
+            f"{path} has format {found.get('format')}, this version reads {kind.FORMAT}. Run `precompute_svd` again"
         )
     try:
-        return FactorSet(
-            path=path,
-            unfreeze_rank_ratio=manifest["unfreeze_rank_ratio"],
-            free_subspace=manifest["free_subspace"],
-            weights=manifest["weights"],
-            rank_allocation=manifest.get("rank_allocation", "uniform"),
-            min_retention_ratio=manifest.get("min_retention_ratio"),
-            importance=manifest.get("importance"),
-            protect=manifest.get("protect", "weights"),
-            statistics=manifest.get("statistics"),
-            unit=manifest.get("unit"),
-            computed=computed,
-        )
-    except KeyError as error:
-        raise DamagedFile(f"{storage.name_of(path)} is damaged: it has no {error}. {remedy}") from None
+        manifest = kind.from_dict(found, storage.name_of(path))
+    except RecordError as error:
+        raise DamagedFile(f"{error}. {remedy}") from None
+    return FactorSet(path=path, computed=computed, **dict(manifest))
 
 
 def intact_bases(files: Mapping[str, Path], report: Callable[[str], None]) -> dict[str, str]:
@@ -233,7 +284,7 @@ def check_settings(factors: FactorSet, config: SubspaceConfig, targets: Sequence
 def check_weights(factors: FactorSet, stored: ModelWeights, targets: Sequence[Target]) -> None:
     """Raise FactorsMismatchError unless the model's weights are those that were decomposed."""
     for target in targets:
-        found, made = stored.sha256(target.tensor), factors.weights[target.name]["sha256"]
+        found, made = stored.sha256(target.tensor), factors.weights[target.name].sha256
         if found != made:
             raise FactorsMismatchError(
                 f"{factors.path} does not belong to {stored.folder}: the weight of {target.name} has hash "

@@ -44,7 +44,15 @@ from osft.subspace.decomposition import (
     split_of_inputs,
     unfrozen_rank,
 )
-from osft.subspace.factor_set import BY_INPUTS_FORMAT, FORMAT, FactorSet, intact_bases, read_factor_set
+from osft.subspace.factor_set import (
+    FORMAT,
+    FactorManifest,
+    FactorManifestByInputs,
+    FactorSet,
+    SplitWeight,
+    intact_bases,
+    read_factor_set,
+)
 from osft.subspace.rank_allocation import allocate_ranks, allocation_settings
 from osft.subspace.statistics import InputStatistics, Statistics
 from osft.subspace.targets import Target, select_targets
@@ -82,19 +90,20 @@ def precompute(
                 yield target.name, decompose(tensor, ranks[target.name], config.free_subspace)
 
     computed = _complete(store, weights, compute, report)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "unfreeze_rank_ratio": config.unfreeze_rank_ratio,
-        "free_subspace": config.free_subspace,
-        "weights": weights,
-    }
     rank_allocation, min_retention_ratio = allocation_settings(config)
+    adaptive: dict[str, Any] = {}
     if rank_allocation != "uniform":
-        manifest |= {
+        adaptive = {
             "rank_allocation": rank_allocation,
             "min_retention_ratio": min_retention_ratio,
             "importance": dict(importance or {}),
         }
+    manifest = FactorManifest(
+        unfreeze_rank_ratio=config.unfreeze_rank_ratio,
+        free_subspace=config.free_subspace,
+        weights={name: SplitWeight(**weight) for name, weight in weights.items()},
+        **adaptive,
+    )
     return _write_set(store, manifest, computed, report)
 
 
@@ -126,7 +135,7 @@ def precompute_by_inputs(
                 "rank": rank,
                 "file": f"weights/{_hash(FORMAT, 'inputs', digest, rank, split_kind)}.safetensors",
                 "split_kind": split_kind,
-                "gradient_energy": inputs.gradient_energies[name].tolist(),
+                "gradient_energy": _energies(inputs.gradient_energies[name]),
             }
     if without := [name for name, weight in weights.items() if "file" not in weight]:
         raise ValueError(f"the statistics {statistics_file} are those of other weights: they have none of {without[0]}")
@@ -144,16 +153,20 @@ def precompute_by_inputs(
                 )
 
     computed = _complete(store, weights, compute, report)
-    manifest = {
-        "format": BY_INPUTS_FORMAT,
-        "protect": "activations",
-        "unfreeze_rank_ratio": config.unfreeze_rank_ratio,
-        "free_subspace": config.free_subspace,
-        "weights": weights,
-        "statistics": statistics_file,
-        "unit": unit,
-    }
+    manifest = FactorManifestByInputs(
+        protect="activations",
+        unfreeze_rank_ratio=config.unfreeze_rank_ratio,
+        free_subspace=config.free_subspace,
+        weights={name: SplitWeight(**weight) for name, weight in weights.items()},
+        statistics=statistics_file,
+        unit=unit,
+    )
     return _write_set(store, manifest, computed, report)
+
+
+def _energies(energies: torch.Tensor) -> float | tuple[float, ...]:
+    """Of a layer a number, of experts one each."""
+    return tuple(energies.tolist()) if energies.ndim else energies.item()
 
 
 def _moment_sha256(inputs: InputStatistics) -> str:
@@ -174,7 +187,7 @@ def _read_targets(
         stored.require(target.tensor)
         stored.check_invertible(target.tensor)
     weights: dict[str, dict[str, Any]] = {
-        target.name: {"sha256": stored.sha256(target.tensor), "shape": list(target.shape)}
+        target.name: {"sha256": stored.sha256(target.tensor), "shape": tuple(target.shape)}
         for target in tqdm(targets, desc="hash", unit="weight", mininterval=2.0, delay=5.0)
     }
     return stored, targets, weights
@@ -218,12 +231,13 @@ def _complete(
     return len(missing)
 
 
-def _write_set(store: str | Path, manifest: dict[str, Any], computed: int, report: Callable[[str], None]) -> FactorSet:
-    address = storage.join(store, "sets", f"{_hash(manifest)}.json")
-    if not _is_there(address, manifest):
-        write_sealed(storage.local(address), manifest)
+def _write_set(store: str | Path, manifest: FactorManifest, computed: int, report: Callable[[str], None]) -> FactorSet:
+    plain = manifest.to_dict()
+    address = storage.join(store, "sets", f"{_hash(plain)}.json")
+    if not _is_there(address, plain):
+        write_sealed(storage.local(address), plain)
         storage.publish(address)
-    total = len(manifest["weights"])
+    total = len(manifest.weights)
     report(f"factors: computed {computed}, reused {total - computed} of {total} weights ({address})")
     return read_factor_set(storage.local(address), computed)
 
@@ -232,7 +246,7 @@ def _is_there(address: str, manifest: dict[str, Any]) -> bool:
     """Whether an address has this manifest, undamaged."""
     found = storage.find(address)
     try:
-        return found is not None and read_sealed(found, "") == json.loads(json.dumps(manifest))
+        return found is not None and read_sealed(found, "") == manifest
     except DamagedFile:
         return False
 

@@ -24,9 +24,8 @@ Of an input n wide, k directions are kept (`kept_rank`), 2 n k bytes, beside whi
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -34,7 +33,8 @@ from tqdm import tqdm
 
 from osft import storage
 from osft.storage.atomic import atomic_path
-from osft.storage.sealed import DamagedFile, read_sealed, write_sealed
+from osft.storage.record import Record, RecordError, RecordPart
+from osft.storage.sealed import DamagedFile, write_sealed
 from osft.subspace.second_moment import SecondMoment
 from osft.subspace.statistics import (
     OUTPUT,
@@ -49,6 +49,35 @@ from osft.subspace.statistics import (
 FORMAT = 1
 """Part of every key: raise it when what is stored, or how it is measured, changes."""
 _REMEDY = "Remove it and measure the statistics again (`precompute_svd`)"
+
+
+class StoredInput(RecordPart):
+    """The statistics of one input in a store."""
+
+    targets: tuple[str, ...]
+    """The target weights that read it."""
+    transposed: bool
+    """Whether these are stored (in_features, out_features)."""
+    shape: tuple[int, ...]
+    """Of the basis of its second moment."""
+    error_bound: float
+    """Of that, the largest (`osft.subspace.second_moment`)."""
+    file: str
+    """Relative to the store."""
+    sha256: str
+    """Of what is in the file."""
+
+
+class StatisticsManifest(Record):
+    """The file that makes statistics complete."""
+
+    FORMAT: ClassVar[int] = FORMAT
+
+    content_sha256: str
+    parts: tuple[Part, ...]
+    """The texts that they are of."""
+    inputs: tuple[StoredInput, ...]
+    """In the model's order."""
 
 
 def statistics_key(**made_of: Any) -> str:
@@ -75,24 +104,19 @@ def save_statistics(statistics: Statistics, store: str | Path, key: str | None =
             save_file(each.tensors(), temporary)
         storage.publish(address)
         described.append(
-            {
-                "targets": list(each.targets),
-                "transposed": each.transposed,
-                "shape": list(each.moment.basis.shape),
-                "error_bound": each.moment.error_bound.max().item(),
-                "file": file,
-                "sha256": digest,
-            }
+            StoredInput(
+                targets=each.targets,
+                transposed=each.transposed,
+                shape=tuple(each.moment.basis.shape),
+                error_bound=each.moment.error_bound.max().item(),
+                file=file,
+                sha256=digest,
+            )
         )
-    digest = content_sha256(statistics.parts, [each["sha256"] for each in described])
-    manifest = {
-        "format": FORMAT,
-        "content_sha256": digest,
-        "parts": [asdict(part) for part in statistics.parts],
-        "inputs": described,
-    }
+    digest = content_sha256(statistics.parts, [each.sha256 for each in described])
+    manifest = StatisticsManifest(content_sha256=digest, parts=statistics.parts, inputs=tuple(described))
     address = statistics_address(store, key or digest)
-    write_sealed(storage.local(address), manifest)
+    write_sealed(storage.local(address), manifest.to_dict())
     storage.publish(address)
     return address
 
@@ -113,39 +137,32 @@ def load_statistics(path: str | Path) -> Statistics:
     Raises FileNotFoundError if it or one of its files is missing, DamagedFile if it is not what was written; reading
     an input raises DamagedFile.
     """
-    found, manifest, parts = _read_manifest(path)
-    try:
-        inputs, digest = manifest["inputs"], manifest["content_sha256"]
-        layout = [tuple(each["targets"]) for each in inputs]
-    except (KeyError, TypeError) as error:
-        raise DamagedFile(f"{path} is damaged: {error}. {_REMEDY}") from None
-    storage.fetch_files(str(path).rsplit("/", 2)[0], [each["file"] for each in inputs])
-    stored = _Stored(found.parent.parent, inputs)
-    for each in inputs:
+    found, manifest = _read_manifest(path)
+    storage.fetch_files(str(path).rsplit("/", 2)[0], [each.file for each in manifest.inputs])
+    stored = _Stored(found.parent.parent, manifest.inputs)
+    for each in manifest.inputs:
         if not stored.file(each).is_file():
             raise FileNotFoundError(
-                f"{path} is damaged: {storage.name_of(stored.file(each))} of {each['targets'][0]} is missing. {_REMEDY}"
+                f"{path} is damaged: {storage.name_of(stored.file(each))} of {each.targets[0]} is missing. {_REMEDY}"
             )
-    return Statistics(parts, stored, layout, sha256=digest)
+    layout = [each.targets for each in manifest.inputs]
+    return Statistics(manifest.parts, stored, layout, sha256=manifest.content_sha256)
 
 
-def stored_parts(path: str | Path) -> list[Part]:
+def stored_parts(path: str | Path) -> tuple[Part, ...]:
     """The texts that the statistics of a manifest are of, without what was measured. Raises as `load_statistics`."""
-    return _read_manifest(path)[2]
+    return _read_manifest(path)[1].parts
 
 
-def _read_manifest(path: str | Path) -> tuple[Path, dict[str, Any], list[Part]]:
-    """The file, what it holds, and its parts."""
+def _read_manifest(path: str | Path) -> tuple[Path, StatisticsManifest]:
+    """The file, and what it holds."""
     found = storage.find(path)
     if found is None:
         raise FileNotFoundError(f"there are no statistics {path}. Measure them first (`precompute_svd`)")
-    manifest = read_sealed(found, _REMEDY)
-    if manifest.get("format") != FORMAT:
-        raise DamagedFile(f"{path} has format {manifest.get('format')}, this version reads {FORMAT}. {_REMEDY}")
     try:
-        return found, manifest, [Part(**part) for part in manifest["parts"]]
-    except (KeyError, TypeError) as error:
-        raise DamagedFile(f"{path} is damaged: {error}. {_REMEDY}") from None
+        return found, StatisticsManifest.read(path, _REMEDY)
+    except RecordError as error:
+        raise DamagedFile(f"{error}. {_REMEDY}") from None
 
 
 def stored_output_moments(path: str | Path) -> Iterator[tuple[str, SecondMoment]]:
@@ -153,36 +170,34 @@ def stored_output_moments(path: str | Path) -> Iterator[tuple[str, SecondMoment]
 
     Raises as `load_statistics`. Files are not checked against their hashes.
     """
-    found = storage.find(path)
     load_statistics(path)
-    assert found is not None, "it was loaded"
-    for described in read_sealed(found, _REMEDY)["inputs"]:
-        with safe_open(found.parent.parent / described["file"], framework="pt") as opened:
+    found, manifest = _read_manifest(path)
+    for described in manifest.inputs:
+        with safe_open(found.parent.parent / described.file, framework="pt") as opened:
             names = [name for name in sorted(opened.keys()) if name.startswith(OUTPUT)]
             outputs = {name: opened.get_tensor(name) for name in names}
-        yield from restored_outputs(described["targets"], outputs).items()
+        yield from restored_outputs(described.targets, outputs).items()
 
 
 class _Stored(Sequence[InputStatistics]):
     """Inputs that are read when they are asked for."""
 
-    def __init__(self, folder: Path, described: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, described: Sequence[StoredInput]) -> None:
         self._folder, self._described = folder, described
 
-    def file(self, described: dict[str, Any]) -> Path:
-        file: str = described["file"]
-        return self._folder / file
+    def file(self, described: StoredInput) -> Path:
+        return self._folder / described.file
 
     def __len__(self) -> int:
         return len(self._described)
 
     def __getitem__(self, index: Any) -> Any:
         described = self._described[index]
-        file, targets = self.file(described), described["targets"]
+        file, targets = self.file(described), described.targets
         try:
             tensors = load_file(file)
-            if tensors_sha256(targets, tensors, transposed=described["transposed"]) != described["sha256"]:
+            if tensors_sha256(targets, tensors, transposed=described.transposed) != described.sha256:
                 raise ValueError("its hash is another")
-            return InputStatistics.from_tensors(targets, tensors, transposed=described["transposed"])
+            return InputStatistics.from_tensors(targets, tensors, transposed=described.transposed)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise DamagedFile(f"{storage.name_of(file)} of {targets[0]} is damaged ({error}). {_REMEDY}") from None

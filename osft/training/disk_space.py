@@ -57,8 +57,8 @@ def output_sizes(config: TrainConfig, model: Path, factors: FactorSet) -> Output
     trained = max(by_dtype, key=lambda dtype: by_dtype[dtype])  # the dtype of the large weights
     split_kinds = factors.split_kinds
     for name, weight in factors.weights.items():
-        shape = tuple(weight["shape"])
-        coefficients += math.prod(factor_shapes(shape, weight["rank"], split_kinds[name])["coefficients"])
+        shape = weight.shape
+        coefficients += math.prod(factor_shapes(shape, weight.rank, split_kinds[name])["coefficients"])
         exact += 2 * math.prod(shape) if trained.itemsize < 4 else 0
     final = config.num_epochs if config.checkpoint_at_epoch else int(bool(config.save_final_checkpoint))
     models = final + int(bool(config.save_best_val_loss))
@@ -76,10 +76,10 @@ def _statistics_size(factors: FactorSet) -> int:
     inputs: dict[str, int] = {}
     outputs = 0
     for name, weight in factors.weights.items():
-        *experts, m, n = weight["shape"]
+        *experts, m, n = weight.shape
         if factors.split_kinds[name] == "left":
             m, n = n, m
-        inputs[weight["file"]] = 2 * n * kept_rank((*experts, n, n)) * math.prod(experts)  # of several weights once
+        inputs[weight.file] = 2 * n * kept_rank((*experts, n, n)) * math.prod(experts)  # of several weights once
         outputs += 0 if experts else 2 * m * min(m, OUTPUT_DIRECTIONS)
     return sum(inputs.values()) + outputs
 

@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from osft.storage.atomic import write_json
 from osft.storage.sealed import write_sealed
 from osft.subspace.decomposition import SplitKind, num_directions
 from osft.subspace.effective_rank import effective_rank
-from osft.subspace.factor_set import load_factor_set
+from osft.subspace.factor_set import SplitWeight, load_factor_set
 from osft.subspace.model import osft_layers
 from osft.subspace.preflight import Preflight
 from osft.subspace.statistics_store import stored_output_moments
@@ -280,16 +280,16 @@ def _saved(origin: Origin) -> SavedUpdate:
 
 
 def _layout(
-    described: Mapping[str, Any], split_kind: SplitKind, weight_norm: float, update_norm: float, effective_rank: float
+    weight: SplitWeight, split_kind: SplitKind, weight_norm: float, update_norm: float, effective_rank: float
 ) -> dict[str, Any]:
     """How one weight is split, and what the update made of it; `effective_rank` is at most `unfrozen`.
 
     `shape` is (m, n), or (experts, m, n) with a split for each. Norms are Frobenius'.
     """
     return {
-        "shape": tuple(described["shape"]),
-        "unfrozen": described["rank"],
-        "frozen": num_directions(described["shape"], split_kind) - described["rank"],
+        "shape": weight.shape,
+        "unfrozen": weight.rank,
+        "frozen": num_directions(weight.shape, split_kind) - weight.rank,
         "weight_norm": weight_norm,
         "update_norm": update_norm,
         "effective_rank": effective_rank,

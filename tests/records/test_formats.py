@@ -18,6 +18,8 @@ from osft.rounds.pipeline_run import RegisteredVersion
 from osft.rounds.resolution import ResolvedRound
 from osft.storage.record import Record, RecordError, RecordPart
 from osft.storage.sealed import DamagedFile, write_sealed
+from osft.subspace.factor_set import FactorManifest, FactorManifestByInputs
+from osft.subspace.statistics_store import StatisticsManifest
 from osft.tracking.lineage import Lineage
 
 FORMAT_0 = Path(__file__).parent / "format_0"
@@ -28,6 +30,9 @@ KINDS = {
     "training.json": TrainingSummary,
     "lineage.json": Lineage,
     "osft.json": Origin,
+    "factors_of_weights.json": FactorManifest,
+    "factors_of_activations.json": FactorManifestByInputs,
+    "statistics.json": StatisticsManifest,
 }
 
 
@@ -75,9 +80,14 @@ def test_file_of_the_release_before_is_read_and_keeps_all_that_it_says(name):
     assert KINDS[name].from_json(record.to_json(), name) == record
 
 
+@pytest.mark.parametrize("name", ["factors_of_weights.json", "factors_of_activations.json"])
+def test_manifest_of_factors_keeps_its_content_which_names_it(name):
+    assert KINDS[name].read(FORMAT_0 / name).to_dict() == plain(name)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_file_of_a_newer_release_is_refused_by_name(name):
-    with pytest.raises(RecordError, match=f"{name} has the format 99, this release reads .*1. Use the release"):
+    with pytest.raises(RecordError, match=f"{name} has the format 99, this release reads .*\\d\\. Use the release"):
         KINDS[name].from_dict(plain(name) | {"format": 99}, name)
 
 

@@ -147,7 +147,7 @@ def test_damaged_factors_are_named_and_computed_again(damage, model_folder, tmp_
 def test_factors_that_are_damaged_in_the_store_are_computed_and_published_again(model_folder, bucket, object_store):
     store = f"{bucket}/factors"
     factors = precompute(model_folder, store, QUARTER)
-    address = f"{store}/{factors.weights['model.layers.0.mlp.up_proj']['file']}"
+    address = f"{store}/{factors.weights['model.layers.0.mlp.up_proj'].file}"
     content = object_store.files.cat(address)
     object_store.files.pipe(address, content[:-8])
     manifest = f"{store}/sets/{factors.path.name}"
@@ -206,7 +206,7 @@ def test_two_runs_that_compute_one_weight_both_use_the_file_that_came_first(mode
 
     def another_run_was_faster(tensors, path, metadata):
         name = metadata["weight"]
-        target = tmp_path / other.weights[name]["file"]
+        target = tmp_path / other.weights[name].file
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(other.factors_file(name).read_bytes())
         write({key: -tensor for key, tensor in tensors.items()}, path, metadata=metadata)

@@ -24,7 +24,7 @@ def subspace_section(factors: "FactorSet", training: TrainingSummary | None) -> 
     import numpy as np
 
     spectra = {target: factors.spectrum(target).double().numpy() for target in factors.weights}
-    frozen = {target: len(values) - factors.weights[target]["rank"] for target, values in spectra.items()}
+    frozen = {target: len(values) - factors.weights[target].rank for target, values in spectra.items()}
     energy = {target: float(np.sum(values**2)) for target, values in spectra.items()}
     frozen_energy = sum(float(np.sum(values[: frozen[target]] ** 2)) for target, values in spectra.items())
     of_weights = factors.protect == "weights"  # else the spectrum is the inputs', and says nothing of a weight's size
