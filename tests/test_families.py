@@ -144,7 +144,7 @@ def train_config(folder: Path, *, factors: Path | None = None, **changes: object
 def factors_for(config: TrainConfig, folder: Path) -> Path:
     store = folder.parent / "factors"
     if config.protect == "weights":
-        return precompute(folder, store, config.subspace, report=lambda _: None).path
+        return precompute(folder, store, config.subspace).path
     model = load_model(folder, dtype=torch.float32)
     statistics = measure(model, select_targets(model), make_samples(), device="cpu")
     return precompute_by_inputs(

@@ -12,9 +12,10 @@ A second run with the same input reuses it; a run that dies half-way leaves noth
 
 import hashlib
 import json
+import logging
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from osft import storage
 from osft.data.chat import IGNORE, Sample
 from osft.storage.hashes import file_sha256, files_sha256
 from osft.storage.sealed import DamagedFile, read_sealed, write_sealed
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 4
 """Part of every dataset's hash: raise it when a preparation or the layout changes."""
@@ -110,19 +113,18 @@ def check_dataset(folder: Path) -> PreparedData:
     return found
 
 
-def find_dataset(address: str, report: Callable[[str], None]) -> PreparedData | None:
-    """The dataset of an address if it is there and complete; says so. A damaged one is removed, and that is said."""
+def find_dataset(address: str) -> PreparedData | None:
+    """The dataset of an address if it is there and complete. A damaged one is removed, and that is said."""
     folder = storage.find(address, marker=_STATISTICS)
     if folder is None:
         return None
     try:
         found = check_dataset(folder)
     except DamagedFile as error:
-        report(f"data: prepared again, for {error}")
+        logger.warning(f"data: prepared again, for {error}")
         storage.remove(address)
         shutil.rmtree(folder)
         return None
-    report(f"data: reused {address}")
     return found
 
 

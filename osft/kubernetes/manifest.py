@@ -37,6 +37,7 @@ from kubeflow.training import (
 from kubeflow.training.constants import constants
 
 from osft.kubernetes.settings import PyTorchJobSettings
+from osft.process import logs
 
 SPEC_HASH = "osft/spec-hash"
 """Annotation with the SHA-256 of the spec, by which a retried step recognizes its job."""
@@ -75,6 +76,8 @@ class JobIdentity:
     labels: dict[str, str] = field(default_factory=dict)
     """Of the job and its pods: the pipeline run, the MLflow run."""
     owner: JobOwner | None = None
+    log_context: str = ""
+    """What the lines of its log say of the step and the run (`osft.process.logs`)."""
 
 
 def job_name(pipeline_run_id: str, task: str) -> str:
@@ -156,7 +159,7 @@ def _job_spec(
 ) -> KubeflowOrgV1PyTorchJobSpec:
     template = k8s.V1PodTemplateSpec(
         metadata=k8s.V1ObjectMeta(labels=_pod_labels(identity, settings), annotations=_istio(settings)),
-        spec=_pod_spec(settings, image=image, command=command, storage=storage),
+        spec=_pod_spec(identity, settings, image=image, command=command, storage=storage),
     )
 
     def replicas(number: int) -> KubeflowOrgV1ReplicaSpec:
@@ -183,7 +186,9 @@ def _job_spec(
     )
 
 
-def _pod_spec(settings: PyTorchJobSettings, *, image: str, command: list[str], storage: Storage) -> k8s.V1PodSpec:
+def _pod_spec(
+    identity: JobIdentity, settings: PyTorchJobSettings, *, image: str, command: list[str], storage: Storage
+) -> k8s.V1PodSpec:
     volumes, mounts = _volumes(settings, storage)
     requests = {"cpu": settings.cpu, "memory": settings.memory}
     limits = {"memory": settings.memory}
@@ -197,6 +202,7 @@ def _pod_spec(settings: PyTorchJobSettings, *, image: str, command: list[str], s
         command=[argument.replace("$", "$$") for argument in command],  # $(NAME) would be expanded, $$ halved
         env=[
             k8s.V1EnvVar(name="OSFT_LOCK_SECONDS", value=str(_LOCK_SECONDS)),
+            *([k8s.V1EnvVar(name=logs.CONTEXT, value=identity.log_context)] if identity.log_context else []),
             *([] if storage.claim else [k8s.V1EnvVar(name="OSFT_SCRATCH", value=_SCRATCH)]),
             *(_env(name, reference) for name, reference in settings.env.items()),
         ],

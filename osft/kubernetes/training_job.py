@@ -1,5 +1,6 @@
 """From a training run's settings to its PyTorchJob."""
 
+import logging
 import os
 from pathlib import PurePosixPath
 
@@ -7,8 +8,11 @@ from osft.kubernetes.api import ClusterApi, own_namespace
 from osft.kubernetes.launcher import PyTorchJobLauncher
 from osft.kubernetes.manifest import JobIdentity, JobOwner, Storage, build_manifest, job_name, label_value
 from osft.kubernetes.settings import PyTorchJobSettings
+from osft.process import logs
 from osft.settings.training import TrainConfig
 from osft.training.command import train_arguments
+
+logger = logging.getLogger(__name__)
 
 
 def training_job(
@@ -51,6 +55,7 @@ def training_job(
             "osft/mlflow-run-id": label_value(mlflow_run_id),
         },
         owner=_owner(api),
+        log_context=logs.context_of(task, pipeline_run_id),
     )
     command = ["osft", *train_arguments(config)]
     return PyTorchJobLauncher(api, build_manifest(identity, settings, image=image, command=command, storage=storage))
@@ -67,7 +72,7 @@ def _owner(api: ClusterApi) -> JobOwner | None:
     try:
         pod = api.pod(name) if name else None
     except PermissionError as error:
-        print(f"train: the job will not be deleted with the pipeline run: {error}", flush=True)
+        logger.warning(f"train: the job will not be deleted with the pipeline run: {error}")
         return None
     if pod is None:
         return None

@@ -1,6 +1,7 @@
 """Measure what was learned and what was forgotten, and decide."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from osft.tracking.lineage import Lineage, Row, Scores
 
 if TYPE_CHECKING:
     from osft.subspace.factor_set import FactorSet
+
+logger = logging.getLogger(__name__)
 
 _METRICS = ("loss", "loss_stderr", "accuracy", "accuracy_stderr")
 """Of the scores, what a later round needs."""
@@ -87,7 +90,7 @@ def evaluate_model(
         earlier_versions = [MeasuredVersion(version, row.task, row.scores) for version, row in known]
         evaluation["decision"] = decide(evaluation, rules, history=earlier_versions)
         evaluation_file = run.write_record(EVALUATION_FILE, evaluation)
-        print(f"gate: {_outcome(evaluation)}", flush=True)
+        logger.info(f"gate: {_outcome(evaluation)}")
         for model, scores in evaluation["results"].items():
             for name, score in scores.items():
                 numbers = {key: score[key] for key in ("loss", "perplexity", "accuracy")}

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from osft import storage
+from osft.process import logs
+from osft.process.errors import tell_in_one_line
 from osft.rounds.resolution import ResolvedRound
 from osft.storage.atomic import atomic_path
 from osft.storage.paths import expanded
@@ -15,6 +17,12 @@ from osft.tracking import runs
 
 ROUND_FILE, EVALUATION_FILE, VERSION_FILE = "round.json", "evaluation.json", "version.json"
 """What steps leave in a round's folder for those that follow."""
+
+
+def begin_step(name: str, pipeline_run_id: str) -> None:
+    """What a component calls first: lines of the log bear its name, and one line says why it ends (`osft.process`)."""
+    tell_in_one_line()
+    logs.configure(step=name, run_id=pipeline_run_id)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ process reads what has been added and calls the callbacks. They are live objects
 nothing needs to be pickled.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from osft import storage
 from osft.training.metrics_file import MetricsFile
 from osft.training.mirror import INTERVAL_SECONDS, STOP_FILE
 from osft.training.requests import Request
+
+logger = logging.getLogger(__name__)
 
 _LAST_LOOKS = 3
 
@@ -168,7 +171,7 @@ class Follower:
         except Exception as error:  # of a file system, or of any object store's client
             problem = f"{type(error).__name__}: {error}"
             if problem not in self._problems:
-                print(f"train: the run cannot be followed, trying again: {problem}", flush=True)
+                logger.warning(f"train: the run cannot be followed, trying again: {problem}")
             self._problems.add(problem)
             return False
         return True

@@ -4,7 +4,6 @@ Everything is found by content if it was there before, so that a call that was k
 nodes may do the same work side by side on one shared folder or each on its own.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,11 +34,9 @@ def local_model(config: TrainConfig) -> Path:
     return CheckpointReader(model_folder(config.model_path)).folder
 
 
-def check_model(config: TrainConfig, model: Path, report: Callable[[str], None] = print) -> Preflight:
-    """What the model does with several samples at once, reported in a line. Raises as `preflight`."""
-    found = preflight(model, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code)
-    report(found.line())
-    return found
+def check_model(config: TrainConfig, model: Path) -> Preflight:
+    """What the model does with several samples at once. Raises as `preflight`."""
+    return preflight(model, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code)
 
 
 def data_folder(config: TrainConfig) -> str:
@@ -47,7 +44,7 @@ def data_folder(config: TrainConfig) -> str:
     return config.data_output_dir or storage.join(config.ckpt_output_dir, "_internal_data_processing")
 
 
-def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[str], None] = print) -> "PreparedData":
+def prepare_training_data(config: TrainConfig, model: Path) -> "PreparedData":
     """The prepared dataset, checked against `max_tokens_per_gpu`.
 
     Raises ValueError that names the sample if one is longer, and where no held-out sample is left to validate on.
@@ -56,7 +53,6 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
         config,
         config.data_path,
         model,
-        report,
         validation_fraction=config.validation_split,
         validation_data=config.validation_data_path,
     )
@@ -69,9 +65,7 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
     return prepared
 
 
-def prepare_replay(
-    config: TrainConfig, model: Path, data: "PreparedData", report: Callable[[str], None] = print
-) -> "PreparedData | None":
+def prepare_replay(config: TrainConfig, model: Path, data: "PreparedData") -> "PreparedData | None":
     """The samples of `config.replay_data` that train beside `data`; None where none is asked for, or there is none.
 
     Data that is not a prepared dataset is prepared as data_path is, and what validation_split would hold out of it is
@@ -87,7 +81,7 @@ def prepare_replay(
         how: dict[str, Any] = {"validation_fraction": config.validation_split}
         if is_dataset(path):
             how = {"validation_fraction": 0.0, "is_processed": True}  # it has a held-out side of its own
-        earlier.append(_prepared(config, path, model, report, **how))
+        earlier.append(_prepared(config, path, model, **how))
     drawn = draw_replay(
         data,
         earlier,
@@ -95,7 +89,6 @@ def prepare_replay(
         ratio=config.replay_ratio,
         seed=config.seed,
         max_seq_len=config.max_seq_len,
-        report=report,
     )
     if drawn:
         check_lengths(drawn.statistics, config)
@@ -106,7 +99,6 @@ def _prepared(
     config: TrainConfig,
     data_path: str,
     model: Path,
-    report: Callable[[str], None],
     *,
     validation_fraction: float,
     validation_data: str | None = None,
@@ -121,7 +113,6 @@ def _prepared(
     common: dict[str, Any] = {
         "validation_fraction": validation_fraction,
         "validation_data": validation_data,
-        "report": report,
     }
     if config.use_processed_dataset or is_processed:
         return import_processed(  # which checks rows against the vocabulary

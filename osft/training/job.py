@@ -14,6 +14,7 @@
                                     else asking for it raises: only its own answer, a limit or a person ends a job
 """
 
+import logging
 import signal
 import threading
 import time
@@ -26,8 +27,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from osft.process import logs
 from osft.process.exit_codes import INTERRUPTED
 from osft.training.callbacks import Follower, TrainingCallback
+
+logger = logging.getLogger(__name__)
 
 _REPEAT_SECONDS = 300.0  # how often an unchanged waiting is reported
 
@@ -123,7 +127,7 @@ def run_job(
         except BaseException as error:
             if submitted or not isinstance(error, Exception):
                 ignore_sigterm()  # told once is enough: what follows must not be cut off
-                print(f"train: {type(error).__name__}, the job is cancelled", flush=True)
+                logger.warning(f"train: {type(error).__name__}, the job is cancelled")
                 _cancel(launcher)
             raise
 
@@ -133,7 +137,7 @@ def _cancel(launcher: Launcher) -> None:
     try:
         launcher.cancel()
     except Exception as error:
-        print(f"train: the job could not be cancelled, look after it: {type(error).__name__}: {error}", flush=True)
+        logger.error(f"train: the job could not be cancelled, look after it: {type(error).__name__}: {error}")
 
 
 def _wait(launcher: Launcher, limits: Limits, follower: Follower, poll_seconds: float) -> None:
@@ -210,7 +214,7 @@ class _Report:
             text += f" for {minutes:.0f} min"
         if status.reason and status.phase is not Phase.FAILED:  # a failure's reason is in the error
             text += f": {status.reason}"
-        print(text, flush=True)
+        logger.info(text)
 
 
 @contextmanager
@@ -221,9 +225,9 @@ def _printed(launcher: Launcher) -> Iterator[None]:
     def show() -> None:
         try:
             for line in launcher.logs(stop):
-                print(line, flush=True)
+                logs.pass_on(line)
         except Exception as error:  # the job's log is not the job
-            print(f"train: its log cannot be followed: {type(error).__name__}: {error}", flush=True)
+            logger.warning(f"train: its log cannot be followed: {type(error).__name__}: {error}")
 
     thread = threading.Thread(target=show, name="job-log", daemon=True)
     thread.start()

@@ -8,6 +8,7 @@ refused.
 """
 
 import json
+import logging
 import os
 import re
 import signal
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
+logger = logging.getLogger(__name__)
+
 
 _WORKER = "osft.training.worker"
 _SAVE_SECONDS = 120  # to save the training state in, when the run is asked to end
@@ -85,6 +88,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     liger = liger_wanted(config)
     model = local_model(config)
     found = check_model(config, model)
+    logger.info(found.line())
     data = prepare_training_data(config, model)
     replay = prepare_replay(config, model, data)
     made_of = model_contents(model) | {"dataset": data.key} | named_factors(config)
@@ -238,8 +242,8 @@ def _tell_interruption(error: Exception, signum: signal.Signals) -> None:
     if isinstance(error, ChildFailedError):
         failure = _training_failed(error)
         if failure.exit_code != INTERRUPTED:
-            print(f"train: {failure}", flush=True)
-    print(f"train: ended by {signum.name}; the same call resumes from the state that was saved last", flush=True)
+            logger.error(f"train: {failure}")
+    logger.warning(f"train: ended by {signum.name}; the same call resumes from the state that was saved last")
 
 
 def _training_failed(error: "ChildFailedError") -> TrainingFailed:

@@ -9,6 +9,7 @@ A process that receives SIGTERM (a preempted pod, a stopped or killed launcher) 
 the run saves its state and ends. All processes agree on that: each step's requests are reduced over the ranks.
 """
 
+import logging
 import signal
 import time
 from dataclasses import asdict, fields
@@ -33,6 +34,8 @@ from osft.training.resume import metrics_sha256
 from osft.training.round_statistics import RoundStatistics
 from osft.training.saving import SavedModel, save_merged
 from osft.training.state import save_state
+
+logger = logging.getLogger(__name__)
 
 
 class Outputs:
@@ -102,7 +105,7 @@ class Outputs:
             return Request.NOTHING
         except (OSError, ValueError) as error:
             if not self._told:
-                print(f"train: {self._folder / STOP_FILE} cannot be read, trying again: {error}", flush=True)
+                logger.warning(f"train: {self._folder / STOP_FILE} cannot be read, trying again: {error}")
             self._told = True
             return Request.NOTHING
         return request if request in (Request.INTERRUPT, Request.STOP) else Request.NOTHING

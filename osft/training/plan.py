@@ -139,7 +139,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     that cannot work and models that cannot be trained, as training itself.
     """
     folder = model_folder(config.model_path, weights=False)
-    found = check_model(config, folder, report=lambda _: None)
+    found = check_model(config, folder)
     model, total_parameters, notes = _described_model(config, folder)
     data = count_data(config, folder)
     if data.tokens is None:

@@ -1,6 +1,7 @@
 """Metrics on disk and progress on the terminal."""
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from osft.storage.atomic import atomic_path
 from osft.training.loop import StepMetrics
+
+logger = logging.getLogger(__name__)
 
 _LINE_INTERVAL_SECONDS = 10.0
 
@@ -56,10 +59,9 @@ class Progress:
                 shown += f"  validation {metrics.validation_loss:.4f}"
             if metrics.predicted_drift is not None:
                 shown += f"  drift {metrics.predicted_drift:.4f}"
-            print(
+            logger.info(
                 f"step {metrics.step}/{self._total}  {shown}  lr {metrics.learning_rate:.2e}  "
                 f"{metrics.tokens_per_second:.0f} tokens/s  {remaining:.0f} s left",
-                flush=True,
             )
 
     def __exit__(

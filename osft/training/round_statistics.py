@@ -14,7 +14,7 @@ content; no copy goes with the model, whose size they have a tenth to two thirds
     is a base model                                 the same
 """
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from osft.subspace.calibration import measure
 from osft.subspace.statistics_store import load_statistics, save_statistics, statistics_address
 from osft.subspace.targets import select_targets
 
+logger = logging.getLogger(__name__)
+
 
 def carried_statistics(
     model: Path,
@@ -41,12 +43,11 @@ def carried_statistics(
     subspace: SubspaceConfig,
     *,
     trust_remote_code: bool = False,
-    report: Callable[[str], None] = print,
 ) -> str | None:
     """The path or URI of the statistics that the model in a folder carries, of all target weights at least.
 
     They are looked for in `store` by their content, and where the model says that they are. None for a model that has
-    none that can be used; why not is reported. Raises DamagedFile for statistics that are not what was written.
+    none that can be used; a warning says why not. Raises DamagedFile for statistics that are not what was written.
     """
     origin = read_origin(model)
     if origin is None:
@@ -54,7 +55,7 @@ def carried_statistics(
     named = origin.statistics
     anew = "what it knows is measured now, on text that it writes itself"
     if named is None:
-        report(f"statistics: {model} was tuned without protect='activations', or by an older release: {anew}")
+        logger.warning(f"statistics: {model} was tuned without protect='activations', or by an older release: {anew}")
         return None
     targets = select_targets(empty_model(model, trust_remote_code=trust_remote_code), subspace.target_patterns)
     places = dict.fromkeys((statistics_address(store, named.sha256), named.address))
@@ -66,14 +67,14 @@ def carried_statistics(
             continue  # others have been put in their place
         known = {target for layer in found.layout for target in layer}
         if missing := [target.name for target in targets if target.name not in known]:
-            report(
+            logger.warning(
                 f"statistics: {address}, which {model} carries, has nothing of {missing[0]}: {anew}, and what earlier "
                 "rounds learned is kept only as far as that text shows it"
             )
             return None
         return address
-    report(
-        f"statistics: WARNING: {named.address}, which {model} carries, is not there any more: {anew}, and what earlier "
+    logger.warning(
+        f"statistics: {named.address}, which {model} carries, is not there any more: {anew}, and what earlier "
         "rounds learned is kept only as far as that text shows it. Put them back, if there is a copy"
     )
     return None

@@ -1,6 +1,7 @@
 """One training process. Started by torchrun's agent: `python -m osft.training.worker WORK.json`."""
 
 import json
+import logging
 import os
 import resource
 import sys
@@ -22,6 +23,7 @@ from osft.data.samples import JoinedSamples, SampleList, Samples, SubsetOfSample
 from osft.models.checkpoint import tensor_sha256
 from osft.models.conversion import ModelWeights
 from osft.models.origin import Origin, read_origin
+from osft.process import logs
 from osft.process.errors import noted
 from osft.process.parent import end_with_parent
 from osft.settings.schedule import warmup_warning
@@ -49,10 +51,13 @@ from osft.training.sampled_drift import sample_drift_of_run
 from osft.training.sharded_model import load_sharded
 from osft.training.state import load_state, read_position
 
+logger = logging.getLogger(__name__)
+
 
 @record
 def main() -> None:
     """Do what the file says that the launcher wrote."""
+    logs.configure(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     with noted():
         work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
         end_with_parent(work["launcher"])
@@ -124,13 +129,12 @@ def train_process(work: dict[str, Any]) -> None:
     total_steps = num_steps(len(samples.lengths), config)
     steps: list[StepMetrics] = []
     if rank == 0:
-        print(
-            f"train: {_start(stored, [name + layer.tensor_suffix for name, layer in osft_layers(model)])}", flush=True
-        )
+        targets = [name + layer.tensor_suffix for name, layer in osft_layers(model)]
+        logger.info(f"train: {_start(stored, targets)}")
         warning = warmup_warning(config.warmup_steps, total_steps)
         if warning:
-            print(f"train: {warning}", flush=True)
-        print(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}", flush=True)
+            logger.warning(f"train: {warning}")
+        logger.info(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}")
     with (
         mirror,
         Progress(total_steps, output / METRICS, done=position.step, enabled=rank == 0) as progress,
@@ -159,7 +163,7 @@ def train_process(work: dict[str, Any]) -> None:
         )
     seconds = time.perf_counter() - loaded
     if rank == 0 and fitted:
-        print(f"train: {fitted.line()}", flush=True)
+        logger.info(f"train: {fitted.line()}")
 
     # Of an update, the norm is that of its coefficients, because the bases are orthonormal.
     norms = {name: (_norm(layer.base_weight), _norm(layer.coefficients)) for name, layer in osft_layers(model)}

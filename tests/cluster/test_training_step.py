@@ -16,6 +16,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from osft import osft, rounds
+from osft.process.logs import message_of
 from osft.tracking import runs
 from osft.training import TrainResult
 from tests.cluster.cluster import Cluster
@@ -357,7 +358,7 @@ def test_errors_of_the_api_and_broken_streams_are_survived(training, cluster, re
     assert training.conditions() == ["Created", "Succeeded"]
     assert step.log.count("trying again in") >= 5
     assert "found PyTorchJob" in step.log
-    shown = [line for line in step.log.splitlines() if line.startswith("step ")]
+    shown = [line for line in step.log.splitlines() if message_of(line).startswith("step ")]
     assert len(shown) == len(set(shown)), "a line was printed twice"
 
 

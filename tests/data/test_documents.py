@@ -68,11 +68,10 @@ def test_every_token_of_a_block_counts(model_folder, tmp_path):
     assert prepared.statistics["num_loss_tokens"] == 90
 
 
-def test_remainder_is_reported(model_folder, tmp_path):
+def test_remainder_is_reported(model_folder, tmp_path, caplog):
     file = write_jsonl(tmp_path / "a.jsonl", documents(20, 20))
-    lines: list[str] = []
-    prepare_documents(str(file), model_folder, tmp_path / "out", block_size=10, report=lines.append)
-    assert lines == [
+    prepare_documents(str(file), model_folder, tmp_path / "out", block_size=10)
+    assert caplog.messages == [
         "data: 2 documents in 4 training blocks of 10 tokens (40 tokens), 0 blocks held out; dropped the last "
         "2 tokens, which fill no block"
     ]

@@ -85,21 +85,19 @@ def test_prepared_folder_is_used_as_it_is(chats, model_folder, tmp_path):
         import_processed(str(prepared.folder), tmp_path / "out", max_seq_len=64, vocabulary_size=200)
 
 
-def test_long_samples_are_dropped_and_counted(tmp_path):
+def test_long_samples_are_dropped_and_counted(tmp_path, caplog):
     made = rows(50)
     long = [len(row["labels"]) for row in made if len(row["labels"]) > 20]
-    lines: list[str] = []
     prepared = import_processed(
         stored(made, "jsonl", tmp_path / "data"),
         tmp_path / "out",
         max_seq_len=20,
         vocabulary_size=258,
-        report=lines.append,
     )
     share = sum(long) / sum(len(row["labels"]) for row in made)
     dropped = {"samples": len(long), "tokens": sum(long), "share_of_tokens": share}
     assert prepared.statistics["dropped_as_too_long"] == dropped
-    assert f"dropped {len(long)} samples longer than 20 tokens ({share:.1%} of all tokens)" in lines[0]
+    assert f"dropped {len(long)} samples longer than 20 tokens ({share:.1%} of all tokens)" in caplog.messages[0]
 
 
 def test_everything_too_long_is_refused(tmp_path):
@@ -280,13 +278,12 @@ def test_padding_does_not_count_as_length(tmp_path):
     assert prepared.statistics["dropped_as_too_long"]["samples"] == 0
 
 
-def test_labels_of_padding_are_left_out_and_counted(tmp_path):
+def test_labels_of_padding_are_left_out_and_counted(tmp_path, caplog):
     row = padded(0, 3) | {"labels": [*PLAIN["labels"], 0, 0, 0], "num_loss_counted_tokens": 6}
-    lines: list[str] = []
-    prepared = imported(tmp_path, row, report=lines.append)
+    prepared = imported(tmp_path, row)
     assert read(prepared.folder) == [Sample(PLAIN["input_ids"], PLAIN["labels"])]
-    assert "data: 3 padding tokens, which attention_mask names, were left out" in lines
-    assert "data: 3 labels of padding were left out with it" in lines
+    assert "data: 3 padding tokens, which attention_mask names, were left out" in caplog.messages
+    assert "data: 3 labels of padding were left out with it" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -348,11 +345,10 @@ def test_a_type_that_rounds_token_ids_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "datasets"])
-def test_columns_that_are_not_used_are_named_once(tmp_path, form):
-    lines: list[str] = []
+def test_columns_that_are_not_used_are_named_once(tmp_path, form, caplog):
     made = [row | {"text": "as it was", "image": {"path": None, "bytes": "x"}} for row in rows(3)]
-    prepared = import_processed(stored(made, form, tmp_path / "d"), tmp_path / "out", **SIZES, report=lines.append)
-    assert lines[1:] == ["data: these columns are not used: image, text"]
+    prepared = import_processed(stored(made, form, tmp_path / "d"), tmp_path / "out", **SIZES)
+    assert caplog.messages[1:] == ["data: these columns are not used: image, text"]
     assert prepared.statistics["unused_columns"] == ["image", "text"]
 
 

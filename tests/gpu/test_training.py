@@ -159,9 +159,7 @@ def test_peak_memory_is_that_of_the_dry_run(device, tmp_path, gradient_checkpoin
     )
     (estimate,) = [each for each in plan(config).memory if each.gpus == 1]
     lines = {line.name: line.bytes for line in estimate.lines if line.name != "allowance"}  # what tensors take
-    factors = factor_store.precompute(
-        folder, tmp_path / "factors", config.subspace, device=device.type, report=lambda _: None
-    ).path
+    factors = factor_store.precompute(folder, tmp_path / "factors", config.subspace, device=device.type).path
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     loaded, _ = load_sharded(config, folder, factors, device=device)
     optimizer = make_optimizer(loaded.train(), config, fused=True)

@@ -92,7 +92,7 @@ def test_static_lines_are_the_bytes_of_the_loaded_model(model_folder, chats, tmp
         free_subspace=free_subspace,
     )
     subspace = settings.subspace
-    factors = precompute(model_folder, tmp_path / "factors", subspace, report=lambda _: None).path
+    factors = precompute(model_folder, tmp_path / "factors", subspace).path
     planned = bytes_by_name(plan(settings), world_size)
     loaded = loaded_bytes(settings, factors, world_size)
     assert {name: planned[name] for name in loaded} == loaded
@@ -209,14 +209,14 @@ def test_processed_data_is_counted_as_it_is_taken_over(model_folder, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     settings = config(model_folder, data, data_output_dir=str(tmp_path / "prepared"), use_processed_dataset=True)
     assert_as_prepared(settings, model_folder)
-    prepared = prepare_training_data(settings, model_folder, report=lambda _: None)
+    prepared = prepare_training_data(settings, model_folder)
     again = config(model_folder, prepared.folder, use_processed_dataset=True)
     assert plan(again).data.tokens == plan(settings).data.tokens
 
 
 def assert_as_prepared(settings: TrainConfig, model: Path) -> None:
     counted = data_counts.count_data(settings, model)
-    written = prepare_training_data(settings, model, report=lambda _: None).statistics
+    written = prepare_training_data(settings, model).statistics
     assert counted.exact
     assert counted.samples == written["num_train_samples"]
     assert counted.tokens == written["num_tokens"]
