@@ -116,6 +116,19 @@ def test_processes_that_a_step_starts_say_step_and_run(capsys):
     assert without_time(found.stdout) == "[train-osft 42] train: b\n"
 
 
+def test_step_of_the_pipeline_is_named_in_its_lines_and_ends_with_one(capsys):
+    program = """if True:
+        import logging
+        from osft.rounds import begin_step
+        begin_step("train-osft", "0f1e-8a1d")
+        logging.getLogger("osft.training").warning("train: c")
+        raise ValueError("no such thing")
+    """
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert without_time(found.stdout) == "[train-osft 8a1d] WARNING train: c\n"
+    assert (found.stderr, found.returncode) == ("error: no such thing\n", 1)
+
+
 @pytest.mark.parametrize(
     "line", ["train: b", "step 1/2  loss 1.0", "2026-11-26 15:13:20 other", "[rank 1] a", "", "WARNING: of a library"]
 )

@@ -70,7 +70,8 @@ def context_of(step: str, run_id: str) -> str:
 
 def message_of(line: str) -> str:
     """A line of a log without what was put before the message; other lines as they are."""
-    return _PREFIX.sub("", line, count=1) if _PREFIX.match(line) else line
+    prefix = _PREFIX.match(line)
+    return line[prefix.end() :] if prefix else line
 
 
 def pass_on(line: str) -> None:

@@ -85,6 +85,9 @@ def test_labels_lead_from_job_and_pods_to_the_runs(cluster):
         labels = found["metadata"]["labels"]
         assert labels["osft/pipeline-run-id"] == "4f1c9f0e-53a8-4d0c-9f6e-0f8f4c1f2a77"
         assert labels["osft/mlflow-run-id"] == "0123456789abcdef"
+    (container,) = cluster.pods()[0]["spec"]["containers"]
+    told = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert told["OSFT_LOG_CONTEXT"] == "train-osft 0f8f4c1f2a77", "for the lines of its log"
 
 
 def test_launcher_uses_the_rights_of_the_role_and_no_others(cluster, tmp_path):

@@ -162,15 +162,15 @@ def test_model_of_the_published_method_carries_nothing_and_that_is_said(learn, b
     assert [part.name for part in load_statistics(read_origin(two).statistics.address).parts] == ["base", "letters"]
 
 
-def test_statistics_that_are_gone_are_named_and_measured_anew(learn, base, tasks, capsys):
+def test_statistics_that_are_gone_are_named_and_measured_anew(learn, base, tasks, caplog):
     one = learn(base, tasks[0], max_steps=1)
     address = read_origin(one).statistics.address
     Path(address).unlink()
-    capsys.readouterr()
+    caplog.clear()
     learn(one, tasks[1], max_steps=1)
-    said = capsys.readouterr().out
-    assert f"statistics: WARNING: {address}, which {one} carries, is not there any more" in said
-    assert "statistics: measured base" in said
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"statistics: {address}, which {one} carries, is not there any more")
+    assert "statistics: measured base" in caplog.text
 
 
 def test_statistics_are_found_in_the_store_that_was_moved(learn, base, tasks, tmp_path, capsys):
