@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,13 @@ def without_pytests_handlers() -> Iterator[None]:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+
+
+def test_modules_that_are_run_as_programs_do_not_log_as_main():
+    """Their `__name__` is not below `osft`, so nobody would see their lines."""
+    for file in Path(logs.__file__).parents[1].rglob("*.py"):
+        text = file.read_text()
+        assert '__name__ == "__main__"' not in text or "getLogger(__name__)" not in text, file
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> list[str]:

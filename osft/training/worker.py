@@ -51,7 +51,7 @@ from osft.training.sampled_drift import sample_drift_of_run
 from osft.training.sharded_model import load_sharded
 from osft.training.state import load_state, read_position
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("osft.training.worker")  # whose __name__ is "__main__"
 
 
 @record
