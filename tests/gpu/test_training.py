@@ -1,7 +1,6 @@
 """Steps of the real training loop on CUDA: the losses of the CPU, and the memory of the dry run."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -110,7 +109,7 @@ def test_liger_changes_nothing_but_the_time(settings, device, monkeypatch, dtype
         pytest.skip("Liger's kernels need CUDA")
     from transformers.models.llama import modeling_llama
 
-    config = replace(settings("llama", "weights"), dtype=dtype)
+    config = settings("llama", "weights").replace(dtype=dtype)
     without = losses(config, device)
     for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # which Liger replaces for the whole process
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))

@@ -2,7 +2,6 @@
 
 import socket
 import time
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -137,8 +136,7 @@ def test_node_does_not_wait_for_the_others_for_ever(config, node_rank):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    alone = replace(
-        config,
+    alone = config.replace(
         nnodes=2,
         node_rank=node_rank,
         rdzv_endpoint=endpoint,
