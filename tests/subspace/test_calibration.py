@@ -8,31 +8,21 @@ import torch
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from osft.data.chat import Sample
 from osft.data.packing import Batching
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace import calibration, inject, select_targets
 from osft.subspace.calibration import measure, sample_tokens
+from tests import conftest
 
 VOCABULARY = 48
 LENGTHS = (9, 14, 6, 11, 9)
 
 
 def tiny_llama() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return conftest.tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=False).eval()
 
 
 def tiny_gpt2() -> torch.nn.Module:
