@@ -15,7 +15,6 @@ from osft.data.record_hashes import HASH, RECORDS_FILE, contains, read_hashes, r
 from osft.data.records import DataError, parse_record, read_records
 from tests.conftest import arithmetic, write_jsonl
 
-
 LONG = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
 
 
