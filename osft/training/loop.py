@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from osft.data.packing import Batching, Feeding, MicroBatch
+from osft.data.packing import Feeding, MicroBatch
 from osft.data.samples import Samples
 from osft.models.likelihood import token_nll
 from osft.models.origin import RoundingLoss
@@ -220,7 +220,7 @@ def run(
     samples: Samples,
     config: TrainConfig,
     *,
-    device: torch.device,
+    feeding: Feeding,
     on_step: Callable[[StepMetrics], None],
     validation: Samples | None = None,
     text: Samples | None = None,
@@ -229,25 +229,21 @@ def run(
     saving: Saving | None = None,
     position: Position | None = None,
     restore: Callable[[torch.optim.Optimizer], None] | None = None,
-    batching: Batching = Batching.PACKED,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> FittedStep | None:
     """Train `model` in place, from `position` on if it is given (`restore` then fills model and optimizer).
 
-    `text` is what the model wrote itself, for distill_weight and fit_step, and `selection` are the held-out samples by
-    which fit_step chooses; what it found is returned. `prediction`, if given, is asked after each step. `on_step` is
-    called after each step, on every rank with the same values. Raises RuntimeError if the loss is no longer finite, and
-    InterruptedTraining if `saving` requested to end and to be resumed.
+    `feeding` says how samples come to this process's model. `text` is what the model wrote itself, for distill_weight
+    and fit_step, and `selection` are the held-out samples by which fit_step chooses; what it found is returned.
+    `prediction`, if given, is asked after each step. `on_step` is called after each step, on every rank with the same
+    values. Raises RuntimeError if the loss is no longer finite, and InterruptedTraining if `saving` requested to end
+    and to be resumed.
     """
     model.train()
+    device, world_size = feeding.device, feeding.world_size
     optimizer = make_optimizer(model, config, fused=device.type == "cuda" or world_size == 1)
     scheduler = config.make_scheduler(optimizer, num_training_steps=num_steps(len(samples.lengths), config))
     follows_loss = "metrics" in inspect.signature(scheduler.step).parameters
     position = position or Position()
-    feeding = Feeding(
-        max_tokens=config.max_tokens_per_gpu, device=device, batching=batching, rank=rank, world_size=world_size
-    )
     distillation = fitted = None
     if config.distill_weight:
         assert text is not None, "a run that distils has text"
@@ -261,7 +257,7 @@ def run(
     for step in plan_steps(len(samples.lengths), config, after=position.step):
         started = time.perf_counter()
         # What a model draws at random (a router's noise) depends on the step only: a resumed run draws the same.
-        torch.manual_seed((config.seed * 1_000_003 + step.number) * world_size + rank)
+        torch.manual_seed((config.seed * 1_000_003 + step.number) * world_size + feeding.rank)
         num_tokens = sum(samples.lengths[i] for i in step.indices)
         num_loss_tokens = sum(samples.num_loss_tokens[i] for i in step.indices)
         learning_rate = optimizer.param_groups[0]["lr"]

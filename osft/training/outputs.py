@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from osft.data.dataset_folder import open_dataset
+from osft.data.packing import Feeding
 from osft.data.samples import Samples
 from osft.models.conversion import ModelWeights
 from osft.models.model_card import model_card
@@ -53,13 +54,13 @@ class Outputs:
         replay: Path | None,
         statistics: RoundStatistics | None = None,
         made_of: dict[str, str],
-        rank: int,
+        feeding: Feeding,
     ) -> None:
         """`statistics` measures what was learned before a model is written, which then names it."""
         self._made_of, self._statistics = made_of, statistics
         self._config, self._samples, self._dataset, self._replay = config, samples, dataset, replay
         self._folder, self._mirror = mirror.folder, mirror
-        self._model, self._stored, self._rank = model, stored, rank
+        self._model, self._stored, self._feeding, self._rank = model, stored, feeding, feeding.rank
         self._interval = config.save_state_minutes * 60
         self._last_state = time.monotonic()
         self._terminated = self._told = False
@@ -159,7 +160,7 @@ class Outputs:
 
     def _moments(self) -> BlockMoments:
         samples = [self._samples[i] for i in range(min(self._config.calibration_samples, len(self._samples.lengths)))]
-        return BlockMoments(self._model, samples, next(self._model.parameters()).device)
+        return BlockMoments(self._model, samples, self._feeding)
 
     def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
         """Write the training state."""

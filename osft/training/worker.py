@@ -82,6 +82,13 @@ def train_process(work: dict[str, Any]) -> None:
     started = time.perf_counter()
 
     preflight = Preflight.from_dict(work["preflight"])
+    feeding = Feeding(
+        max_tokens=config.max_tokens_per_gpu,
+        device=device,
+        batching=preflight.batching,
+        rank=rank,
+        world_size=world_size,
+    )
     new, selection = new_samples(dataset, work["selection"])
     replay = Path(work["replay"]) if work["replay"] else None
     samples = JoinedSamples([new, load_split(replay, "train")]) if replay else new
@@ -102,10 +109,7 @@ def train_process(work: dict[str, Any]) -> None:
             folder=Path(work["model"]),
             data_uri=open_dataset(dataset).statistics["data_uri"],
             start=work["statistics"],
-            batching=preflight.batching,
-            device=device,
-            rank=rank,
-            world_size=world_size,
+            feeding=feeding,
         )
         prediction = DriftPrediction(model, unit=factors.unit, output_moments=stored_output_moments(work["statistics"]))
     outputs = Outputs(
@@ -118,7 +122,7 @@ def train_process(work: dict[str, Any]) -> None:
         replay=replay,
         statistics=statistics,
         made_of=work["made_of"],
-        rank=rank,
+        feeding=feeding,
     )
     state = Path(work["state"]) if work["state"] else None
     position = Position.of(read_position(state)) if state else Position()
@@ -148,7 +152,7 @@ def train_process(work: dict[str, Any]) -> None:
             model,
             samples,
             config,
-            device=device,
+            feeding=feeding,
             on_step=on_step,
             validation=validation,
             text=text,
@@ -157,9 +161,6 @@ def train_process(work: dict[str, Any]) -> None:
             saving=outputs,
             position=position,
             restore=(lambda optimizer: load_state(state, model, optimizer)) if state else None,
-            batching=preflight.batching,
-            rank=rank,
-            world_size=world_size,
         )
     seconds = time.perf_counter() - loaded
     if rank == 0 and fitted:
@@ -169,13 +170,6 @@ def train_process(work: dict[str, Any]) -> None:
     norms = {name: (_norm(layer.base_weight), _norm(layer.coefficients)) for name, layer in osft_layers(model)}
     effective_ranks = _effective_ranks(model, rank, world_size)
     predicted = prediction.by_target() if prediction else {}
-    feeding = Feeding(
-        max_tokens=config.max_tokens_per_gpu,
-        device=device,
-        batching=preflight.batching,
-        rank=rank,
-        world_size=world_size,
-    )
     sampled = sample_drift_of_run(model, text, feeding, trained_tokens=position.tokens, seed=config.seed)
     history = [metrics.to_dict() for metrics in steps]
     if rank == 0:  # the steps before this call, too

@@ -18,7 +18,7 @@ from osft.models.likelihood import token_nll
 from osft.models.origin import read_origin
 from osft.storage.sealed import DamagedFile
 from osft.subspace.statistics_store import load_statistics
-from tests.conftest import byte_tokenizer, tiny_llama, write_jsonl
+from tests.conftest import byte_tokenizer, feeding, tiny_llama, write_jsonl
 from tests.training.in_process import run_in_process
 
 
@@ -128,7 +128,7 @@ def test_model_names_what_it_started_from_and_what_it_learned_added_up(learn, ba
     tuned = AutoModelForCausalLM.from_pretrained(one)
     samples = some_of(load_split(dataset, "train"), 512, seed=42)
     assert 512 <= sum(len(sample.input_ids) for sample in samples) < 600
-    learned = measure(tuned, select_targets(tuned), samples, device="cpu", seed=42)
+    learned = measure(tuned, select_targets(tuned), samples, feeding=feeding(), seed=42)
     for added, *parts in zip(total.inputs(), start.inputs(), learned.inputs(), strict=True):
         expected = sum(part.moment.dense() for part in parts)
         assert torch.allclose(added.moment.dense(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
