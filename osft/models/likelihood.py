@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from osft.data.packing import Batching, MicroBatch
+from osft.data.packing import Batching, Feeding, MicroBatch
+from osft.data.samples import Samples
 
 
 def target_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -66,6 +67,29 @@ def _attention_mask(model: Any, batch: MicroBatch) -> Any:
 def token_nll(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Negative log-likelihood of each target in nats, (L,), float32."""
     return cross_entropy(target_logits(model, batch), batch.targets)
+
+
+@torch.no_grad()
+def sample_nll(model: nn.Module, samples: Samples, feeding: Feeding) -> torch.Tensor:
+    """Negative log-likelihood of the loss tokens of each sample, (num_samples,) float64, in nats.
+
+    Of a model in training, which is in training mode again afterwards. Call it on every rank; each gets all of them.
+    """
+    model.eval()
+    nll = torch.zeros(len(samples.lengths), dtype=torch.float64, device=feeding.device)
+    for indices, batch in feeding.batches(samples):
+        found = token_nll(model, batch).double()
+        if indices:  # else this rank only keeps the others company
+            nll.index_add_(0, torch.tensor(indices, device=feeding.device)[batch.sample_of_target], found)
+    if feeding.world_size > 1:
+        torch.distributed.all_reduce(nll)
+    model.train()
+    return nll
+
+
+def mean_nll(model: nn.Module, samples: Samples, feeding: Feeding) -> float:
+    """Mean negative log-likelihood of all loss tokens, in nats. As `sample_nll`."""
+    return sample_nll(model, samples, feeding).sum().item() / sum(samples.num_loss_tokens)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,10 @@ from torch import nn
 
 from osft.data.packing import Feeding
 from osft.data.samples import Samples
+from osft.models.likelihood import sample_nll
 from osft.settings.training import TrainConfig
 from osft.subspace.model import osft_layers
 from osft.subspace.weight import OSFTWeight, local
-from osft.training.held_out import sample_nll
 from osft.training.teacher import TaughtBatch, taught
 
 

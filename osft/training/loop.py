@@ -17,14 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from osft.data.packing import Feeding, MicroBatch
 from osft.data.samples import Samples
-from osft.models.likelihood import token_nll
+from osft.models.likelihood import mean_nll, token_nll
 from osft.models.origin import RoundingLoss
 from osft.process.exit_codes import INTERRUPTED
 from osft.settings.training import TrainConfig
 from osft.subspace.model import refresh
 from osft.training.distillation import NOTHING_DISTILLED, Distillation, DistilledText
 from osft.training.fitting import FittedStep, fit_step
-from osft.training.held_out import mean_nll
 from osft.training.predicted_drift import DriftPrediction
 from osft.training.requests import Request
 
