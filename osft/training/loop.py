@@ -22,10 +22,10 @@ from osft.models.origin import RoundingLoss
 from osft.process.exit_codes import INTERRUPTED
 from osft.settings.training import TrainConfig
 from osft.subspace.model import refresh
+from osft.training.callbacks import Request
 from osft.training.distillation import NOTHING_DISTILLED, Distillation, DistilledText
 from osft.training.fitting import FittedStep, fit_step
 from osft.training.predicted_drift import DriftPrediction
-from osft.training.requests import Request
 
 
 @dataclass(frozen=True, slots=True)

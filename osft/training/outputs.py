@@ -27,10 +27,10 @@ from osft.models.model_card import model_card
 from osft.models.origin import MODEL_CARD, ORIGIN, Origin, base_of
 from osft.settings.training import TrainConfig
 from osft.training.calibration import BlockMoments
+from osft.training.callbacks import Request
 from osft.training.identity import MADE_OF
 from osft.training.loop import Position, StepMetrics, WrittenModel
 from osft.training.mirror import METRICS, MODELS, STOP_FILE, Mirror
-from osft.training.requests import Request
 from osft.training.resume import metrics_sha256
 from osft.training.round_statistics import RoundStatistics
 from osft.training.saving import SavedModel, save_merged
