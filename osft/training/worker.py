@@ -22,6 +22,7 @@ from osft.data.packing import Feeding
 from osft.data.samples import JoinedSamples, SampleList, Samples, SubsetOfSamples
 from osft.models.checkpoint import tensor_sha256
 from osft.models.conversion import ModelWeights
+from osft.models.low_rank import effective_rank
 from osft.models.origin import Origin, read_origin
 from osft.process import logs
 from osft.process.errors import noted
@@ -31,7 +32,6 @@ from osft.settings.training import TrainConfig
 from osft.storage.atomic import write_json
 from osft.storage.sealed import write_sealed
 from osft.subspace.decomposition import SplitKind, num_directions
-from osft.subspace.effective_rank import effective_rank
 from osft.subspace.factor_set import load_factor_set
 from osft.subspace.model import osft_layers
 from osft.subspace.preflight import Preflight
