@@ -28,7 +28,7 @@ def noise_floor(weight: torch.Tensor) -> float:
     """The largest singular value that rounding alone is expected to give the update of a weight.
 
     weight: (m, n), float32, known to a unit in the last place of each row's largest entry, 2^-23 of it: what
-    `osft.models.residual` keeps. A random matrix whose entries have the standard deviation s has a largest singular
+    `osft.models.rounding` keeps. A random matrix whose entries have the standard deviation s has a largest singular
     value of s (sqrt(m) + sqrt(n)) (Vershynin, arXiv:1011.3027, theorem 5.32). For s stands the root mean square of
     those units, 3.5 times the deviation of one rounding, so that the roundings of a dozen rounds stay below.
     """

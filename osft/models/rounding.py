@@ -10,6 +10,18 @@ number, so that rounding to the nearest one gives back the base's entry and lose
     compensated   column by column, each error passed on to the columns that follow, so that what the layer computes
                   of its usual inputs changes least (GPTQ, Frantar et al., arXiv:2210.17323; in the form of LDLQ, Chee
                   et al., arXiv:2307.13304, section 3)
+
+What rounding took is kept, so that the exact weight can be had again in float32. A model that is served in bfloat16 has
+8 significant bits, and what a short training learns is mostly smaller than the last of them. So beside the rounded
+weight W' a checkpoint keeps the residual W - W' as 16-bit integers, in units of a power of two for each row:
+
+    W = W' + q 2^e,    q in [-32767, 32767],    2^e the smallest power of two that covers the row's largest residual
+
+Why not the coefficients of the update and the key of their factors: those are smaller for one round, but every round
+adds its own, all factor sets of a lineage would have to be kept, and what a next round needs is the weight itself. The
+residual costs 2 bytes for each entry of a trained weight whatever the number of rounds and the way of rounding, needs
+nothing but its own folder, and is exact to float32: the error is at most 2^(e-1), half a unit in the last place of the
+row's largest weight where W' is the nearest bfloat16 number.
 """
 
 import hashlib
@@ -20,6 +32,8 @@ from osft.settings.run import Rounding
 
 BLOCK_COLUMNS = 128
 """Columns between which errors are passed on one by one; to the columns after them it is one matrix product."""
+_LARGEST_RESIDUAL = 32767
+"""Of an entry, in its row's unit."""
 DAMPING = 0.01
 """Share of the moments' mean diagonal that is added to the diagonal, as in GPTQ."""
 
@@ -150,3 +164,21 @@ def _unit_upper(moments: torch.Tensor) -> torch.Tensor:
     diagonal += DAMPING * mean
     lower = torch.linalg.cholesky(damped.flip(0, 1))
     return (lower / lower.diagonal()).flip(0, 1)
+
+
+def encode_residual(exact: torch.Tensor, rounded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual of a weight: `q`, int16, of its shape, and the rows' units `2^e`, float32, (..., 1).
+
+    exact: (..., n), float32; rounded: the same shape, a dtype of less precision. A tensor without dimensions is a row.
+    """
+    difference = torch.atleast_1d(exact.float() - rounded.float())
+    largest = difference.abs().amax(-1, keepdim=True)
+    _, exponent = torch.frexp(largest / _LARGEST_RESIDUAL)  # largest / _LARGEST_RESIDUAL < 2^exponent
+    units = torch.ldexp(torch.ones_like(largest), exponent.clamp_min(-126))
+    q = torch.round(difference / units).clamp_(-_LARGEST_RESIDUAL, _LARGEST_RESIDUAL).to(torch.int16)
+    return q.view(exact.shape), units
+
+
+def decode_residual(rounded: torch.Tensor, q: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """W' + q 2^e, float32, of a rounded weight and its residual as `encode_residual` gave it, or of some rows."""
+    return torch.addcmul(torch.atleast_1d(rounded.float()), torch.atleast_1d(q.float()), units).view(rounded.shape)

@@ -1,7 +1,7 @@
 """Writing the tuned model: a plain Hugging Face folder, and beside its rounded weights what makes them exact again.
 
 The exact weight is W = W0 + D in float32, D = L X R^T the update. What is served is W in the dtype of the base model,
-or in `save_dtype`. Where that has fewer bits than W, the difference is kept in exact/ (`osft.models.residual`), and
+or in `save_dtype`. Where that has fewer bits than W, the difference is kept in exact/ (`osft.models.rounding`), and
 what the rounding did to the update is measured, for each weight, with D' = W' - W0 the update that is served:
 
     update_lost      1 - <D', D> / |D|^2     the share of the update that is not in D' (negative: D' overshoots)
@@ -19,11 +19,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from osft.models import residual
 from osft.models.checkpoint import SavedTensor, write_checkpoint
 from osft.models.conversion import Group, ModelWeights
 from osft.models.origin import RoundingLoss
-from osft.models.rounding import generator_of, round_weight
+from osft.models.rounding import encode_residual, generator_of, round_weight
 from osft.settings.run import Rounding
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.model import osft_layers
@@ -158,7 +157,7 @@ class _Writer:
         if torch.equal(exact.float(), served.float()):
             return SavedTensor(name, served)
         self._rounded = True
-        return SavedTensor(name, served, residual.encode(exact, served))
+        return SavedTensor(name, served, encode_residual(exact, served))
 
     def _dtype(self, name: str) -> torch.dtype:
         """In which a stored tensor is written. What has a dtype of its own (float32 in a bfloat16 model) keeps it."""
