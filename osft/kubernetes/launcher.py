@@ -29,9 +29,9 @@ import yaml
 from kubernetes.client.exceptions import ApiException
 
 from osft.kubernetes.api import AlreadyExists, ClusterApi
-from osft.kubernetes.log_position import LogPosition
 from osft.kubernetes.manifest import SPEC_HASH, differences
 from osft.kubernetes.pods import (
+    LogPosition,
     PodEnd,
     end_in_events,
     is_active,
