@@ -26,7 +26,7 @@ from osft.models.low_rank import effective_rank
 from osft.models.origin import Origin, read_origin
 from osft.process import logs
 from osft.process.errors import noted
-from osft.process.parent import end_with_parent
+from osft.process.termination import end_with_parent
 from osft.settings.schedule import warmup_warning
 from osft.settings.training import TrainConfig
 from osft.storage.atomic import write_json
