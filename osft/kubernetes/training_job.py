@@ -10,7 +10,7 @@ from osft.kubernetes.manifest import JobIdentity, JobOwner, Storage, build_manif
 from osft.kubernetes.settings import PyTorchJobSettings
 from osft.process import logs
 from osft.settings.training import TrainConfig
-from osft.training.command import train_arguments
+from osft.training.job import train_arguments
 
 logger = logging.getLogger(__name__)
 

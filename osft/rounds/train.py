@@ -117,7 +117,7 @@ def _training_job(run: PipelineRun, config: TrainConfig, where: LauncherSettings
     from osft.training.job import Limits
 
     if where.launcher == "local":
-        from osft.training.command import train_arguments
+        from osft.training.job import train_arguments
         from osft.training.local_job import LocalJob
 
         return LocalJob(train_arguments(config)), Limits()

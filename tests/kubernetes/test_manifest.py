@@ -16,7 +16,7 @@ from osft.kubernetes.manifest import (
 )
 from osft.kubernetes.settings import PyTorchJobSettings
 from osft.settings.training import TrainConfig
-from osft.training.command import train_arguments
+from osft.training.job import train_arguments
 from tests.cluster.schema import check_job, check_metadata
 
 RUN = "4f1c9f0e-53a8-4d0c-9f6e-0f8f4c1f2a77"
