@@ -41,7 +41,7 @@ def precompute_svd(
     """
     from osft.models.loading import model_folder
     from osft.subspace.preflight import preflight
-    from osft.training.inputs import compute_factors
+    from osft.training.factors import compute_factors
 
     store = storage.join(run.storage_root, "factors")
     with run.step("precompute_svd") as step:

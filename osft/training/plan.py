@@ -25,7 +25,6 @@ from osft.subspace.preflight import Preflight
 from osft.subspace.rank_allocation import allocate_ranks
 from osft.subspace.targets import Target, select_targets
 from osft.training.data_counts import DataCounts, count_data
-from osft.training.inputs import check_model
 from osft.training.loop import num_steps
 from osft.training.memory import (
     FRAGMENTATION,
@@ -38,6 +37,7 @@ from osft.training.memory import (
     static_lines,
     use_counted_attention,
 )
+from osft.training.prepare import check_model
 
 GPUS_PER_NODE = 8
 """Where nproc_per_node is no number."""

@@ -37,13 +37,13 @@ from osft.subspace.model import osft_layers
 from osft.subspace.preflight import Preflight
 from osft.subspace.statistics_store import stored_output_moments
 from osft.training.identity import MADE_OF
-from osft.training.inputs import wants_validation
 from osft.training.liger import apply_liger
 from osft.training.loop import Position, StepMetrics, num_steps, run
 from osft.training.mirror import METRICS, SUMMARY, Mirror
 from osft.training.outputs import Outputs
 from osft.training.own_text import read_own_text
 from osft.training.predicted_drift import DriftPrediction
+from osft.training.prepare import wants_validation
 from osft.training.progress import Progress
 from osft.training.resume import metrics_sha256, model_files
 from osft.training.round_statistics import RoundStatistics

@@ -22,10 +22,10 @@ from osft.subspace.model import inject_empty
 from osft.subspace.rank_allocation import allocate_ranks
 from osft.subspace.targets import select_targets
 from osft.training import data_counts
-from osft.training.inputs import prepare_training_data
 from osft.training.loop import train_step
 from osft.training.memory import count_activations, use_counted_attention
 from osft.training.plan import TrainingPlan, plan
+from osft.training.prepare import prepare_training_data
 from osft.training.sharded_model import load_sharded
 from tests.conftest import byte_tokenizer, tiny_llama, write_jsonl
 
