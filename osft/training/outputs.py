@@ -26,7 +26,7 @@ from osft.models.conversion import ModelWeights
 from osft.models.model_card import model_card
 from osft.models.origin import MODEL_CARD, ORIGIN, Origin, base_of
 from osft.settings.training import TrainConfig
-from osft.training.calibration import BlockMoments
+from osft.training.block_moments import BlockMoments
 from osft.training.callbacks import Request
 from osft.training.identity import MADE_OF
 from osft.training.loop import Position, StepMetrics, WrittenModel
