@@ -117,7 +117,7 @@ class WrittenModel:
 
 
 class Saving(Protocol):
-    """What the loop asks of whoever writes its results (`osft.training.outputs`). All ranks call it alike."""
+    """What the loop asks of whoever writes its results (`osft.training.checkpointing`). All ranks call it alike."""
 
     def model(self, name: str, metrics: StepMetrics) -> WrittenModel:
         """Write the tuned model after a step under a name."""
@@ -131,7 +131,7 @@ class Saving(Protocol):
     def is_uploading(self) -> bool:
         """Whether this rank uploads a state."""
 
-    def go_on_uploading(self) -> None:
+    def continue_upload(self) -> None:
         """No rank is uploading: do what is next."""
 
     def settle(self) -> None:
@@ -284,7 +284,7 @@ def run(
                 f"({config.learning_rate}) or raise warmup_steps ({config.warmup_steps})"
             )
         if saving and not is_uploading:
-            saving.go_on_uploading()
+            saving.continue_upload()
         seconds = time.perf_counter() - started
         position.step = step.number
         position.samples += len(step.indices)

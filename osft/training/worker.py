@@ -36,11 +36,11 @@ from osft.subspace.factor_set import load_factor_set
 from osft.subspace.model import osft_layers
 from osft.subspace.preflight import Preflight
 from osft.subspace.statistics_store import stored_output_moments
+from osft.training.checkpointing import Checkpointer
 from osft.training.identity import MADE_OF
 from osft.training.liger import apply_liger
 from osft.training.loop import Position, StepMetrics, num_steps, run
 from osft.training.mirror import METRICS, SUMMARY, Mirror
-from osft.training.outputs import Outputs
 from osft.training.own_text import read_own_text
 from osft.training.predicted_drift import DriftPrediction
 from osft.training.prepare import wants_validation
@@ -112,7 +112,7 @@ def train_process(work: dict[str, Any]) -> None:
             feeding=feeding,
         )
         prediction = DriftPrediction(model, unit=factors.unit, output_moments=stored_output_moments(work["statistics"]))
-    outputs = Outputs(
+    checkpointer = Checkpointer(
         config,
         model,
         stored,
@@ -158,7 +158,7 @@ def train_process(work: dict[str, Any]) -> None:
             text=text,
             selection=selection,
             prediction=prediction,
-            saving=outputs,
+            saving=checkpointer,
             position=position,
             restore=(lambda optimizer: load_state(state, model, optimizer)) if state else None,
         )
@@ -197,8 +197,8 @@ def train_process(work: dict[str, Any]) -> None:
         "trainable_parameters": trainable,
         "total_parameters": total,
         "load_seconds": loaded - started,
-        "train_seconds": seconds - outputs.seconds,
-        "save_seconds": outputs.seconds,
+        "train_seconds": seconds - checkpointer.seconds,
+        "save_seconds": checkpointer.seconds,
         "peak_memory_bytes": _peak_memory(device),
         "rank_layout": {
             name: _layout(described, factors.split_kinds[name], *norms[name], effective_ranks[name])

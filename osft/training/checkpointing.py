@@ -39,7 +39,7 @@ from osft.training.state import save_state
 logger = logging.getLogger(__name__)
 
 
-class Outputs:
+class Checkpointer:
     """Writes models and training states; `Saving` of `osft.training.loop`."""
 
     def __init__(
@@ -88,7 +88,7 @@ class Outputs:
         """Whether this rank uploads a state. Raises what went wrong while it did."""
         return self._mirror.state_upload.is_busy
 
-    def go_on_uploading(self) -> None:
+    def continue_upload(self) -> None:
         """No rank is uploading: do what is next."""
         self._mirror.state_upload.go_on()
 
