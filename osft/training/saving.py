@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from osft.models.checkpoint import SavedTensor, write_checkpoint
-from osft.models.conversion import Group, ModelWeights
+from osft.models.conversion import ModelWeights, TensorGroup
 from osft.models.origin import RoundingLoss
 from osft.models.rounding import encode_residual, generator_of, round_weight
 from osft.settings.run import Rounding
@@ -108,7 +108,7 @@ class _Writer:
         self._dtypes: set[torch.dtype] = set()
         self._rounded = False
 
-    def group(self, group: Group, trained: Mapping[str, "_Trained"]) -> Iterator[SavedTensor]:
+    def group(self, group: TensorGroup, trained: Mapping[str, "_Trained"]) -> Iterator[SavedTensor]:
         """The stored tensors that a group of the model's becomes. `trained`: those that were, by the model's name."""
         exact, served = {}, {}
         for name, one in trained.items():
