@@ -34,6 +34,7 @@ from osft.models.conversion import ModelWeights
 from osft.models.export import base_of, new_folder, refuse_other_architecture
 from osft.models.loading import empty_model, model_folder
 from osft.models.low_rank import factorize, noise_floor
+from osft.models.rounding import square
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +119,7 @@ def export_adapter(
                     rank=a.shape[1],
                     full_rank=full_rank,
                     error=_relative_error(update, b, a, transposed=target.transposed),
-                    square=_square(update),
+                    square=square(update),
                 )
             )
             # Of a stack, A has the experts one after the other, B for each rank the experts' columns.
@@ -259,11 +260,7 @@ def _relative_error(update: torch.Tensor, b: torch.Tensor, a: torch.Tensor, *, t
     """|D - B A| / |D|."""
     product = b.float() @ a.float()
     difference = update - (product.mT if transposed else product).view(update.shape)
-    return (_square(difference) / _square(update)) ** 0.5
-
-
-def _square(tensor: torch.Tensor) -> float:
-    return torch.sum(tensor.square(), dtype=torch.float64).item()
+    return (square(difference) / square(update)) ** 0.5
 
 
 def _tensor_names(targets: Collection[_Target], skeleton: PreTrainedModel) -> dict[_Target, str]:

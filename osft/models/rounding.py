@@ -25,9 +25,12 @@ row's largest weight where W' is the nearest bfloat16 number.
 """
 
 import hashlib
+import math
+from dataclasses import dataclass
 
 import torch
 
+from osft.models.origin import RoundingLoss
 from osft.settings.run import Rounding
 
 BLOCK_COLUMNS = 128
@@ -182,3 +185,50 @@ def encode_residual(exact: torch.Tensor, rounded: torch.Tensor) -> tuple[torch.T
 def decode_residual(rounded: torch.Tensor, q: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
     """W' + q 2^e, float32, of a rounded weight and its residual as `encode_residual` gave it, or of some rows."""
     return torch.addcmul(torch.atleast_1d(rounded.float()), torch.atleast_1d(q.float()), units).view(rounded.shape)
+
+
+@dataclass(slots=True)
+class UpdateSums:
+    """Squared norms and products of updates D and of the served ones D' = W' - W0, which add up over weights."""
+
+    update: float = 0.0
+    """|D|^2."""
+    served: float = 0.0
+    """|D'|^2."""
+    product: float = 0.0
+    """<D', D>."""
+    difference: float = 0.0
+    """|D' - D|^2."""
+    outside: float = 0.0
+    """|D' - P D'|^2, P projecting on what training can reach."""
+
+    @classmethod
+    def of(cls, update: torch.Tensor, served: torch.Tensor, outside: torch.Tensor | None = None) -> "UpdateSums":
+        """Those of one weight: D, D' and, where P is known, D' - P D'."""
+        return cls(
+            update=square(update),
+            served=square(served),
+            product=torch.sum(served * update, dtype=torch.float64).item(),
+            difference=square(served - update),
+            outside=0.0 if outside is None else square(outside),
+        )
+
+    def add(self, other: "UpdateSums") -> None:
+        """Add those of another weight."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def loss(self) -> RoundingLoss:
+        """The shares."""
+        if not self.update:
+            return RoundingLoss(update_lost=None, rounding_error=None, frozen_share=None)
+        return RoundingLoss(
+            update_lost=1 - self.product / self.update,
+            rounding_error=math.sqrt(self.difference / self.update),
+            frozen_share=math.sqrt(self.outside / self.served) if self.served else None,
+        )
+
+
+def square(tensor: torch.Tensor) -> float:
+    """The sum of the squares of all entries, added up in float64."""
+    return torch.sum(tensor.square(), dtype=torch.float64).item()

@@ -11,7 +11,6 @@ what the rounding did to the update is measured, for each weight, with D' = W' -
 What was not trained, and a weight whose update is zero, is written byte for byte as it came.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from osft.models.checkpoint import SavedTensor, write_checkpoint
 from osft.models.conversion import ModelWeights, TensorGroup
 from osft.models.origin import RoundingLoss
-from osft.models.rounding import encode_residual, generator_of, round_weight
+from osft.models.rounding import UpdateSums, encode_residual, generator_of, round_weight
 from osft.settings.run import Rounding
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.model import osft_layers
@@ -104,7 +103,7 @@ class _Writer:
         self.new_dtype: torch.dtype | None = None if save_dtype == "auto" else getattr(torch, save_dtype)
         """What the stored dtype of the trained weights becomes; None: it stays."""
         self._losses: dict[str, RoundingLoss] = {}
-        self._sums = _Sums()
+        self._sums = UpdateSums()
         self._dtypes: set[torch.dtype] = set()
         self._rounded = False
 
@@ -121,7 +120,7 @@ class _Writer:
                 continue
             whole = split.weight()
             rounded = self._round(one, whole, dtype)
-            sums = _Sums.of(split, update, rounded)
+            sums = self._measured(split, update, rounded)
             self._sums.add(sums)
             self._losses[target] = sums.loss()
             exact[name], served[name] = whole.cpu(), rounded.cpu()
@@ -159,6 +158,10 @@ class _Writer:
         self._rounded = True
         return SavedTensor(name, served, encode_residual(exact, served))
 
+    def _measured(self, split: Split, update: torch.Tensor, rounded: torch.Tensor) -> UpdateSums:
+        served = rounded.float() - split.base.float()
+        return UpdateSums.of(update, served, served - split.free_part(served))
+
     def _dtype(self, name: str) -> torch.dtype:
         """In which a stored tensor is written. What has a dtype of its own (float32 in a bfloat16 model) keeps it."""
         before = self._stored.reader.served_dtype(name)
@@ -194,51 +197,3 @@ class _Rounder:
             transposed=isinstance(trained.layer, OSFTLinear) and trained.layer.transposed,
             generator=generator_of(trained.target, self.seed) if self.method == "stochastic" else None,
         )
-
-
-@dataclass(slots=True)
-class _Sums:
-    """Squared norms and products of updates, which add up over weights."""
-
-    update: float = 0.0
-    """|D|^2."""
-    served: float = 0.0
-    """|D'|^2."""
-    product: float = 0.0
-    """<D', D>."""
-    difference: float = 0.0
-    """|D' - D|^2."""
-    outside: float = 0.0
-    """|D' - P D'|^2."""
-
-    @classmethod
-    def of(cls, split: Split, update: torch.Tensor, rounded: torch.Tensor) -> "_Sums":
-        """Those of one weight."""
-        served = rounded.float() - split.base.float()
-        outside = served - split.free_part(served)
-        return cls(
-            update=_square(update),
-            served=_square(served),
-            product=torch.sum(served * update, dtype=torch.float64).item(),
-            difference=_square(served - update),
-            outside=_square(outside),
-        )
-
-    def add(self, other: "_Sums") -> None:
-        """Add those of another weight."""
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def loss(self) -> RoundingLoss:
-        """The shares."""
-        if not self.update:
-            return RoundingLoss(update_lost=None, rounding_error=None, frozen_share=None)
-        return RoundingLoss(
-            update_lost=1 - self.product / self.update,
-            rounding_error=math.sqrt(self.difference / self.update),
-            frozen_share=math.sqrt(self.outside / self.served) if self.served else None,
-        )
-
-
-def _square(tensor: torch.Tensor) -> float:
-    return torch.sum(tensor.square(), dtype=torch.float64).item()
