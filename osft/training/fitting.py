@@ -23,8 +23,7 @@ from osft.data.packing import Feeding
 from osft.data.samples import Samples
 from osft.models.likelihood import sample_nll
 from osft.settings.training import TrainConfig
-from osft.subspace.model import osft_layers
-from osft.subspace.weight import OSFTWeight, local
+from osft.subspace.model import coefficients_of, set_update_
 from osft.training.teacher import TaughtBatch, taught
 
 
@@ -86,18 +85,17 @@ def fit_step(model: nn.Module, config: TrainConfig, selection: Samples, text: Sa
 
     Raises RuntimeError where a loss is not finite.
     """
-    layers = [layer for _, layer in osft_layers(model)]
-    updates = [local(layer.coefficients).clone() for layer in layers]
+    updates = coefficients_of(model)
     num_loss_tokens, num_text_tokens = sum(selection.num_loss_tokens), sum(text.num_loss_tokens)
 
-    _scale_(layers, updates, 0.0)
+    set_update_(model, updates, 0.0)
     start_nll = sample_nll(model, selection, feeding)
     start = taught(model, text, feeding)
     start_loss = start_nll.sum().item() / num_loss_tokens
 
     tried = []
     for scale in config.step_scales:
-        _scale_(layers, updates, scale)
+        set_update_(model, updates, scale)
         nll = sample_nll(model, selection, feeding)
         loss = nll.sum().item() / num_loss_tokens
         drift = _divergence(model, start, feeding) / num_text_tokens
@@ -108,7 +106,7 @@ def fit_step(model: nn.Module, config: TrainConfig, selection: Samples, text: Sa
         error = _standard_error((start_nll - nll).tolist(), selection.num_loss_tokens)
         tried.append(TriedScale(scale=scale, loss=loss, gain=start_loss - loss, standard_error=error, drift=drift))
     chosen = choose(tried, config.max_step_drift)
-    _scale_(layers, updates, chosen.scale)
+    set_update_(model, updates, chosen.scale)
     return FittedStep(
         scale=chosen.scale,
         start_loss=start_loss,
@@ -132,14 +130,6 @@ def _reason(chosen: TriedScale, max_drift: float) -> str:
     if chosen.drift > max_drift:
         return f"the least drift, as none is within max_step_drift={max_drift:g}"
     return "the largest gain" if chosen.gain > 0 else "the smallest loss, as none gains"
-
-
-@torch.no_grad()
-def _scale_(layers: Sequence[OSFTWeight], updates: Sequence[torch.Tensor], scale: float) -> None:
-    """Make the update `scale` times what it was found to be."""
-    for layer, update in zip(layers, updates, strict=True):
-        torch.mul(update, scale, out=local(layer.coefficients))
-        layer.recompute_()
 
 
 @torch.no_grad()
