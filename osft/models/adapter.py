@@ -83,7 +83,6 @@ def export_adapter(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
-    device: str | None = None,
 ) -> Adapter:
     """Write what `model` learned on top of `base` as a PEFT adapter to the folder `output`.
 
@@ -104,7 +103,7 @@ def export_adapter(
         if not changed:
             raise ValueError(f"{model} has the same weights as {base}: there is nothing to export")
         targets = _loadable(changed)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         tensor_names = _tensor_names(targets.values(), skeleton)
         tensors: dict[str, torch.Tensor] = {}
         weights = []

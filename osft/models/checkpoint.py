@@ -35,6 +35,7 @@ _MANIFEST = "manifest.json"
 _UNITS = ".units"
 FORMAT = 1
 """Of exact/manifest.json."""
+MAX_SHARD_BYTES = 5 * 1000**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +207,6 @@ def write_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     files: Callable[[], Mapping[str, str]] = dict,
-    max_shard_bytes: int = 5 * 1000**3,
 ) -> None:
     """Write a model folder: `tensors` as safetensors shards, and of `source` all that is true of the new model, too.
 
@@ -216,8 +216,8 @@ def write_checkpoint(
     """
     with atomic_path(folder) as temporary:
         copy_model_files(source, temporary)
-        served = _Shards(temporary, "model", max_shard_bytes)
-        exact = _Shards(temporary / EXACT, "residual", max_shard_bytes)
+        served = _Shards(temporary, "model")
+        exact = _Shards(temporary / EXACT, "residual")
         digests: dict[str, str] = {}
         for tensor in tensors:
             served.add({tensor.name: tensor.served})
@@ -240,19 +240,19 @@ def write_checkpoint(
 
 
 class _Shards:
-    """Writes tensors to files `<stem>-<n>.safetensors` of at most so many bytes, unless one tensor is larger."""
+    """Writes tensors to files `<stem>-<n>.safetensors` of at most MAX_SHARD_BYTES, unless one tensor is larger."""
 
-    def __init__(self, folder: Path, stem: str, max_bytes: int) -> None:
+    def __init__(self, folder: Path, stem: str) -> None:
         self.files: dict[str, list[str]] = {}
         """The name of each file and of the tensors in it."""
         self.total_bytes = 0
-        self._folder, self._stem, self._max_bytes = folder, stem, max_bytes
+        self._folder, self._stem = folder, stem
         self._pending: dict[str, torch.Tensor] = {}
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write tensors to one file."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._pending and sum(tensor.nbytes for tensor in self._pending.values()) + size > self._max_bytes:
+        if self._pending and sum(tensor.nbytes for tensor in self._pending.values()) + size > MAX_SHARD_BYTES:
             self.flush()
         self._pending |= {name: tensor.contiguous() for name, tensor in tensors.items()}
         self.total_bytes += size

@@ -23,10 +23,10 @@ _LARGE = 2**14
 
 
 @torch.no_grad()
-def fill_at_random(model: PreTrainedModel, seed: int = 0) -> None:
-    """Give the parameters of an empty model random values on the CPU, the same for the same seed."""
+def fill_at_random(model: PreTrainedModel) -> None:
+    """Give the parameters of an empty model random values on the CPU, the same ones each time."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         row = torch.randn(2 * max(sum(parameter.shape) for parameter in model.parameters()))
         head = model.get_output_embeddings()
         filled: dict[int, nn.Parameter] = {}  # tied parameters stay one
