@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from osft import storage
-from osft.data.packing import Batching
+from osft.data.packing import Batching, Feeding
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 from osft.subspace.factor_set import FactorSet, load_factor_set
@@ -117,10 +117,13 @@ def compute_factors_here(work: dict[str, Any], *, device: str) -> FactorSet:
         importance = measure_importance(
             model,
             samples,
+            feeding=Feeding(
+                max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
+                device=torch.device(device),
+                batching=Batching(work["batching"]),
+            ),
             dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
-            batching=Batching(work["batching"]),
-            **common,
+            trust_remote_code=work["trust_remote_code"],
         )
     return precompute(model, work["store"], subspace, importance=importance, **common)
 
