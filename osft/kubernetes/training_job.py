@@ -57,7 +57,7 @@ def training_job(
             "osft/mlflow-run-id": label_value(mlflow_run_id),
         },
         owner=_owner(api),
-        log_context=logs.context_of(task, pipeline_run_id),
+        log_context=logs.context_of(TASK, pipeline_run_id),
     )
     command = ["osft", *train_arguments(config)]
     return PyTorchJobLauncher(api, build_manifest(identity, settings, image=image, command=command, storage=storage))

@@ -36,7 +36,7 @@ class Use:
 
 
 Observe = Callable[[Use], torch.Tensor]
-"""Is told of a use, and returns the outputs that the model goes on with."""
+"""Is told of a use, and returns the outputs that the model continues with."""
 
 
 @contextmanager

@@ -166,7 +166,7 @@ class Follower:
             self._look()
 
     def _look(self) -> bool:
-        """Deliver what is new. Whether everything could be read, and written."""
+        """Deliver the lines that were added. Whether everything could be read, and written."""
         lines: list[dict[str, Any]] = []
         read = self._try(lambda: lines.extend(self._metrics.new_lines()))
         if read:

@@ -89,7 +89,7 @@ class Step:
 
 @dataclass(slots=True)
 class Position:
-    """How far a run has come; with the model and the optimizer, all that it needs to go on."""
+    """How far a run has come; with the model and the optimizer, all that it needs to be resumed."""
 
     step: int = 0
     samples: int = 0

@@ -21,7 +21,7 @@ _LINE_INTERVAL_SECONDS = 10.0
 class Progress:
     """Appends each step to a JSON-lines file and shows it: a bar on a terminal, now and then a line in a log.
 
-    A run that goes on after step `done` keeps the file's lines up to there.
+    A run that resumes after step `done` keeps the file's lines up to there.
     """
 
     def __init__(self, total_steps: int, metrics_file: Path, *, done: int = 0, enabled: bool) -> None:

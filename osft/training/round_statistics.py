@@ -53,9 +53,9 @@ def carried_statistics(
     if origin is None:
         return None
     named = origin.statistics
-    anew = "what it knows is measured now, on text that it writes itself"
+    instead = "what it knows is measured now, on text that it writes itself"
     if named is None:
-        logger.warning(f"statistics: {model} was tuned without protect='activations', or by an older release: {anew}")
+        logger.warning(f"statistics: {model} was tuned without protect='activations', or by an older release: {instead}")
         return None
     targets = select_targets(empty_model(model, trust_remote_code=trust_remote_code), subspace.target_patterns)
     places = dict.fromkeys((statistics_address(store, named.sha256), named.address))
@@ -68,14 +68,14 @@ def carried_statistics(
         known = {target for layer in found.layout for target in layer}
         if missing := [target.name for target in targets if target.name not in known]:
             logger.warning(
-                f"statistics: {address}, which {model} carries, has nothing of {missing[0]}: {anew}, and what earlier "
-                "rounds learned is kept only as far as that text shows it"
+                f"statistics: {address}, which {model} carries, has nothing of {missing[0]}: {instead}, and what "
+                "earlier rounds learned is kept only as far as that text shows it"
             )
             return None
         return address
     logger.warning(
-        f"statistics: {named.address}, which {model} carries, is not there any more: {anew}, and what earlier "
-        "rounds learned is kept only as far as that text shows it. Put them back, if there is a copy"
+        f"statistics: {named.address}, which {model} carries, is not there any more: {instead}, and what "
+        "earlier rounds learned is kept only as far as that text shows it. Put them back, if there is a copy"
     )
     return None
 

@@ -96,7 +96,7 @@ def without_memory(model: Path) -> Path:
 
 
 def test_second_round_keeps_what_the_first_one_learned_and_only_with_its_statistics(learn, base, tasks):
-    """A learned update is small, and lies in small singular directions: split by the weights anew, it is free again."""
+    """A learned update is small, in small singular directions: split once more by the weights, it is free again."""
     first, second = tasks
     one = {protect: learn(base, first, protect=protect) for protect in ("weights", "activations")}
     start = {"weights": one["weights"], "memory": one["activations"], "no memory": without_memory(one["activations"])}
@@ -162,7 +162,7 @@ def test_model_of_the_published_method_carries_nothing_and_that_is_said(learn, b
     assert [part.name for part in load_statistics(read_origin(two).statistics.address).parts] == ["base", "letters"]
 
 
-def test_statistics_that_are_gone_are_named_and_measured_anew(learn, base, tasks, caplog):
+def test_statistics_that_are_gone_are_named_and_measured_again(learn, base, tasks, caplog):
     one = learn(base, tasks[0], max_steps=1)
     address = read_origin(one).statistics.address
     Path(address).unlink()
