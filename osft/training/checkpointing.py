@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Writes models and training states; `Saving` of `osft.training.loop`."""
+    """Writes models and training states when `osft.training.loop` asks for it. All ranks call it alike."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Checkpointer:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._terminated = True
 
-    def wanted(self) -> int:
+    def request(self) -> int:
         """This rank's request after a step."""
         asked = self._asked_by_file() if self._rank == 0 else Request.NOTHING
         if self._terminated:

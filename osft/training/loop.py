@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from osft.training.callbacks import Request
 from osft.training.distillation import NOTHING_DISTILLED, Distillation, DistilledText
 from osft.training.fitting import FittedStep, fit_step
 from osft.training.predicted_drift import DriftPrediction
+
+if TYPE_CHECKING:
+    from osft.training.checkpointing import Checkpointer
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,6 @@ class StepMetrics:
     Rank 0 measures it."""
     rounding_error: float | None = None
     frozen_share: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,28 +113,6 @@ class WrittenModel:
     """Relative to the output folder."""
     rounding: RoundingLoss | None
     """On rank 0."""
-
-
-class Saving(Protocol):
-    """What the loop asks of whoever writes its results (`osft.training.checkpointing`). All ranks call it alike."""
-
-    def model(self, name: str, metrics: StepMetrics) -> WrittenModel:
-        """Write the tuned model after a step under a name."""
-
-    def wanted(self) -> int:
-        """This rank's `Request`."""
-
-    def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
-        """Write the training state, and begin to upload it."""
-
-    def is_uploading(self) -> bool:
-        """Whether this rank uploads a state."""
-
-    def continue_upload(self) -> None:
-        """No rank is uploading: do what is next."""
-
-    def settle(self) -> None:
-        """Return when nothing is left to upload."""
 
 
 class InterruptedTraining(SystemExit):
@@ -225,7 +202,7 @@ def run(
     text: Samples | None = None,
     selection: Samples | None = None,
     prediction: DriftPrediction | None = None,
-    saving: Saving | None = None,
+    checkpointer: "Checkpointer | None" = None,
     position: Position | None = None,
     restore: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> FittedStep | None:
@@ -234,8 +211,8 @@ def run(
     `feeding` says how samples come to this process's model. `text` is what the model wrote itself, for distill_weight
     and fit_step, and `selection` are the held-out samples by which fit_step chooses; what it found is returned.
     `prediction`, if given, is asked after each step. `on_step` is called after each step, on every rank with the same
-    values. Raises RuntimeError if the loss is no longer finite, and InterruptedTraining if `saving` requested to end
-    and to be resumed.
+    values. Raises RuntimeError if the loss is no longer finite, and InterruptedTraining if `checkpointer` requested to
+    end and to be resumed.
     """
     model.train()
     device, world_size = feeding.device, feeding.world_size
@@ -270,7 +247,8 @@ def run(
             distilled=distilled,
             world_size=world_size,
         )
-        told = torch.tensor([saving.wanted(), saving.is_uploading()] if saving else [Request.NOTHING, 0], device=device)
+        mine = [checkpointer.request(), checkpointer.is_uploading()] if checkpointer else [Request.NOTHING, 0]
+        told = torch.tensor(mine, device=device)
         totals = torch.stack(sums)
         if world_size > 1:
             torch.distributed.all_reduce(totals)
@@ -283,8 +261,8 @@ def run(
                 f"step {step.number}: the loss is {loss} and the gradient norm {norm}. Lower learning_rate "
                 f"({config.learning_rate}) or raise warmup_steps ({config.warmup_steps})"
             )
-        if saving and not is_uploading:
-            saving.continue_upload()
+        if checkpointer and not is_uploading:
+            checkpointer.continue_upload()
         seconds = time.perf_counter() - started
         position.step = step.number
         position.samples += len(step.indices)
@@ -317,27 +295,33 @@ def run(
             validation_loss=validation_loss,
             **(fitted.metrics() if fitted else {}),
         )
-        if saving:
-            written = _write_models(saving, config, step, position, metrics, is_last=is_last)
+        if checkpointer:
+            written = _write_models(checkpointer, config, step, position, metrics, is_last=is_last)
             rounding = asdict(written[-1].rounding) if written and written[-1].rounding else {}
             metrics = replace(metrics, checkpoints=tuple(model.path for model in written), **rounding)
         on_step(metrics)
         if is_last:
-            if saving:
-                saving.settle()
+            if checkpointer:
+                checkpointer.settle()
             break
-        if saving and (request in (Request.SAVE_STATE, Request.INTERRUPT) or _state_due(step, config)):
+        if checkpointer and (request in (Request.SAVE_STATE, Request.INTERRUPT) or _state_due(step, config)):
             position.scheduler = {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
             position.learning_rate = optimizer.param_groups[0]["lr"]
-            saving.state(optimizer, position)
+            checkpointer.state(optimizer, position)
             if request == Request.INTERRUPT:
-                saving.settle()
+                checkpointer.settle()
                 raise InterruptedTraining(INTERRUPTED)
     return fitted
 
 
 def _write_models(
-    saving: Saving, config: TrainConfig, step: Step, position: Position, metrics: StepMetrics, *, is_last: bool
+    checkpointer: "Checkpointer",
+    config: TrainConfig,
+    step: Step,
+    position: Position,
+    metrics: StepMetrics,
+    *,
+    is_last: bool,
 ) -> list[WrittenModel]:
     """Write the models that are due after a step, the best one by validation loss first."""
     written = []
@@ -347,10 +331,10 @@ def _write_models(
     if validation_loss is not None and (best is None or validation_loss < best):
         position.best_validation_loss = validation_loss
         if config.save_best_val_loss:
-            written.append(saving.model(f"{name}_best_val_loss", metrics))
+            written.append(checkpointer.model(f"{name}_best_val_loss", metrics))
             position.best_checkpoint = written[-1].path
     if (is_last and config.save_final_checkpoint) or (step.ends_epoch and config.checkpoint_at_epoch):
-        written.append(saving.model(name, metrics))
+        written.append(checkpointer.model(name, metrics))
     return written
 
 

@@ -158,7 +158,7 @@ def train_process(work: dict[str, Any]) -> None:
             text=text,
             selection=selection,
             prediction=prediction,
-            saving=checkpointer,
+            checkpointer=checkpointer,
             position=position,
             restore=(lambda optimizer: load_state(state, model, optimizer)) if state else None,
         )
@@ -171,7 +171,7 @@ def train_process(work: dict[str, Any]) -> None:
     effective_ranks = _effective_ranks(model, rank, world_size)
     predicted = prediction.by_target() if prediction else {}
     sampled = sample_drift_of_run(model, text, feeding, trained_tokens=position.tokens, seed=config.seed)
-    history = [metrics.to_dict() for metrics in steps]
+    history = [asdict(metrics) for metrics in steps]
     if rank == 0:  # the steps before this call, too
         history = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
     checkpoints = [path for line in history for path in line["checkpoints"]]

@@ -153,7 +153,7 @@ def test_resumed_run_is_taught_by_the_start():
     class Keeping:
         """Keeps the state of step 4 in memory."""
 
-        def wanted(self) -> int:
+        def request(self) -> int:
             return 0
 
         def is_uploading(self) -> bool:
@@ -173,7 +173,7 @@ def test_resumed_run_is_taught_by_the_start():
 
     halves = settings(save_state_steps=4, save_final_checkpoint=False)
     model = inject(tiny_llama(), config.subspace)
-    run(model, DATA, halves, feeding=feeding(200), on_step=lambda _: None, text=TEXT, saving=Keeping())
+    run(model, DATA, halves, feeding=feeding(200), on_step=lambda _: None, text=TEXT, checkpointer=Keeping())
 
     from osft.training.loop import Position
 
