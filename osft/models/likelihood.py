@@ -1,6 +1,8 @@
 """The model's probability of the tokens that count, and how far two models' predictions of them are apart."""
 
 import inspect
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,6 +92,23 @@ def sample_nll(model: nn.Module, samples: Samples, feeding: Feeding) -> torch.Te
 def mean_nll(model: nn.Module, samples: Samples, feeding: Feeding) -> float:
     """Mean negative log-likelihood of all loss tokens, in nats. As `sample_nll`."""
     return sample_nll(model, samples, feeding).sum().item() / sum(samples.num_loss_tokens)
+
+
+def residuals(sums: Sequence[float], num_tokens: Sequence[int]) -> list[float]:
+    """(n,) what each record adds to a mean per token beyond its tokens' share; they add up to 0.
+
+    sums: (n,) of each record, over its tokens; num_tokens: (n,). The mean is linear in the residuals to first order,
+    so its error, and that of a difference of means, is theirs (Cochran, Sampling Techniques, chapter 6).
+    """
+    tokens = sum(num_tokens)
+    mean = sum(sums) / tokens
+    return [(value - mean * count) / tokens for value, count in zip(sums, num_tokens, strict=True)]
+
+
+def stderr_of_sum(parts: Sequence[float]) -> float | None:
+    """Standard error of a sum over records from what each adds to it, its mean taken away; None of one record."""
+    n = len(parts)
+    return math.sqrt(n / (n - 1) * sum(part**2 for part in parts)) if n > 1 else None
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torch import nn
 
 from osft.data.packing import Feeding
 from osft.data.samples import Samples
-from osft.models.likelihood import sample_nll
+from osft.models.likelihood import residuals, sample_nll, stderr_of_sum
 from osft.settings.training import TrainConfig
 from osft.subspace.model import coefficients_of, set_update_
 from osft.training.teacher import TaughtBatch, taught
@@ -103,7 +103,8 @@ def fit_step(model: nn.Module, config: TrainConfig, selection: Samples, text: Sa
             raise RuntimeError(
                 f"fit_step: with {scale:g} of the update the loss is {loss} and the drift {drift}. Lower learning_rate"
             )
-        error = _standard_error((start_nll - nll).tolist(), selection.num_loss_tokens)
+        error = stderr_of_sum(residuals((start_nll - nll).tolist(), selection.num_loss_tokens))
+        assert error is not None, "of several samples"
         tried.append(TriedScale(scale=scale, loss=loss, gain=start_loss - loss, standard_error=error, drift=drift))
     chosen = choose(tried, config.max_step_drift)
     set_update_(model, updates, chosen.scale)
@@ -143,14 +144,3 @@ def _divergence(model: nn.Module, start: Sequence[TaughtBatch], feeding: Feeding
         torch.distributed.all_reduce(total)
     model.train()
     return total.item()
-
-
-def _standard_error(differences: Sequence[float], num_tokens: Sequence[int]) -> float:
-    """Of the mean difference per token, as a ratio of two sums over samples (Cochran, Sampling Techniques, chapter 6).
-
-    `differences`: of each sample's negative log-likelihoods; `num_tokens`: those that they are summed over.
-    """
-    count, tokens = len(differences), sum(num_tokens)
-    mean = sum(differences) / tokens
-    residuals = [difference - mean * number for difference, number in zip(differences, num_tokens, strict=True)]
-    return math.sqrt(count / (count - 1) * sum(residual**2 for residual in residuals)) / tokens

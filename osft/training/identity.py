@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from osft.models.checkpoint import EXACT
+from osft.models.weight_files import read_index
 from osft.settings.base import default
 from osft.settings.training import TrainConfig
 from osft.storage.hashes import files_sha256, named_sha256
@@ -60,8 +61,7 @@ def model_contents(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = [index.name, *sorted(set(weight_map.values()))]
+        names = [index.name, *sorted(set(read_index(index).values()))]
     exact = sorted(file.relative_to(folder).as_posix() for file in (folder / EXACT).rglob("*") if file.is_file())
     code = sorted(file.name for file in folder.glob("*.py"))
     groups = {"weights": [*names, *exact], "model_config": ["config.json", *code]}
