@@ -42,7 +42,7 @@ _NOT_IDENTITY = frozenset(
         *("wandb_project", "wandb_entity", "wandb_run_name"),
     }
 )
-"""How and where a run is executed, saved and logged, not what it computes."""
+"""How and where a run is executed, saved and logged, not what it computes: two that differ only in this are one run."""
 _PATHS = {
     "model_path": "weights",
     "factors": "factors",
@@ -84,7 +84,8 @@ def differences(recorded: dict[str, Any], config: TrainConfig, made_of: dict[str
         for what, now in made_of.items()
         if what in there and there[what] != now
     ]
-    settings = json.loads(json.dumps(_determining(config)))
+    determining = {name: value for name, value in config.to_dict().items() if name not in _NOT_IDENTITY}
+    settings = json.loads(json.dumps(determining))
     before = {name: default(field) for name, field in TrainConfig.model_fields.items() if not field.is_required()}
     before |= recorded
     for name, now in settings.items():
@@ -100,8 +101,3 @@ def cannot_be_compared(recorded: dict[str, Any], made_of: dict[str, str]) -> lis
     """What a run of an older release does not say of itself."""
     there = {"dataset", *(recorded.get(MADE_OF) or {})}
     return [what for what in made_of if what not in there]
-
-
-def _determining(config: TrainConfig) -> dict[str, Any]:
-    """The settings that determine the result. Two runs that differ only in others are one run."""
-    return {name: value for name, value in config.to_dict().items() if name not in _NOT_IDENTITY}
