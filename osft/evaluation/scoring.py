@@ -137,9 +137,8 @@ def score_records(
 ) -> RecordScores:
     """Score `records` (at least one). Samples are batched to at most `max_tokens` tokens."""
     samples: list[Sample] = []
-    answers: list[
-        list[int]
-    ] = []  # of each record: its answers' positions in samples; those with equal tokens share one
+    # Of each record: its answers' positions in samples; those with equal tokens share one.
+    answers: list[list[int]] = []
     for record in records:
         position_of: dict[tuple[int, ...], int] = {}
         of_record = []

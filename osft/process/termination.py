@@ -189,9 +189,8 @@ def children(*, running: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parent = int(
-                    (entry / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
-                )
+                status = (entry / "stat").read_text(encoding="utf-8", errors="replace")
+                parent = int(status.rpartition(")")[2].split()[1])
                 if parent == os.getpid() and running.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
             except (OSError, IndexError, ValueError):

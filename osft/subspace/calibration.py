@@ -284,9 +284,8 @@ class _Draws:
         self, samples: Sequence[Sample], positions: Sequence[int], batch: MicroBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A random number in [0, 1) for each token, float64, and which of the batch's places, (places,), S is of."""
-        numbers = torch.zeros(
-            2, len(batch.loss_positions), dtype=torch.float64
-        )  # a process without samples has a place
+        # A process without samples has a place, too.
+        numbers = torch.zeros(2, len(batch.loss_positions), dtype=torch.float64)
         if samples:
             each = [
                 np.random.default_rng([self.seed, position]).random((2, len(sample.input_ids)))
