@@ -64,7 +64,7 @@ def save_merged(
     rank 0 writes, one weight or stack of experts at a time, and gets what was written.
     """
     layers = {name + layer.tensor_suffix: (name, layer) for name, layer in osft_layers(model)}
-    writer = _Writer(stored, save_dtype, _Rounder(rounding, seed), trained=list(layers))
+    writer = _Writer(stored, save_dtype, rounding, seed, trained=list(layers))
 
     def tensors() -> Iterator[SavedTensor]:
         for group in stored.groups:
@@ -96,8 +96,10 @@ def save_merged(
 class _Writer:
     """Rounds and measures, on rank 0."""
 
-    def __init__(self, stored: ModelWeights, save_dtype: str, rounder: "_Rounder", *, trained: Sequence[str]) -> None:
-        self._stored, self._round = stored, rounder
+    def __init__(
+        self, stored: ModelWeights, save_dtype: str, rounding: Rounding, seed: int, *, trained: Sequence[str]
+    ) -> None:
+        self._stored, self._rounding, self._seed = stored, rounding, seed
         self._main_dtype = stored.served_dtype(trained[0])
         self._starts_from_exact = stored.are_exact(trained)
         self.new_dtype: torch.dtype | None = None if save_dtype == "auto" else getattr(torch, save_dtype)
@@ -105,7 +107,7 @@ class _Writer:
         self._losses: dict[str, RoundingLoss] = {}
         self._sums = UpdateSums()
         self._dtypes: set[torch.dtype] = set()
-        self._rounded = False
+        self._has_rounded = False
 
     def group(self, group: TensorGroup, trained: Mapping[str, "_Trained"]) -> Iterator[SavedTensor]:
         """The stored tensors that a group of the model's becomes. `trained`: those that were, by the model's name."""
@@ -120,7 +122,8 @@ class _Writer:
                 continue
             whole = split.weight()
             rounded = self._round(one, whole, dtype)
-            sums = self._measured(split, update, rounded)
+            moved = rounded.float() - split.base.float()
+            sums = UpdateSums.of(update, moved, moved - split.free_part(moved))
             self._sums.add(sums)
             self._losses[target] = sums.loss()
             exact[name], served[name] = whole.cpu(), rounded.cpu()
@@ -147,7 +150,7 @@ class _Writer:
         return SavedModel(
             starts_from_exact=self._starts_from_exact,
             dtype=" and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self._dtypes)),
-            rounding=self._round.method if self._rounded else "none",
+            rounding=self._rounding if self._has_rounded else "none",
             total=self._sums.loss(),
             weights=self._losses,
         )
@@ -155,12 +158,20 @@ class _Writer:
     def _saved(self, name: str, exact: torch.Tensor, served: torch.Tensor) -> SavedTensor:
         if torch.equal(exact.float(), served.float()):
             return SavedTensor(name, served)
-        self._rounded = True
+        self._has_rounded = True
         return SavedTensor(name, served, encode_residual(exact, served))
 
-    def _measured(self, split: Split, update: torch.Tensor, rounded: torch.Tensor) -> UpdateSums:
-        served = rounded.float() - split.base.float()
-        return UpdateSums.of(update, served, served - split.free_part(served))
+    def _round(self, trained: "_Trained", exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The exact weight of a target in `dtype`."""
+        return round_weight(
+            exact,
+            trained.split.base,
+            dtype,
+            "nearest" if self._rounding == "compensated" and trained.moments is None else self._rounding,
+            moments=trained.moments,
+            transposed=isinstance(trained.layer, OSFTLinear) and trained.layer.transposed,
+            generator=generator_of(trained.target, self._seed) if self._rounding == "stochastic" else None,
+        )
 
     def _dtype(self, name: str) -> torch.dtype:
         """In which a stored tensor is written. What has a dtype of its own (float32 in a bfloat16 model) keeps it."""
@@ -177,23 +188,3 @@ class _Trained:
     split: Split
     moments: torch.Tensor | None
     """(n, n), of its inputs."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Rounder:
-    """Rounds a target's weight."""
-
-    method: Rounding
-    seed: int
-
-    def __call__(self, trained: "_Trained", exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The exact weight in `dtype`."""
-        return round_weight(
-            exact,
-            trained.split.base,
-            dtype,
-            "nearest" if self.method == "compensated" and trained.moments is None else self.method,
-            moments=trained.moments,
-            transposed=isinstance(trained.layer, OSFTLinear) and trained.layer.transposed,
-            generator=generator_of(trained.target, self.seed) if self.method == "stochastic" else None,
-        )
