@@ -1,7 +1,5 @@
 """How many directions each block freezes: the paper's formula by hand, and what follows from it in the store."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from torch import nn
@@ -99,7 +97,7 @@ def test_model_takes_the_ranks_of_its_factor_set(tmp_path):
     tiny_llama().save_pretrained(folder)
     factors = precompute(folder, tmp_path / "factors", adaptive(), importance=importance(0.9, 0.3))
     assert factors.importance == importance(0.9, 0.3)
-    model, _ = load(train_config(folder, factors=factors.path, **asdict(adaptive())))
+    model, _ = load(train_config(folder, factors=factors.path, **adaptive().to_dict()))
     assert [model.get_submodule(f"{block}.self_attn.q_proj").rank for block in BLOCKS] == [10, 22]
 
 
