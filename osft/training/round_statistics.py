@@ -55,7 +55,9 @@ def carried_statistics(
     named = origin.statistics
     instead = "what it knows is measured now, on text that it writes itself"
     if named is None:
-        logger.warning(f"statistics: {model} was tuned without protect='activations', or by an older release: {instead}")
+        logger.warning(
+            f"statistics: {model} was tuned without protect='activations', or by an older release: {instead}"
+        )
         return None
     targets = select_targets(empty_model(model, trust_remote_code=trust_remote_code), subspace.target_patterns)
     places = dict.fromkeys((statistics_address(store, named.sha256), named.address))
