@@ -217,7 +217,7 @@ def test_answer_that_is_no_state_leaves_the_job_alone(cluster, launch, status):
     running.launcher.submit()
     cluster.wait_until(cluster.processes)
     running.launcher.status()
-    cluster.refuse(status, verb="get", resource="pytorchjobs", times=None)
+    cluster.refuse(status, verb="list", resource="pods", times=None)  # the job itself could be deleted
     with pytest.raises((JobUnreachable, PermissionError, ApiException)):
         running.run()
     assert deletions(cluster) == []
@@ -344,8 +344,8 @@ def test_training_steps_keep_the_job_alive(cluster, launch):
 
 
 def test_queueing_does_not_count_as_running(cluster, launch):
-    running = launch("exit 0", kueue_queue="research", max_running_minutes=0.03, heartbeat_minutes=0.03)
-    threading.Timer(3.0, lambda: cluster.admit(NAME)).start()
+    running = launch("sleep 1", kueue_queue="research", max_running_minutes=0.05, heartbeat_minutes=0.05)  # 3 s
+    threading.Timer(4.0, lambda: cluster.admit(NAME)).start()
     assert "waits for Kueue to admit it to the queue research" in running.run()
     assert_only_job(cluster, "Succeeded")
 
