@@ -422,7 +422,8 @@ def test_deleting_a_job_that_is_gone_leaves_the_one_that_has_its_name_now(cluste
     (now,) = uids(cluster)
     api = ClusterApi(cluster.namespace)
     api.delete_job(NAME, earlier)
-    assert uids(cluster) == [now]
+    (job,) = cluster.jobs()
+    assert (job["metadata"]["uid"], job["metadata"].get("deletionTimestamp")) == (now, None)
     api.delete_job(NAME, now)
     cluster.wait_until(lambda: not cluster.jobs())
 
