@@ -17,6 +17,7 @@ from osft.data.chat import Sample
 from osft.data.packing import Batching, collate
 from osft.data.selection import selection_size
 from osft.models.loading import empty_model, model_folder
+from osft.process.private_names import attention_of
 from osft.settings.schedule import warmup_warning
 from osft.settings.training import TrainConfig
 from osft.subspace.decomposition import SplitKind, split_of_inputs, unfrozen_rank
@@ -162,7 +163,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
         notes.insert(0, warning)
 
     layers = [layer for _, layer in osft_layers(model)]
-    attention = config.attn_implementation or model.config._attn_implementation
+    attention = config.attn_implementation or attention_of(model.config)
     if attention == "sdpa" and found.batching is Batching.PADDED:
         attention = "flash"  # a row that holds one sample needs no mask, and SDPA without one saves as little
     kind = use_counted_attention(model, attention)
