@@ -6,10 +6,12 @@ no values, shows every tensor that autograd saves.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface, PreTrainedModel
@@ -221,13 +223,13 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _flash(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
     return _FusedAttention.apply(query, key, value, None), None
 
 
 def _sdpa(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
     """PyTorch's attention with the mask that keeps packed samples apart.
 
@@ -239,7 +241,7 @@ def _sdpa(
 
 
 def _eager(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
     key, value = _all_heads(query, key, value)
     scores = torch.softmax(query @ key.mT, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -265,6 +267,8 @@ def use_counted_attention(model: PreTrainedModel, attn_implementation: str) -> s
     """
     kind = attn_implementation if attn_implementation in ("sdpa", "eager") else "flash"
     set_attention(model.config, f"osft_counted_{kind}")
+    with suppress(StrictDataclassError):  # a configuration that has to have one, whose model does not look for it
+        model.config.pad_token_id = None  # else padding is looked for, in numbers that shapes do not have
     return kind
 
 

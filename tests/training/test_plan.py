@@ -27,6 +27,7 @@ from osft.training.loop import train_step
 from osft.training.memory import count_activations, use_counted_attention
 from osft.training.plan import TrainingPlan, plan
 from osft.training.sharded_model import load_sharded
+from tests.architectures import small_config
 from tests.conftest import byte_tokenizer, tiny_llama, write_jsonl
 
 LLAMA_8B = Path(__file__).parents[1] / "data_llama_8b"
@@ -163,6 +164,24 @@ def test_gradient_checkpointing_leaves_the_inputs_of_the_blocks_and_one_block(mo
     )
     tables, first_norm = 2 * 64 * 8 * 2, 64 * 32 * 4 + 64 * 4  # shared by the blocks; without a gradient
     assert counted.blocks == counted.block_inputs + 2 * counted.largest_block - tables - first_norm
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "afmoe", "mamba2", "modernbert-decoder"])
+def test_other_architectures_are_counted_too(kind, chats, tmp_path):
+    small_config(kind).save_pretrained(tmp_path)
+    planned = plan(config(tmp_path, chats))
+    assert planned.activations_counted
+    assert bytes_by_name(planned, 1)["activations"] > 0
+
+
+def test_what_cannot_be_computed_on_shapes_is_planned_without_activations_and_says_so(chats, tmp_path):
+    small_config("falcon").save_pretrained(tmp_path)
+    planned = plan(config(tmp_path, chats))
+    assert not planned.activations_counted
+    assert bytes_by_name(planned, 1)["activations"] == 0
+    assert "FalconForCausalLM cannot be computed on shapes alone" in planned.notes[0]
+    assert "without the activations" in planned.verdict()
+    assert all(estimate.bytes for estimate in planned.memory)
 
 
 def test_flash_attention_keeps_no_mask(model_folder, chats):
