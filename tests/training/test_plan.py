@@ -265,7 +265,8 @@ def test_steps_follow_epochs_batches_and_max_steps(model_folder, chats):
 
 
 def test_smallest_number_of_gpus_is_the_first_that_fits(chats):
-    settings = config(LLAMA_8B, chats, max_tokens_per_gpu=2048, max_seq_len=2048)
+    tokens = {"max_tokens_per_gpu": 2048, "max_seq_len": 2048}
+    settings = config(LLAMA_8B, chats, **tokens)
     for memory in (24.0, 48.0, 80.0):
         planned = plan(settings, gpu_memory_gib=memory)
         fits = planned.smallest_fit
@@ -273,9 +274,8 @@ def test_smallest_number_of_gpus_is_the_first_that_fits(chats):
         (estimate,) = [e for e in planned.memory if e.gpus == fits]
         assert estimate.bytes <= memory * GIB
         if fits > 1:
-            settings.nproc_per_node, half = fits // 2, None
-            half = plan(settings, gpu_memory_gib=memory).memory[0]
-            settings.nproc_per_node = "auto"
+            halved = config(LLAMA_8B, chats, **tokens, nproc_per_node=fits // 2)
+            half = plan(halved, gpu_memory_gib=memory).memory[0]
             assert half.gpus == fits // 2
             assert half.bytes > memory * GIB
 
