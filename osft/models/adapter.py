@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -211,7 +210,7 @@ def _target(skeleton: PreTrainedModel, name: str) -> _Target | str:
         # A router that is a linear layer and gives more than its output would be torn apart.
         plain = type(module).forward is nn.Linear.forward and last not in _old_expert_layers(model_type)
         return _Target(module_name, None if plain else leaf, transposed=False)
-    if parameter.ndim not in (2, 3) or isinstance(module, nn.Embedding | _ConvNd):
+    if parameter.ndim not in (2, 3) or isinstance(module, nn.Embedding | nn.Conv1d | nn.ConvTranspose1d):
         return "neither the weight of a linear layer nor a stack of experts"
     if parameter.ndim == 3 and parameter.shape[0] == 1:
         return "a stack of one expert, which PEFT takes for a plain weight"

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from osft.data.chat import Sample
 from osft.data.packing import Batching, Feeding, MicroBatch, collate, plan_micro_batches
 from osft.models.likelihood import cross_entropy, row_slices, target_logits
+from osft.process.private_names import version_of
 from osft.subspace.moment_sums import OUTPUT_TOKENS, MomentSums
 from osft.subspace.statistics import Part, Statistics
 from osft.subspace.targets import Target
@@ -185,7 +186,7 @@ def _layout(
     def observe(use: Use) -> torch.Tensor:
         inputs = use.inputs
         held.append(inputs)
-        key = (inputs.data_ptr(), inputs._version, inputs.shape, inputs.stride(), use.transposed, use.expert)
+        key = (inputs.data_ptr(), version_of(inputs), inputs.shape, inputs.stride(), use.transposed, use.expert)
         seen[use.target].append(key)
         return use.outputs
 
