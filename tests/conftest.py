@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # A console of rich that is made while COLUMNS is set keeps that width, whatever a test then asks for.
 os.environ.pop("COLUMNS", None)
+from osft.data.packing import Feeding
 from osft.process import logs
 
 CHATML = (
@@ -41,6 +42,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def feeding(max_tokens: int = 2048, **how: Any) -> Feeding:
+    """Of one process on the CPU, unless `how` says otherwise."""
+    return Feeding(max_tokens=max_tokens, device=torch.device("cpu"), **how)
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,7 +113,7 @@ def learn(
         model_path=prepared.model_path,
         data_path=prepared.data_path,
         factors=factors,
-        **asdict(subspace),
+        **subspace.to_dict(),
         effective_batch_size=16,
         max_tokens_per_gpu=300,
         max_seq_len=128,

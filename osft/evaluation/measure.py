@@ -83,7 +83,7 @@ class MeasuredModel:
 
         Both models are in memory. One that is the same file for file is not loaded twice, and has moved by exactly 0.
         """
-        if reference._content == self._content:
+        if reference._model_hash == self._model_hash:
             reference = self
         batching = Batching.PACKED if self._batching is reference._batching is Batching.PACKED else Batching.PADDED
 
@@ -102,7 +102,7 @@ class MeasuredModel:
 
         key = self._key(
             "drift",
-            reference=reference._content,
+            reference=reference._model_hash,
             records=[record.content_hash for record in records],
             max_tokens=self._max_tokens,
             max_text_tokens=MAX_TEXT_TOKENS,
@@ -150,10 +150,12 @@ class MeasuredModel:
         return preflight(self._folder, trust_remote_code=self._trust_remote_code).batching
 
     @cached_property
-    def _content(self) -> str:
+    def _model_hash(self) -> str:
         return model_hash(self._folder)
 
     def _key(self, kind: str, **determined_by: Any) -> str:
         if self._exact:
             determined_by |= {"weights": "exact"}
-        return measurement_key(kind, model=self._content, dtype=str(self._dtype), device=self._device, **determined_by)
+        return measurement_key(
+            kind, model=self._model_hash, dtype=str(self._dtype), device=self._device, **determined_by
+        )

@@ -29,9 +29,9 @@ import yaml
 from kubernetes.client.exceptions import ApiException
 
 from osft.kubernetes.api import AlreadyExists, ClusterApi
-from osft.kubernetes.log_position import LogPosition
 from osft.kubernetes.manifest import SPEC_HASH, differences
 from osft.kubernetes.pods import (
+    LogPosition,
     PodEnd,
     end_in_events,
     is_active,
@@ -134,9 +134,8 @@ class PyTorchJobLauncher:
                         if text is not None:
                             yield text
             except (ApiException, urllib3.exceptions.HTTPError, OSError, JobUnreachable) as error:
-                if self._api.may_follow_later(
-                    error
-                ):  # opened again below, after the job's end too: its last lines are still there
+                # Opened again below, after the job's end too: its last lines are still there.
+                if self._api.may_follow_later(error):
                     ended = False
             if ended:
                 return

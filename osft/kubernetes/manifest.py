@@ -104,10 +104,11 @@ def build_manifest(
     Raises ValueError for a part of the settings that Kubernetes does not know.
     """
     spec = _plain(_job_spec(identity, settings, image=image, command=command, storage=storage))
+    queue = {"kueue.x-k8s.io/queue-name": settings.kueue_queue} if settings.kueue_queue else {}
     metadata = k8s.V1ObjectMeta(
         name=identity.name,
         namespace=identity.namespace,
-        labels=APP_LABEL | identity.labels | _queue_label(settings),
+        labels=APP_LABEL | identity.labels | queue,
         annotations={SPEC_HASH: spec_hash(spec)},
     )
     if identity.owner:
@@ -157,8 +158,10 @@ def differences(wanted: Any, found: Any, path: str = "spec") -> list[str]:
 def _job_spec(
     identity: JobIdentity, settings: PyTorchJobSettings, *, image: str, command: list[str], storage: Storage
 ) -> KubeflowOrgV1PyTorchJobSpec:
+    # Older Istio reads the annotation, newer the label.
+    istio = {} if settings.istio_sidecar else {"sidecar.istio.io/inject": "false"}
     template = k8s.V1PodTemplateSpec(
-        metadata=k8s.V1ObjectMeta(labels=_pod_labels(identity, settings), annotations=_istio(settings)),
+        metadata=k8s.V1ObjectMeta(labels=APP_LABEL | identity.labels | istio, annotations=istio or None),
         spec=_pod_spec(identity, settings, image=image, command=command, storage=storage),
     )
 
@@ -265,20 +268,6 @@ def _env_from(reference: dict[str, Any]) -> k8s.V1EnvFromSource:
     if "secret" in reference:
         return k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name=reference["secret"]))
     return k8s.V1EnvFromSource(config_map_ref=k8s.V1ConfigMapEnvSource(name=reference["config_map"]))
-
-
-def _queue_label(settings: PyTorchJobSettings) -> dict[str, str]:
-    return {"kueue.x-k8s.io/queue-name": settings.kueue_queue} if settings.kueue_queue else {}
-
-
-def _pod_labels(identity: JobIdentity, settings: PyTorchJobSettings) -> dict[str, str]:
-    labels = APP_LABEL | identity.labels
-    return labels if settings.istio_sidecar else labels | {"sidecar.istio.io/inject": "false"}
-
-
-def _istio(settings: PyTorchJobSettings) -> dict[str, str] | None:
-    """Older Istio reads the annotation, newer the label."""
-    return None if settings.istio_sidecar else {"sidecar.istio.io/inject": "false"}
 
 
 def typed(kind: str, value: Any, where: str) -> Any:

@@ -41,7 +41,7 @@ def precompute_svd(
     """
     from osft.models.loading import model_folder
     from osft.subspace.preflight import preflight
-    from osft.training.inputs import compute_factors
+    from osft.training.factors import compute_factors
 
     store = storage.join(run.storage_root, "factors")
     with run.step("precompute_svd") as step:
@@ -117,7 +117,7 @@ def _training_job(run: PipelineRun, config: TrainConfig, where: LauncherSettings
     from osft.training.job import Limits
 
     if where.launcher == "local":
-        from osft.training.command import train_arguments
+        from osft.training.job import train_arguments
         from osft.training.local_job import LocalJob
 
         return LocalJob(train_arguments(config)), Limits()

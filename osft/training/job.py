@@ -14,7 +14,9 @@
                                     else asking for it raises: only its own answer, a limit or a person ends a job
 """
 
+import json
 import logging
+import re
 import signal
 import threading
 import time
@@ -29,11 +31,14 @@ from typing import Protocol
 
 from osft.process import logs
 from osft.process.exit_codes import INTERRUPTED
+from osft.settings.base import default
+from osft.settings.training import TrainConfig
 from osft.training.callbacks import Follower, TrainingCallback
 
 logger = logging.getLogger(__name__)
 
 _REPEAT_SECONDS = 300.0  # how often an unchanged waiting is reported
+_CREDENTIALS = re.compile(r"://[^/\s]*:[^/\s]*@")
 
 
 class Phase(StrEnum):
@@ -100,6 +105,23 @@ class Limits:
     heartbeat_minutes: float | None = None
     """Without a new training step, while the job runs."""
     max_restarts: int = 0
+
+
+def train_arguments(config: TrainConfig) -> list[str]:
+    """What a pod or a process is started with: `train --set NAME=VALUE …`, with what is not the default.
+
+    Raises ValueError for a URI with credentials, which everyone could read in a manifest.
+    """
+    arguments = ["train"]
+    for name, field in TrainConfig.model_fields.items():
+        value = getattr(config, name)
+        if not field.is_required() and value == default(field):
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        if _CREDENTIALS.search(text):
+            raise ValueError(f"{name} holds credentials. Leave them out of the URI and give them by a secret")
+        arguments += ["--set", f"{name}={text}"]
+    return arguments
 
 
 def run_job(

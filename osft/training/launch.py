@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from osft import storage
+from osft.models.checkpoint import CheckpointReader
+from osft.models.loading import model_folder
 from osft.process.errors import note_in
 from osft.process.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
 from osft.process.termination import CAN_PASS_ON, children, passing_on
@@ -33,20 +35,12 @@ from osft.storage.lock import exclusive
 from osft.storage.sealed import write_sealed
 from osft.training.callbacks import Follower, TrainingCallback
 from osft.training.disk_space import check_disk_space
+from osft.training.factors import factor_set, factor_store, named_factors
 from osft.training.identity import MADE_OF, model_contents
-from osft.training.inputs import (
-    check_model,
-    factor_set,
-    factor_store,
-    held_out_selection,
-    local_model,
-    named_factors,
-    prepare_replay,
-    prepare_training_data,
-)
 from osft.training.liger import liger_wanted
 from osft.training.mirror import SETTINGS, SUMMARY, fetch_models, fill, output_folder
 from osft.training.own_text import needs_own_text, own_text
+from osft.training.prepare import check_model, held_out_selection, prepare_replay, prepare_training_data
 from osft.training.result import TrainResult
 from osft.training.resume import check_state_is_of, clear, finished_run, run_uri, state_to_resume
 from osft.training.state import read_position
@@ -86,7 +80,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     output = output_folder(config)
     processes = num_processes(config)
     liger = liger_wanted(config)
-    model = local_model(config)
+    model = CheckpointReader(model_folder(config.model_path)).folder
     found = check_model(config, model)
     logger.info(found.line())
     data = prepare_training_data(config, model)

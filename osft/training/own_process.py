@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from osft.process import logs
-from osft.process.parent import end_with_parent
+from osft.process.termination import end_with_parent
 
 _RAISED: dict[str, type[Exception]] = {
     error.__name__: error for error in (ValueError, FileNotFoundError, ConnectionError, PermissionError, OSError)

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -21,7 +22,7 @@ _LINE_INTERVAL_SECONDS = 10.0
 class Progress:
     """Appends each step to a JSON-lines file and shows it: a bar on a terminal, now and then a line in a log.
 
-    A run that goes on after step `done` keeps the file's lines up to there.
+    A run that resumes after step `done` keeps the file's lines up to there.
     """
 
     def __init__(self, total_steps: int, metrics_file: Path, *, done: int = 0, enabled: bool) -> None:
@@ -45,7 +46,7 @@ class Progress:
         """Record one step."""
         if self._lines is None:
             return
-        self._lines.write(json.dumps(metrics.to_dict()) + "\n")
+        self._lines.write(json.dumps(asdict(metrics)) + "\n")
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{metrics.loss:.4f}", tokens_per_second=f"{metrics.tokens_per_second:.0f}")
             self._bar.update()

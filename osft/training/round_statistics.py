@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from osft import storage
 from osft.data.chat import Sample
 from osft.data.files import data_name
-from osft.data.packing import Batching
+from osft.data.packing import Feeding
 from osft.data.samples import Samples
 from osft.models.loading import empty_model
 from osft.models.origin import StoredStatistics, read_origin
@@ -53,9 +53,11 @@ def carried_statistics(
     if origin is None:
         return None
     named = origin.statistics
-    anew = "what it knows is measured now, on text that it writes itself"
+    instead = "what it knows is measured now, on text that it writes itself"
     if named is None:
-        logger.warning(f"statistics: {model} was tuned without protect='activations', or by an older release: {anew}")
+        logger.warning(
+            f"statistics: {model} was tuned without protect='activations', or by an older release: {instead}"
+        )
         return None
     targets = select_targets(empty_model(model, trust_remote_code=trust_remote_code), subspace.target_patterns)
     places = dict.fromkeys((statistics_address(store, named.sha256), named.address))
@@ -68,14 +70,14 @@ def carried_statistics(
         known = {target for layer in found.layout for target in layer}
         if missing := [target.name for target in targets if target.name not in known]:
             logger.warning(
-                f"statistics: {address}, which {model} carries, has nothing of {missing[0]}: {anew}, and what earlier "
-                "rounds learned is kept only as far as that text shows it"
+                f"statistics: {address}, which {model} carries, has nothing of {missing[0]}: {instead}, and what "
+                "earlier rounds learned is kept only as far as that text shows it"
             )
             return None
         return address
     logger.warning(
-        f"statistics: {named.address}, which {model} carries, is not there any more: {anew}, and what earlier "
-        "rounds learned is kept only as far as that text shows it. Put them back, if there is a copy"
+        f"statistics: {named.address}, which {model} carries, is not there any more: {instead}, and what "
+        "earlier rounds learned is kept only as far as that text shows it. Put them back, if there is a copy"
     )
     return None
 
@@ -95,25 +97,16 @@ class RoundStatistics:
         folder: Path,
         data_uri: str,
         start: str,
-        batching: Batching,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
+        feeding: Feeding,
     ) -> None:
         """`model`: in training, of the checkpoint in `folder`. `start`: path or URI of statistics, in their store."""
         self._model, self._seed, self._data_uri, self._start = model, config.seed, data_uri, start
-        self._how: dict[str, Any] = {
-            "device": device,
-            "batching": batching,
-            "max_tokens": config.max_tokens_per_gpu,
-            "rank": rank,
-            "world_size": world_size,
-        }
+        self._feeding = feeding
         shared: list[Any] = [None]
-        if rank == 0:
+        if feeding.rank == 0:
             before = load_statistics(start)
             shared = [({target for layer in before.layout for target in layer}, before.parts[0].num_tokens)]
-        if world_size > 1:
+        if feeding.world_size > 1:
             torch.distributed.broadcast_object_list(shared, src=0)
         ((names, num_tokens),) = shared
         # Not only of what is trained now: a sum is of the same weights as its parts.
@@ -130,10 +123,10 @@ class RoundStatistics:
             name=data_name(self._data_uri),
             source=self._data_uri,
             seed=self._seed,
-            onto=None if self._how["rank"] else load_statistics(self._start),
-            **self._how,
+            onto=None if self._feeding.rank else load_statistics(self._start),
+            feeding=self._feeding,
         )
-        if self._how["rank"]:
+        if self._feeding.rank:
             return None
         address = save_statistics(total, self._start.rsplit("/", 2)[0])
         return StoredStatistics(address=address, sha256=load_statistics(address).sha256)

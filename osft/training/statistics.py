@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from osft import storage
 from osft.data.chat import Sample, tokenize
 from osft.data.files import data_files
-from osft.data.packing import Batching
+from osft.data.packing import Batching, Feeding
 from osft.data.records import read_records
 from osft.data.self_written import FORMAT, as_samples, save_texts
 from osft.models.loading import load_model
@@ -126,15 +126,14 @@ def _measured(
         given = _given(subspace.calibration_data, tokenizer, num_tokens or default)
         texts["calibration_data"] = (subspace.calibration_data, given)
     weights = model_contents(folder)["weights"]
+    feeding = Feeding(max_tokens=MAX_TOKENS, device=torch.device(device), batching=batching)
     statistics: Statistics | None = None
     for name, (source, samples) in texts.items():
         statistics = measure(
             model,
             targets,
             samples,
-            device=device,
-            max_tokens=MAX_TOKENS,
-            batching=batching,
+            feeding=feeding,
             name=name,
             source=source,
             model_sha256=weights,

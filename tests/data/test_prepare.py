@@ -223,7 +223,7 @@ def test_every_option_is_part_of_the_address(chats, model_folder, tmp_path, chan
     assert prepare(str(chats), model_folder, tmp_path, **change).folder != first.folder
 
 
-def test_changed_validation_data_is_prepared_anew(chats, model_folder, tmp_path):
+def test_changed_validation_data_is_prepared_again(chats, model_folder, tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", arithmetic(5, seed=7))
     options = {"validation_fraction": 0, "validation_data": str(file)}
     first = prepare(str(chats), model_folder, tmp_path / "out", **options)
@@ -231,7 +231,7 @@ def test_changed_validation_data_is_prepared_anew(chats, model_folder, tmp_path)
     assert prepare(str(chats), model_folder, tmp_path / "out", **options).folder != first.folder
 
 
-def test_changed_chat_template_is_prepared_anew(chats, model_folder, tmp_path):
+def test_changed_chat_template_is_prepared_again(chats, model_folder, tmp_path):
     first = prepare(str(chats), model_folder, tmp_path / "out")
     shutil.copytree(model_folder, tmp_path / "model")
     template = tmp_path / "model" / "chat_template.jinja"

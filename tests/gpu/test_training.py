@@ -18,7 +18,7 @@ from osft.training.liger import apply_liger
 from osft.training.loop import make_optimizer, train_step
 from osft.training.plan import plan
 from osft.training.sharded_model import load_sharded
-from tests.conftest import tiny_llama, write_jsonl
+from tests.conftest import feeding, tiny_llama, write_jsonl
 from tests.gpu.models import FAMILIES, build, texts
 
 pytestmark = pytest.mark.gpu
@@ -54,7 +54,7 @@ def settings(tmp_path_factory) -> Callable[[str, str], TrainConfig]:
         if protect == "weights":
             factors = factor_store.precompute(folder, config=config.subspace, **store)
         else:
-            statistics = measure(model, select_targets(model), texts(seed=2), device="cpu")
+            statistics = measure(model, select_targets(model), texts(seed=2), feeding=feeding())
             factors = factor_store.precompute_by_inputs(
                 folder, config=config.subspace, statistics=statistics, statistics_file="", **store
             )

@@ -63,7 +63,7 @@ def test_singular_values_of_stacked_experts_carry_their_whole_energy(tmp_path):
     assert values.norm().item() == pytest.approx(weight.norm().item(), rel=1e-5)
 
 
-def test_one_changed_weight_is_the_only_one_computed_anew(model_folder, tmp_path):
+def test_one_changed_weight_is_the_only_one_recomputed(model_folder, tmp_path):
     precompute(model_folder, tmp_path / "store", QUARTER)
     changed = tiny_llama()
     with torch.no_grad():

@@ -14,6 +14,7 @@ from osft.subspace.second_moment import SecondMoment
 from osft.subspace.statistics import InputStatistics, Statistics
 from osft.subspace.statistics_store import load_statistics, save_statistics
 from osft.subspace.targets import select_targets
+from tests.conftest import feeding
 from tests.subspace.test_calibration import measured, moments, texts, tiny_gpt2, tiny_llama
 from tests.subspace.test_watching import build
 
@@ -175,5 +176,5 @@ def test_only_the_first_process_decomposes(monkeypatch):
     model = tiny_llama()
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *given, **settings: None)
     monkeypatch.setattr(SecondMoment, "of", None)
-    other = measure(model, select_targets(model), TASK, device="cpu", rank=1, world_size=2)
+    other = measure(model, select_targets(model), TASK, feeding=feeding(rank=1, world_size=2))
     assert not list(other.inputs())

@@ -12,6 +12,7 @@ from osft.subspace.moment_sums import FLOOR_TOKENS
 from osft.subspace.targets import Target
 from osft.subspace.watching import watched
 from tests.architectures import small_config
+from tests.conftest import feeding
 from tests.subspace.test_calibration import texts
 
 NUM_EXPERTS = 3
@@ -27,7 +28,7 @@ def build(kind: str) -> nn.Module:
 def of_experts(model, targets=None):
     """Target -> its statistics, of the stacks."""
     targets = targets or select_targets(model)
-    measured = measure(model, targets, texts(), device="cpu", max_tokens=30)
+    measured = measure(model, targets, texts(), feeding=feeding(30))
     return {name: each for each in measured.inputs() for name in each.targets if ".experts." in name}
 
 
@@ -176,7 +177,7 @@ def test_layer_that_computes_without_gradients_has_no_energy():
     model = build("qwen3_moe")
     attention = model.model.layers[0].self_attn
     attention.forward = torch.no_grad()(attention.forward)
-    measured = measure(model, select_targets(model, ["q_proj", "down_proj"]), texts(), device="cpu")
+    measured = measure(model, select_targets(model, ["q_proj", "down_proj"]), texts(), feeding=feeding())
     energies = {name: value for each in measured.inputs() for name, value in each.gradient_energies.items()}
     assert energies["model.layers.0.self_attn.q_proj"] == 0
     assert (energies["model.layers.0.mlp.experts.down_proj"] > 0).all()

@@ -207,7 +207,7 @@ def test_model_is_read_only_when_it_is_complete(remote, bucket, object_store, mo
     assert {f"{model}/config.json", "training.json"} <= object_store.names(f"{bucket}/run")
 
 
-def test_run_begins_anew_in_the_store_too(remote, bucket, object_store, monkeypatch):
+def test_run_starts_over_in_the_store_too(remote, bucket, object_store, monkeypatch):
     run_in_process(monkeypatch)
     run = remote.replace(data_output_dir=None, factors=None)
     train(run.replace(save_state_steps=4))

@@ -1,37 +1,20 @@
-"""From what the user names to what a training process reads: a model folder, a prepared dataset, a factor set.
+"""What is done before a run trains: its model is tried, and the data that its settings name is prepared.
 
 Everything is found by content if it was there before, so that a call that was killed repeats nothing, and several
 nodes may do the same work side by side on one shared folder or each on its own.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import AutoConfig
 
 from osft import storage
-from osft.data.packing import Batching
-from osft.models.checkpoint import CheckpointReader
-from osft.models.loading import model_folder
-from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
-from osft.subspace.factor_set import FactorSet, load_factor_set
-from osft.subspace.factor_store import precompute, precompute_by_inputs
 from osft.subspace.preflight import Preflight, check_data, preflight
-from osft.subspace.rank_allocation import measure_importance
-from osft.subspace.statistics_store import load_statistics
-from osft.training.own_process import in_own_process
-from osft.training.statistics import calibrated
 
 if TYPE_CHECKING:
     from osft.data.dataset_folder import PreparedData
-
-
-def local_model(config: TrainConfig) -> Path:
-    """The folder of the model, downloaded if need be. Raises FileNotFoundError if it is incomplete."""
-    return CheckpointReader(model_folder(config.model_path)).folder
 
 
 def check_model(config: TrainConfig, model: Path) -> Preflight:
@@ -184,103 +167,3 @@ def vocabulary_size(model: Path, *, trust_remote_code: bool = False) -> int:
     """Number of token ids of a model."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     return int(config.get_text_config().vocab_size)
-
-
-def factor_set(config: TrainConfig, model: Path, data: "PreparedData", batching: Batching) -> FactorSet:
-    """The factor set that is named, or the one that the store holds or gets."""
-    if named := _named_factor_set(config):
-        return named
-    return compute_factors(
-        model,
-        data.folder,
-        factor_store(config),
-        config.subspace,
-        batching=batching,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
-def factor_store(config: TrainConfig) -> str:
-    """The path or URI of the store that the factors are in, or go to."""
-    if config.factors and _names_a_set(config.factors):
-        if storage.is_remote(config.factors):
-            return config.factors.rsplit("/", 2)[0]
-        return str(Path(config.factors).absolute().parents[1])
-    return config.factors or storage.join(data_folder(config), "factors")
-
-
-def _names_a_set(factors: str) -> bool:
-    return Path(factors).is_file() or factors.endswith(".json")
-
-
-def named_factors(config: TrainConfig) -> dict[str, str]:
-    """What the run is made of by a factor set that is named in the settings; nothing if it is found or computed."""
-    named = _named_factor_set(config)
-    return {"factors": named.bases_sha256} if named else {}
-
-
-def _named_factor_set(config: TrainConfig) -> FactorSet | None:
-    if not config.factors or not _names_a_set(config.factors):
-        return None
-    if storage.find(config.factors) is None:
-        raise FileNotFoundError(f"there is no factor set {config.factors}. Leave `factors` out to have it computed")
-    return load_factor_set(config.factors)
-
-
-def compute_factors(
-    model: Path,
-    data: str | Path,
-    store: str | Path,
-    subspace: SubspaceConfig,
-    *,
-    batching: Batching,
-    trust_remote_code: bool = False,
-) -> FactorSet:
-    """Split what `store` does not hold yet.
-
-    With adaptive ranks, the layers' importance is measured on `data` first. With protect="activations" their inputs
-    are, on other text, unless the model carries its statistics (`osft.training.statistics`).
-
-    With a GPU, that is done in a process of its own, which ends: a CUDA context would keep several 100 MB of the GPU
-    from the training processes for as long as this one waits for them. Raises what the other process raised.
-    """
-    work = {
-        "model": str(model),
-        "data": str(data),
-        "store": str(store),
-        "subspace": subspace.to_dict(),
-        "batching": batching.value,
-        "trust_remote_code": trust_remote_code,
-    }
-    if not torch.cuda.is_available():
-        return compute_factors_here(work, device="cpu")
-    found = in_own_process("osft.training.factors", work)
-    return replace(load_factor_set(found["path"]), computed=found["computed"])
-
-
-def compute_factors_here(work: dict[str, Any], *, device: str) -> FactorSet:
-    """`compute_factors` in this process."""
-    model, subspace = Path(work["model"]), SubspaceConfig(**work["subspace"])
-    common: dict[str, Any] = {"device": device, "trust_remote_code": work["trust_remote_code"]}
-    if subspace.protect == "activations":
-        batching = Batching(work["batching"])
-        address = calibrated(model, work["store"], subspace, batching=batching, **common)
-        file = address.removeprefix(f"{work['store']}/")
-        return precompute_by_inputs(
-            model, work["store"], subspace, load_statistics(address), statistics_file=file, **common
-        )
-    importance = None
-    if subspace.rank_allocation == "adaptive":
-        from osft.data.dataset_folder import load_split
-
-        train = load_split(storage.fetch(work["data"]), "train")
-        samples = [train[i] for i in range(min(subspace.calibration_samples, len(train)))]
-        importance = measure_importance(
-            model,
-            samples,
-            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
-            batching=Batching(work["batching"]),
-            **common,
-        )
-    return precompute(model, work["store"], subspace, importance=importance, **common)
