@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.peers import LORA_RANK, adapted
 from osft.data.chat import Sample
-from osft.data.packing import MicroBatch, collate
+from osft.data.packing import Feeding, MicroBatch, collate
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 from osft.storage.atomic import write_json
@@ -111,7 +111,10 @@ def prepare(folder: Path, settings: Settings) -> dict[str, float]:
     seconds: dict[str, float] = {}
     with _timed(seconds, "statistics", settings.device):
         statistics = measure(
-            model, select_targets(model), samples, device=settings.device, max_tokens=max(settings.tokens, 2048)
+            model,
+            select_targets(model),
+            samples,
+            feeding=Feeding(max_tokens=max(settings.tokens, 2048), device=torch.device(settings.device)),
         )
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     del model

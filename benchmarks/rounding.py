@@ -228,13 +228,13 @@ class Measure:
         }
 
 
-def load(cache: Path, settings: Settings, progress: Callable[[str], None]) -> tuple[Any, dict[str, torch.Tensor]]:
+def load(cache: Path, settings: Settings) -> tuple[Any, dict[str, torch.Tensor]]:
     """The model in float32, and the tokens of each text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = examples.resolve(MODEL, cache, progress)
+    folder = examples.resolve(MODEL, cache)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    pages, web = manual_pages(PAGES, cache), web_text(cache, progress)
+    pages, web = manual_pages(PAGES, cache), web_text(cache)
     size, held_out = settings.sample_tokens, settings.held_out_samples
     trained = settings.steps * settings.samples_per_step
     tokens = {
@@ -353,7 +353,7 @@ def main(
     def progress(what: str) -> None:
         print(f"{time.perf_counter() - started:5.0f} s  {what}", file=sys.stderr, flush=True)
 
-    records = measure(*load(cache, settings, progress), settings, progress)
+    records = measure(*load(cache, settings), settings, progress)
     result = {
         "date": date.today().isoformat(),
         "machine": describe_machine("cpu"),

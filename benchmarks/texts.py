@@ -12,7 +12,6 @@ import random
 import re
 import subprocess
 import sysconfig
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +69,9 @@ def plain(page: str) -> str:
     return "\n".join(line for line in lines if line.strip())
 
 
-def web_text(cache: Path, progress: Callable[[str], None]) -> list[str]:
+def web_text(cache: Path) -> list[str]:
     """Passages of web text."""
-    lines = Path(examples.resolve(WEB_TEXT, cache, progress)).read_text(encoding="utf-8").splitlines()
+    lines = Path(examples.resolve(WEB_TEXT, cache)).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]
 
 

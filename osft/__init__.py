@@ -7,6 +7,8 @@ else where it is used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from osft.process.logs import configure_unless_application_did
+
 if TYPE_CHECKING:
     from osft.api import Algorithm as Algorithm
     from osft.api import AlgorithmRegistry as AlgorithmRegistry
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from osft.training import train as train
 
 __version__ = "0.1.0"
+
+configure_unless_application_did()
 
 _HOMES = {
     **dict.fromkeys(

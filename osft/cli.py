@@ -106,7 +106,7 @@ def decompose(
         from osft.models.loading import model_folder
         from osft.settings.subspace import SubspaceConfig
         from osft.subspace.preflight import preflight
-        from osft.training.inputs import compute_factors
+        from osft.training.factors import compute_factors
 
         subspace = SubspaceConfig(
             unfreeze_rank_ratio=unfreeze_rank_ratio,

@@ -42,7 +42,7 @@ def execute(pipeline: str, arguments: dict[str, Any], root: Path, log: Path, sho
     What is raised meanwhile, such as KeyboardInterrupt, ends the pipeline's processes first: they may save what they
     have. A second interrupt kills them.
     """
-    from osft.process.parent import end_with_parent
+    from osft.process.termination import end_with_parent
 
     with (
         log.open("ab", buffering=0) as file,

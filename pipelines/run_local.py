@@ -21,6 +21,7 @@ from rich.console import Console
 
 from osft.orchestration import CompiledPipeline, pipeline_arguments
 from osft.orchestration.arguments import refuse_missing
+from osft.process import logs
 from osft.process.console import errors, failures
 from osft.storage.paths import check_writable, expanded
 from pipelines.continual_learning.parameters import PipelineParameters
@@ -50,6 +51,7 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the parameters, run nothing.")] = False,
 ) -> None:
     """Run one round of continual learning on this machine and print what it learned and forgot."""
+    logs.configure()
     with failures():
         storage = Path(expanded(str(storage)))
         arguments = local_arguments(model, data, settings or [], storage, parameters)

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from osft.data import examples
+from osft.process import logs
 from osft.process.console import failures
 from osft.storage.paths import expanded
 from pipelines import run_local
@@ -42,6 +43,7 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the parameters, run nothing.")] = False,
 ) -> None:
     """Teach one model several tasks, a round each, and print what it learned and forgot."""
+    logs.configure()
     names = [name.strip() for name in tasks.split(",")]
     with failures():
         storage = Path(expanded(str(storage)))

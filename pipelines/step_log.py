@@ -1,12 +1,15 @@
 """The steps of a run on this machine, found in what kfp.local and the steps print.
 
 kfp.local writes a line with the time where a step begins and ends. What the step prints is indented by four spaces
-between them, with the input of kfp's executor as JSON, each state of a progress bar on a line of its own.
+between them, with the input of kfp's executor as JSON, each state of a progress bar on a line of its own. Time, step
+and level that our lines begin with (`osft.process.logs`) are left out here.
 """
 
 import re
 from collections import deque
 from dataclasses import dataclass, field
+
+from osft.process.logs import message_of
 
 LAST_LINES = 20
 
@@ -122,7 +125,7 @@ class StepLog:
             self._in_input = line != "}"
         elif line:
             self._in_input = False
-            self._read_own(step, line)
+            self._read_own(step, message_of(line))
 
     def _read_own(self, step: Step, line: str) -> None:
         progress = progress_in(line)

@@ -101,8 +101,8 @@ NOT_BUILT = {
 KINDS = sorted(set(CLASSES) - set(NOT_BUILT))
 
 
-def small_config(kind: str) -> PreTrainedConfig:
-    """The configuration of about two blocks, one of each type of layer."""
+def small_config(kind: str, **changes: Any) -> PreTrainedConfig:
+    """The configuration of about two blocks, one of each type of layer, with changes."""
     default = AutoConfig.for_model(kind)
     cls = type(default)
     taken = {name for base in cls.__mro__ for name in getattr(base, "__annotations__", {})}
@@ -115,7 +115,7 @@ def small_config(kind: str) -> PreTrainedConfig:
         types = list(dict.fromkeys(default.layer_types))
         settings["layer_types"] = [types[i % len(types)] for i in range(max(2, len(types)))]
         settings["num_hidden_layers"] = len(settings["layer_types"])
-    config = cls(**settings | SPECIAL.get(kind, {}))
+    config = cls(**settings | SPECIAL.get(kind, {}) | changes)
     config.architectures = [CLASSES[kind] if isinstance(CLASSES[kind], str) else CLASSES[kind][0]]
     return config
 

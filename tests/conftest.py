@@ -1,6 +1,7 @@
 """Small real things: a random two-layer Llama with a byte-level chat tokenizer, and a few chats."""
 
 import json
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 # A console of rich that is made while COLUMNS is set keeps that width, whatever a test then asks for.
 os.environ.pop("COLUMNS", None)
-import osft.process.console  # noqa: F401
+from osft.data.packing import Feeding
+from osft.process import logs
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -40,6 +42,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def feeding(max_tokens: int = 2048, **how: Any) -> Feeding:
+    """Of one process on the CPU, unless `how` says otherwise."""
+    return Feeding(max_tokens=max_tokens, device=torch.device("cpu"), **how)
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
@@ -67,6 +74,16 @@ def no_power_is_lost() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the library says is on the standard output without the time, for `capsys`, and in `caplog`."""
+    monkeypatch.setenv(logs.CONTEXT, "")  # and as it was, afterwards
+    logs.configure()
+    library = logging.getLogger("osft")
+    library.handlers[-1].setFormatter(logging.Formatter())
+    library.propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -26,10 +26,11 @@ from transformers import (
 )
 
 from osft import osft
-from osft.models import export, residual
+from osft.models import export
 from osft.models.adapter import Adapter, export_adapter
 from osft.models.export import export_model
 from osft.models.low_rank import factorize, noise_floor
+from osft.models.rounding import decode_residual, encode_residual
 from osft.subspace import select_targets
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.test_families import COMMON
@@ -212,7 +213,7 @@ def test_noise_of_a_dozen_rounded_rounds_is_below_the_floor_and_a_thousandth_of_
     for _ in range(12):  # each adds to the same two directions, and is kept as a checkpoint keeps it
         weight = weight + 1e-7 * torch.randn(300, 2, generator=generator) @ directions
         served = weight.bfloat16()
-        weight = residual.decode(served, *residual.encode(weight, served))
+        weight = decode_residual(served, *encode_residual(weight, served))
     _, a = factorize(weight - base, noise_floor(weight))
     assert a.shape[0] == 2
     _, everything = factorize(weight - base, 0.0)

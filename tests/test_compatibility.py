@@ -11,7 +11,7 @@ import torch
 from osft import OSFTAlgorithm, create_algorithm, osft
 from osft.api import MiniTrainerBackend
 from osft.cli import read_parameters
-from osft.settings.compatibility import NAMES, RENAMED, SPECIAL, WITHOUT_EFFECT, translated
+from osft.settings.compatibility import NAMES, RENAMED, SPECIAL, WITHOUT_EFFECT
 from osft.settings.training import TrainConfig
 
 REQUIRED = {
@@ -166,13 +166,6 @@ def test_the_function_the_class_and_the_command_take_the_same_names(tmp_path, mo
     assert (seen[0].num_epochs, seen[0].warmup_steps, seen[0].dtype) == (3, 2, "bfloat16")
     assert all(one == another for one, another in itertools.pairwise(seen))
     assert len(seen) == 5
-
-
-def test_report_gets_the_lines_in_place_of_the_terminal(capsys):
-    lines: list[str] = []
-    assert translated({"fsdp_options": 1, "max_epochs": 2}, report=lines.append) == {"num_epochs": 2}
-    assert len(lines) == 1
-    assert capsys.readouterr().out == ""
 
 
 def test_every_special_name_is_tried():

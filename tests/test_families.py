@@ -41,6 +41,7 @@ from osft.subspace.factor_store import precompute, precompute_by_inputs
 from osft.training.loop import run
 from osft.training.saving import save_merged
 from osft.training.sharded_model import load_sharded
+from tests.conftest import feeding
 from tests.subspace.test_linear import frozen_directions
 
 VOCABULARY, RATIO = 64, 0.25
@@ -144,9 +145,9 @@ def train_config(folder: Path, *, factors: Path | None = None, **changes: object
 def factors_for(config: TrainConfig, folder: Path) -> Path:
     store = folder.parent / "factors"
     if config.protect == "weights":
-        return precompute(folder, store, config.subspace, report=lambda _: None).path
+        return precompute(folder, store, config.subspace).path
     model = load_model(folder, dtype=torch.float32)
-    statistics = measure(model, select_targets(model), make_samples(), device="cpu")
+    statistics = measure(model, select_targets(model), make_samples(), feeding=feeding())
     return precompute_by_inputs(
         folder, store, config.subspace, statistics, statistics_file="", report=lambda _: None
     ).path
@@ -163,10 +164,8 @@ def train_here(config: TrainConfig, model: nn.Module, *, rank: int = 0, world_si
         model,
         Samples(samples),
         config,
-        device=torch.device("cpu"),
+        feeding=feeding(config.max_tokens_per_gpu, rank=rank, world_size=world_size),
         on_step=lambda metrics: losses.append(metrics.loss),
-        rank=rank,
-        world_size=world_size,
     )
     return losses
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
+from osft.models import checkpoint
 from osft.models.checkpoint import CheckpointReader, SavedTensor, copy_model_files, write_checkpoint
 from osft.models.model_card import model_card, with_scores
 from osft.models.origin import Origin, RoundingLoss
@@ -58,6 +60,22 @@ def test_named_chat_templates_of_a_real_tokenizer_are_in_the_tuned_folder(tmp_pa
     write_checkpoint(tmp_path / "tuned", (reader.saved(name) for name in reader.names()), tmp_path / "base")
     again = type(tokenizer).from_pretrained(tmp_path / "tuned")
     assert again.chat_template == tokenizer.chat_template
+
+
+def test_large_model_is_written_in_shards_that_transformers_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 40_000)
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    reader = CheckpointReader(tmp_path / "base")
+    write_checkpoint(tmp_path / "tuned", (reader.saved(name) for name in reader.names()), tmp_path / "base")
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "tuned").glob("*.safetensors")}
+    assert sorted(sizes) == [
+        f"model-{number:05d}-of-{len(sizes):05d}.safetensors" for number in range(1, len(sizes) + 1)
+    ]
+    assert len(sizes) > 2
+    assert max(sizes.values()) < 42_000, "with its header"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

@@ -1,6 +1,5 @@
 """Of a checkpoint that also sees, the language model is tuned and everything else saved as it came."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +153,7 @@ def test_vision_language_checkpoint_trains_on_chats_and_opens_as_what_it_was(cha
     first = []
     for tokens in (60, 512):
         output = str(tmp_path / f"hybrid-{tokens}")
-        run = train(dataclasses.replace(hybrid, max_tokens_per_gpu=tokens, ckpt_output_dir=output, max_steps=1))
+        run = train(hybrid.replace(max_tokens_per_gpu=tokens, ckpt_output_dir=output, max_steps=1))
         first.append(run.history[0]["loss"])
         assert run.summary.preflight.batching == "padded"
     assert first[0] == pytest.approx(first[1], rel=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from osft.models.residual import decode, encode
+from osft.models.rounding import decode_residual, encode_residual
 
 
 def weights(kind: str) -> torch.Tensor:
@@ -34,9 +34,9 @@ KINDS = (
 def test_error_is_at_most_half_a_float32_unit_of_the_rows_largest_weight(kind):
     exact = weights(kind)
     rounded = exact.bfloat16()
-    q, units = encode(exact, rounded)
+    q, units = encode_residual(exact, rounded)
     assert (q.shape, q.dtype) == (exact.shape, torch.int16)
-    found = decode(rounded, q, units)
+    found = decode_residual(rounded, q, units)
     assert (found.shape, found.dtype) == (exact.shape, torch.float32)
     if exact.numel():
         largest = torch.atleast_1d(exact.abs()).amax(-1, keepdim=True).double()
@@ -56,8 +56,8 @@ def test_any_way_of_rounding_is_undone(rounding):
         "two units away": nearest + 2 * unit,
         "to zero": torch.zeros_like(exact),
     }[rounding].bfloat16()
-    q, units = encode(exact, rounded)
-    error = (decode(rounded, q, units) - exact).abs()
+    q, units = encode_residual(exact, rounded)
+    error = (decode_residual(rounded, q, units) - exact).abs()
     residual = (exact - rounded.float()).abs().amax(-1, keepdim=True)
     assert (error <= residual * 2.0**-15 + exact.abs() * 2.0**-23).all()
 
@@ -65,16 +65,17 @@ def test_any_way_of_rounding_is_undone(rounding):
 def test_float16_weights_are_exact_again():
     exact = weights("normal")
     rounded = exact.half()
-    assert (decode(rounded, *encode(exact, rounded)) - exact).abs().max() <= 2.0**-24 * exact.abs().max() * 2
+    error = decode_residual(rounded, *encode_residual(exact, rounded)) - exact
+    assert error.abs().max() <= 2.0**-24 * exact.abs().max() * 2
 
 
 def test_rows_are_decoded_alone():
     exact = weights("experts")
     rounded = exact.bfloat16()
-    q, units = encode(exact, rounded)
-    assert torch.equal(decode(rounded[1:2], q[1:2], units[1:2]), decode(rounded, q, units)[1:2])
+    q, units = encode_residual(exact, rounded)
+    assert torch.equal(decode_residual(rounded[1:2], q[1:2], units[1:2]), decode_residual(rounded, q, units)[1:2])
 
 
 def test_nothing_is_kept_of_what_is_representable():
-    q, _ = encode(weights("representable"), weights("representable").bfloat16())
+    q, _ = encode_residual(weights("representable"), weights("representable").bfloat16())
     assert not q.any()

@@ -1,4 +1,4 @@
-"""Paths in place, and URIs of an object store through a mirror: what is copied, what is complete, what goes wrong."""
+"""Paths in place, and URIs of an object store through a local copy: what is transferred, complete, goes wrong."""
 
 import errno
 import os
@@ -70,7 +70,7 @@ def test_only_what_is_missing_or_differs_is_fetched(bucket, object_store):
     assert [(folder / name).read_text() for name in "abcd"] == ["new", "old", "old", "old"]
 
 
-def test_file_that_the_store_no_longer_has_is_not_read_from_the_mirror(bucket, object_store):
+def test_file_that_the_store_no_longer_has_is_not_read_from_the_local_copy(bucket, object_store):
     for name in ("one", "two"):
         object_store.files.pipe(f"{bucket}/data/{name}.jsonl", b"{}")
     object_store.files.pipe(f"{bucket}/data/README.md", b"{}")
@@ -226,7 +226,7 @@ def test_bad_record_is_named_by_its_uri(bucket, object_store):
         list(read_records(f"{bucket}/data", allow_text=True))
 
 
-def test_endpoints_do_not_share_a_mirror(bucket, monkeypatch):
+def test_endpoints_do_not_share_a_local_copy(bucket, monkeypatch):
     here = storage.local(bucket)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://elsewhere:9000")
     assert storage.local(bucket) != here

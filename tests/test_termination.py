@@ -204,5 +204,5 @@ def test_only_children_that_run_the_module_are_found():
 
 @pytest.mark.parametrize(("parent", "code"), [("os.getppid()", 0), ("os.getppid() + 1", 143), ("None", 0)])
 def test_process_whose_parent_died_before_it_could_tell_ends(parent, code):
-    with program(f"from osft.process.parent import end_with_parent\n{READY}end_with_parent({parent})") as process:
+    with program(f"from osft.process.termination import end_with_parent\n{READY}end_with_parent({parent})") as process:
         assert end_of(process)[0] == code

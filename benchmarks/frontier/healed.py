@@ -29,7 +29,7 @@ def healed_model(
     """The folder of the healed model in float32, made on first use below `cache`; passages: web text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = Path(examples.resolve(MODEL, cache, progress))
+    source = Path(examples.resolve(MODEL, cache))
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     blocks = blocks_of_tokens(tokenizer, passages, STEPS * BLOCKS_PER_STEP, block_tokens)
     recipe = [folder_sha256(source), blocks.tolist(), LEARNING_RATE, BLOCKS_PER_STEP]

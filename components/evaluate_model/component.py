@@ -60,9 +60,8 @@ def evaluate_model(
     import shutil
 
     from osft import rounds
-    from osft.process.errors import tell_in_one_line
 
-    tell_in_one_line()
+    rounds.begin_step("evaluate-model", pipeline_run_id)
 
     round = rounds.PipelineRun(
         storage_root=storage_root,

@@ -44,9 +44,8 @@ def precompute_svd(
     given = dict(locals())
 
     from osft import SubspaceConfig, rounds
-    from osft.process.errors import tell_in_one_line
 
-    tell_in_one_line()
+    rounds.begin_step("precompute-svd", pipeline_run_id)
 
     given |= {"target_patterns": target_patterns or None} | more_settings
     settings = {name: given[name] for name in SubspaceConfig.model_fields if name in given}

@@ -51,9 +51,8 @@ def prepare_data(
     from collections import namedtuple
 
     from osft import rounds
-    from osft.process.errors import tell_in_one_line
 
-    tell_in_one_line()
+    rounds.begin_step("prepare-data", pipeline_run_id)
 
     prepared = rounds.prepare_data(
         rounds.PipelineRun(

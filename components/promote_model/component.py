@@ -28,9 +28,8 @@ def promote_model(
         pipeline_run_id: Id of the pipeline run.
     """
     from osft import rounds
-    from osft.process.errors import tell_in_one_line
 
-    tell_in_one_line()
+    rounds.begin_step("promote-model", pipeline_run_id)
 
     rounds.promote_model(
         rounds.PipelineRun(

@@ -34,9 +34,8 @@ def register_model(
         Output: The model version.
     """
     from osft import rounds
-    from osft.process.errors import tell_in_one_line
 
-    tell_in_one_line()
+    rounds.begin_step("register-model", pipeline_run_id)
 
     return rounds.register_model(
         rounds.PipelineRun(

@@ -57,9 +57,8 @@ def resolve_round(
     from collections import namedtuple
 
     from osft import rounds
-    from osft.process.errors import tell_in_one_line
 
-    tell_in_one_line()
+    rounds.begin_step("resolve-round", pipeline_run_id)
 
     found, mlflow_run_id = rounds.resolve_round(
         rounds.PipelineRun(

@@ -74,9 +74,8 @@ def train_osft(
     given = dict(locals())
 
     from osft import TrainConfig, rounds
-    from osft.process.errors import tell_in_one_line
 
-    tell_in_one_line()
+    rounds.begin_step("train-osft", pipeline_run_id)
 
     settings = {name: given[name] for name in TrainConfig.model_fields if name in given}
     del settings["mlflow_tracking_uri"]  # the step logs what its processes measure

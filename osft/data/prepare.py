@@ -1,7 +1,7 @@
 """Chats -> a validated, deduplicated, split and tokenized dataset on disk (see `osft.data.dataset_folder`)."""
 
+import logging
 from collections import Counter
-from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from osft.data.split import check_sides, check_validation, held_out_prompts
 from osft.data.template_keys import replaced_roles
 from osft.storage.atomic import atomic_path
 
+logger = logging.getLogger(__name__)
+
 
 def prepare(
     data_uri: str,
@@ -43,7 +45,6 @@ def prepare(
     deduplicate: bool = True,
     unmask_messages: bool = False,
     trust_remote_code: bool = False,
-    report: Callable[[str], None] = print,
 ) -> PreparedData:
     """Prepare `data_uri` (as in `osft.data.files.data_files`) for the model at `model_path`.
 
@@ -81,7 +82,8 @@ def prepare(
     }
     contents = [sorted(files.values()), sorted(validation_files.values())]
     address = content_address(output_root, "chats", contents, hash_tokenizer(model_path), settings)
-    if found := find_dataset(address, report):
+    if found := find_dataset(address):
+        logger.info(f"data: reused {address}")
         return found
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 
@@ -150,14 +152,14 @@ def prepare(
         overlap = f"; {num_also_held_out} training records that validation_data holds were {done}"
     if num_left_out:
         overlap += f"; {num_left_out} records beyond max_train_samples or max_validation_samples were left out"
-    report(
+    logger.info(
         f"data: {statistics['num_train_samples']} training samples ({statistics['num_tokens']} tokens, "
         f"{statistics['num_loss_tokens']} with loss), {len(held_out)} held out; dropped {num_duplicates} duplicates "
         f"and {dropped['samples']} samples longer than {max_seq_len} tokens ({dropped['share_of_tokens']:.1%} of all "
         f"tokens){overlap}"
     )
     for line in report_lines(counts):
-        report(f"data: {line}")
+        logger.info(f"data: {line}")
     return publish_dataset(address, statistics)
 
 

@@ -1,8 +1,9 @@
 """Data that is tokenized already -> a dataset folder (see `osft.data.dataset_folder`)."""
 
 import hashlib
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from osft.data.records import DataError
 from osft.data.split import check_sides, check_validation, is_held_out
 from osft.storage.atomic import atomic_path
 
+logger = logging.getLogger(__name__)
+
 
 def import_processed(
     data_path: str,
@@ -38,7 +41,6 @@ def import_processed(
     vocabulary_size: int,
     validation_fraction: float = 0.0,
     validation_data: str | None = None,
-    report: Callable[[str], None] = print,
 ) -> PreparedData:
     """Check tokenized records and store them for training.
 
@@ -46,7 +48,7 @@ def import_processed(
     `input_ids` (token ids below `vocabulary_size`) and as many `labels` (-100 where there is no loss, else a token id;
     not shifted). What `attention_mask` says is padding, before or after the sample, is left out. `position_ids`,
     `token_type_ids`, `len` and `num_loss_counted_tokens`, where they are there, must agree with that; other columns
-    are named in the report and not read. Samples longer than `max_seq_len` tokens are dropped and counted. Which side
+    are named in the log and not read. Samples longer than `max_seq_len` tokens are dropped and counted. Which side
     of the split a sample is on depends on the hash of its tokens.
 
     A folder that this package prepared is returned as it is, with the held-out side that it has.
@@ -70,7 +72,7 @@ def import_processed(
             if largest >= vocabulary_size:
                 problem = f"its {side} side has token {largest}, but the model's vocabulary has {vocabulary_size}"
                 raise DataError(f"{data_path}: {problem}. It was prepared for another model; prepare it again")
-        report(f"data: reused {data_path}")
+        logger.info(f"data: reused {data_path}")
         return check_dataset(given)
 
     files = hash_files(data_files(data_path))
@@ -82,7 +84,8 @@ def import_processed(
     }
     contents = [list(files.values()), list(validation_files.values())]
     address = content_address(output_root, "processed", contents, settings)
-    if found := find_dataset(address, report):
+    if found := find_dataset(address):
+        logger.info(f"data: reused {address}")
         return found
 
     num_records = num_held_out = 0
@@ -123,16 +126,16 @@ def import_processed(
             }
         )
     dropped = statistics["dropped_as_too_long"]
-    report(
+    logger.info(
         f"data: {statistics['num_train_samples']} training samples ({statistics['num_tokens']} tokens, "
         f"{statistics['num_loss_tokens']} with loss), {statistics['num_validation_samples']} held out; dropped "
         f"{dropped['samples']} samples longer than {max_seq_len} tokens ({dropped['share_of_tokens']:.1%} of all "
         "tokens)"
     )
     for what, number in statistics["left_out"].items():
-        report(f"data: {number} {what}")
+        logger.info(f"data: {number} {what}")
     if unused:
-        report(f"data: these columns are not used: {', '.join(sorted(unused))}")
+        logger.info(f"data: these columns are not used: {', '.join(sorted(unused))}")
     return publish_dataset(address, statistics)
 
 

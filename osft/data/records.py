@@ -23,8 +23,7 @@ from typing import Any
 from osft.data import files
 from osft.data.files import DataError
 from osft.data.json_rows import parse_line
-from osft.data.messages import function_name, read_message, unrolled
-from osft.data.padding import without_foreign_nulls, without_padding
+from osft.data.messages import function_name, read_message, unrolled, without_foreign_nulls, without_nulls
 from osft.data.record_forms import decoded, to_messages
 from osft.data.rows import read_file
 
@@ -165,7 +164,7 @@ def _to_record(row: dict[str, Any], source: str, counts: Counter[str], *, allow_
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and function_name(tool) for tool in tools):
         raise refuse(f"'tools' must be a list of JSON schemas of functions, each with a name; got {tools!r:.200}")
     written = (tools, messages)
-    tools = without_padding(tools)
+    tools = without_nulls(tools)
     messages = without_foreign_nulls(messages, tools)
     if written != (tools, messages):
         counts["nulls that Arrow added to calls or tools left out"] += 1

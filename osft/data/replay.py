@@ -5,7 +5,8 @@ layers' importance, what the round learned) sees the new data only, and what a r
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from osft.data.dataset_folder import (
 )
 from osft.storage.atomic import atomic_path
 
+logger = logging.getLogger(__name__)
+
 
 def draw_replay(
     data: PreparedData,
@@ -35,7 +38,6 @@ def draw_replay(
     ratio: float,
     seed: int,
     max_seq_len: int,
-    report: Callable[[str], None] = print,
 ) -> PreparedData | None:
     """Draw training samples of `earlier` data, so many that they are `ratio` of those that train with `data`'s.
 
@@ -44,14 +46,14 @@ def draw_replay(
     that `data` or an earlier dataset holds out. With too few, all are taken. None if there is not one.
 
     `statistics` of the result has `sources`: data_uri, dataset (its key), num_samples and num_tokens of each. The
-    ratio actually reached is in the report's line.
+    ratio actually reached is in the log.
     """
     num_new = data.statistics["num_train_samples"]
     wanted = round(num_new * ratio / (1 - ratio))
     settings = {"ratio": ratio, "seed": seed, "max_seq_len": max_seq_len}
     address = content_address(output_root, "replay", data.key, [source.key for source in earlier], settings)
-    if found := find_dataset(address, lambda _: None):
-        report(_described(found.statistics, num_new, wanted))
+    if found := find_dataset(address):
+        logger.info(_described(found.statistics, num_new, wanted))
         return found if found.statistics["num_train_samples"] else None
 
     seen = {_digest(sample) for source in (data, *earlier) for sample in _all(load_split(source.folder, "validation"))}
@@ -71,7 +73,7 @@ def draw_replay(
             sources[number]["num_samples"] += 1
             sources[number]["num_tokens"] += len(sample.input_ids)
         statistics = writer.finish({"kind": "replay", "data": data.key, "settings": settings, "sources": sources})
-    report(_described(statistics, num_new, wanted))
+    logger.info(_described(statistics, num_new, wanted))
     written = publish_dataset(address, statistics)
     return written if statistics["num_train_samples"] else None
 

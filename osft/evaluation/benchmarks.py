@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osft import storage
 from osft.evaluation.record import BenchmarkScore, BenchmarkTask
+from osft.process.private_names import task_yaml
 
 BATCH_SIZES = {"cpu": 4, "cuda": 16}
 """Requests at once. Fixed, because padding to another batch moves the last digits."""
@@ -234,11 +235,8 @@ def _check_safe(name: str, config: Mapping[str, Any] | None) -> None:
 
 def _find_data(entry: Any) -> None:
     """Make the paths of an entry's data files count from its YAML file."""
-    from lm_eval.tasks._yaml_loader import load_yaml  # as the harness itself; its release is pinned
-
     folder = entry.yaml_path.parent
-    config = load_yaml(entry.yaml_path, resolve_func=True)
-    entry.cfg, entry.yaml_path = _found(config, folder), None
+    entry.cfg, entry.yaml_path = _found(task_yaml(entry.yaml_path), folder), None
 
 
 def _found(value: Any, folder: Path, *, is_data: bool = False) -> Any:

@@ -24,9 +24,9 @@ from osft.data.chat import tokenize
 from osft.data.packing import Batching
 from osft.data.records import Record
 from osft.evaluation.record import SetDrift
-from osft.evaluation.scoring import MAX_TEXT_TOKENS, micro_batches, residuals, stderr_of_sum
+from osft.evaluation.scoring import MAX_TEXT_TOKENS, micro_batches
 from osft.models.checkpoint import CheckpointReader
-from osft.models.likelihood import kl_divergence, target_logits
+from osft.models.likelihood import kl_divergence, residuals, stderr_of_sum, target_logits
 
 _FOR_ACTIVATIONS = 0.15
 """Share of a GPU's memory."""

@@ -1,6 +1,7 @@
 """Base, champion and candidate on the new task, on all earlier tasks, on the anchors and on public benchmarks."""
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +24,8 @@ from osft.evaluation.score_store import ScoreStore
 from osft.evaluation.scoring import RecordScores, changes, describe_accuracy
 from osft.models.checkpoint import CheckpointReader
 from osft.models.loading import model_folder
+
+logger = logging.getLogger(__name__)
 
 MODELS = ("base", "champion", "candidate")
 """What a round compares, in this order; the first round has no champion."""
@@ -121,7 +124,7 @@ def evaluate(
     notes = {s.name: describe_accuracy(s.records, scores["candidate"][s.name]) for s in scored}
     for set_name, of_set in notes.items():
         for note in of_set:
-            print(f"evaluation set {set_name}: {note}", flush=True)
+            logger.info(f"evaluation set {set_name}: {note}")
     exact = None
     if CheckpointReader(folders["candidate"]).is_exact:
         unrounded = measured("candidate", exact=True)

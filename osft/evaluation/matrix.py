@@ -91,16 +91,6 @@ def learning_accuracy(matrix: Matrix) -> float:
     return sum(_score(matrix, task, task) for task in range(tasks)) / tasks
 
 
-def anchor_drift(scores: Sequence[Score], baseline: Score) -> float:
-    """How far general ability moved over all rounds: the last model's score on an anchor minus the base model's.
-
-    scores: (T,) of the model after each round, of which the last is needed. Negative: lost.
-    """
-    if not scores or scores[-1] is None or not isfinite(scores[-1]):
-        raise ValueError(f"the anchor was not measured after round {max(0, len(scores) - 1)}. Evaluate it there")
-    return scores[-1] - _baseline([baseline], 0)
-
-
 def describe(
     rounds: Sequence[tuple[str, int | None]], baseline: Scores, scores: Sequence[Scores], *, anchors: Sequence[str] = ()
 ) -> ContinualMatrix:

@@ -1,5 +1,6 @@
 """A model's scores, answers, benchmarks and drift, measured only where the store does not have them."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -27,6 +28,8 @@ from osft.subspace.preflight import preflight
 
 if TYPE_CHECKING:
     from osft.evaluation.benchmarks import Benchmarks
+
+logger = logging.getLogger(__name__)
 
 
 class MeasuredModel:
@@ -81,7 +84,7 @@ class MeasuredModel:
 
         Both models are in memory. One that is the same file for file is not loaded twice, and has moved by exactly 0.
         """
-        if reference._content == self._content:
+        if reference._model_hash == self._model_hash:
             reference = self
         batching = Batching.PACKED if self._batching is reference._batching is Batching.PACKED else Batching.PADDED
 
@@ -100,7 +103,7 @@ class MeasuredModel:
 
         key = self._key(
             "drift",
-            reference=reference._content,
+            reference=reference._model_hash,
             records=[record.content_hash for record in records],
             max_tokens=self._max_tokens,
             max_text_tokens=MAX_TEXT_TOKENS,
@@ -126,7 +129,7 @@ class MeasuredModel:
         """The results of each benchmark; `description` is what the log shows."""
 
         def measure() -> dict[str, Any]:
-            print(f"{description}: {', '.join(benchmarks.names)}", flush=True)
+            logger.info(f"{description}: {', '.join(benchmarks.names)}")
             model, tokenizer = self._loaded
             return {name: score.to_dict() for name, score in benchmarks.run(model, tokenizer).items()}
 
@@ -148,10 +151,12 @@ class MeasuredModel:
         return preflight(self._folder, trust_remote_code=self._trust_remote_code).batching
 
     @cached_property
-    def _content(self) -> str:
+    def _model_hash(self) -> str:
         return model_hash(self._folder)
 
     def _key(self, kind: str, **determined_by: Any) -> str:
         if self._exact:
             determined_by |= {"weights": "exact"}
-        return measurement_key(kind, model=self._content, dtype=str(self._dtype), device=self._device, **determined_by)
+        return measurement_key(
+            kind, model=self._model_hash, dtype=str(self._dtype), device=self._device, **determined_by
+        )

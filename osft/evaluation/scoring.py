@@ -26,7 +26,7 @@ from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.data.records import Record
 from osft.data.template_keys import with_known_roles
 from osft.evaluation.record import MetricChange, SetChanges, SetScore
-from osft.models.likelihood import cross_entropy, target_logits
+from osft.models.likelihood import cross_entropy, residuals, stderr_of_sum, target_logits
 
 SHORT_ANSWER_TOKENS = 16
 """A set has an exact-match accuracy if no answer is longer than this."""
@@ -96,23 +96,6 @@ def _change(before: float, after: float, stderr: float | None) -> MetricChange:
     return MetricChange(change=after - before, relative=(after - before) / before if before else None, stderr=stderr)
 
 
-def residuals(sums: Sequence[float], num_tokens: Sequence[int]) -> list[float]:
-    """(n,) what each record adds to a mean per token beyond its tokens' share; they add up to 0.
-
-    sums: (n,) of each record, over its tokens; num_tokens: (n,). The mean is linear in the residuals to first order,
-    so its error, and that of a difference of means, is theirs.
-    """
-    tokens = sum(num_tokens)
-    mean = sum(sums) / tokens
-    return [(value - mean * count) / tokens for value, count in zip(sums, num_tokens, strict=True)]
-
-
-def stderr_of_sum(parts: Sequence[float]) -> float | None:
-    """Standard error of a sum over records from what each adds to it, its mean taken away; None of one record."""
-    n = len(parts)
-    return math.sqrt(n / (n - 1) * sum(part**2 for part in parts)) if n > 1 else None
-
-
 def score_records(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -124,9 +107,8 @@ def score_records(
 ) -> RecordScores:
     """Score `records` (at least one). Samples are batched to at most `max_tokens` tokens."""
     samples: list[Sample] = []
-    answers: list[
-        list[int]
-    ] = []  # of each record: its answers' positions in samples; those with equal tokens share one
+    # Of each record: its answers' positions in samples; those with equal tokens share one.
+    answers: list[list[int]] = []
     for record in records:
         position_of: dict[tuple[int, ...], int] = {}
         of_record = []

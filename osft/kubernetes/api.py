@@ -12,6 +12,7 @@ The rights that this needs are in pipelines/continual_learning/manifests/base/ro
 """
 
 import json
+import logging
 import os
 import random
 import time
@@ -26,6 +27,8 @@ from kubernetes.config import ConfigException, list_kube_config_contexts
 from tenacity import RetryCallState, Retrying, retry_if_exception
 
 from osft.training.job import JobUnreachable
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT = (10, 30)  # seconds to connect and to answer in
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
@@ -295,7 +298,7 @@ def _wait(state: RetryCallState) -> float:
 def _tell(state: RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome else None
     shown = f"{error.status} {error.reason}" if isinstance(error, ApiException) else f"{type(error).__name__}: {error}"
-    print(f"kubernetes: {shown}; trying again in {state.upcoming_sleep:.0f} s", flush=True)
+    logger.warning(f"kubernetes: {shown}; trying again in {state.upcoming_sleep:.0f} s")
 
 
 def _message(error: ApiException) -> str:

@@ -17,6 +17,7 @@ a pod dies                            The operator recreates it (manifest.py), a
 the log stream breaks                 It is opened again where it broke; a line is printed once.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -28,9 +29,9 @@ import yaml
 from kubernetes.client.exceptions import ApiException
 
 from osft.kubernetes.api import AlreadyExists, ClusterApi
-from osft.kubernetes.log_position import LogPosition
 from osft.kubernetes.manifest import SPEC_HASH, differences
 from osft.kubernetes.pods import (
+    LogPosition,
     PodEnd,
     end_in_events,
     is_active,
@@ -42,6 +43,8 @@ from osft.kubernetes.pods import (
 )
 from osft.process.exit_codes import FIRST_RETRYABLE
 from osft.training.job import JobStatus, JobUnreachable, Phase
+
+logger = logging.getLogger(__name__)
 
 _LAST_LINES = 40
 
@@ -74,17 +77,17 @@ class PyTorchJobLauncher:
                     self._api.create_job(self._manifest)
                 except AlreadyExists:
                     continue  # by another attempt, or by this one, whose answer got lost
-                print(f"train: created PyTorchJob {self._api.namespace}/{self._name}", flush=True)
+                logger.info(f"train: created PyTorchJob {self._api.namespace}/{self._name}")
                 return
             if "deletionTimestamp" in found["metadata"]:
-                print(f"train: waiting until the PyTorchJob {self._name} is gone, which is being deleted", flush=True)
+                logger.info(f"train: waiting until the PyTorchJob {self._name} is gone, which is being deleted")
                 self._wait_until_gone(found["metadata"]["uid"])
                 continue
             self._check_same(found)
             if _condition(found, "Failed") is None or self._program_error():
-                print(f"train: found PyTorchJob {self._api.namespace}/{self._name}, watching it", flush=True)
+                logger.info(f"train: found PyTorchJob {self._api.namespace}/{self._name}, watching it")
                 return
-            print("train: the job of an earlier attempt has failed; it is recreated and resumes from there", flush=True)
+            logger.warning("train: the job of an earlier attempt has failed; it is recreated and resumes from there")
             self._delete(found["metadata"]["uid"])
             self._pods_seen.clear()
 
@@ -131,9 +134,8 @@ class PyTorchJobLauncher:
                         if text is not None:
                             yield text
             except (ApiException, urllib3.exceptions.HTTPError, OSError, JobUnreachable) as error:
-                if self._api.may_follow_later(
-                    error
-                ):  # opened again below, after the job's end too: its last lines are still there
+                # Opened again below, after the job's end too: its last lines are still there.
+                if self._api.may_follow_later(error):
                     ended = False
             if ended:
                 return
@@ -144,7 +146,7 @@ class PyTorchJobLauncher:
         job = self._api.get_job(self._name)
         if job is not None and self._is_ours(job):
             self._delete(job["metadata"]["uid"])
-            print(f"train: PyTorchJob {self._api.namespace}/{self._name} is deleted", flush=True)
+            logger.info(f"train: PyTorchJob {self._api.namespace}/{self._name} is deleted")
         self._ended = True
 
     def _program_error(self) -> bool:
@@ -192,7 +194,7 @@ class PyTorchJobLauncher:
     def _note_end(self, uid: str, end: PodEnd | None) -> None:
         if end and uid not in self._ends:
             self._ends[uid] = end
-            print(f"train: {end}", flush=True)
+            logger.warning(f"train: {end}")
 
     def _root_failure(self) -> PodEnd | None:
         """Of the pods that are there last: how earlier ones ended is history."""

@@ -37,6 +37,7 @@ from kubeflow.training import (
 from kubeflow.training.constants import constants
 
 from osft.kubernetes.settings import PyTorchJobSettings
+from osft.process import logs
 
 SPEC_HASH = "osft/spec-hash"
 """Annotation with the SHA-256 of the spec, by which a retried step recognizes its job."""
@@ -75,6 +76,8 @@ class JobIdentity:
     labels: dict[str, str] = field(default_factory=dict)
     """Of the job and its pods: the pipeline run, the MLflow run."""
     owner: JobOwner | None = None
+    log_context: str = ""
+    """What the lines of its log say of the step and the run (`osft.process.logs`)."""
 
 
 def job_name(pipeline_run_id: str, task: str) -> str:
@@ -101,10 +104,11 @@ def build_manifest(
     Raises ValueError for a part of the settings that Kubernetes does not know.
     """
     spec = _plain(_job_spec(identity, settings, image=image, command=command, storage=storage))
+    queue = {"kueue.x-k8s.io/queue-name": settings.kueue_queue} if settings.kueue_queue else {}
     metadata = k8s.V1ObjectMeta(
         name=identity.name,
         namespace=identity.namespace,
-        labels=APP_LABEL | identity.labels | _queue_label(settings),
+        labels=APP_LABEL | identity.labels | queue,
         annotations={SPEC_HASH: spec_hash(spec)},
     )
     if identity.owner:
@@ -154,9 +158,11 @@ def differences(wanted: Any, found: Any, path: str = "spec") -> list[str]:
 def _job_spec(
     identity: JobIdentity, settings: PyTorchJobSettings, *, image: str, command: list[str], storage: Storage
 ) -> KubeflowOrgV1PyTorchJobSpec:
+    # Older Istio reads the annotation, newer the label.
+    istio = {} if settings.istio_sidecar else {"sidecar.istio.io/inject": "false"}
     template = k8s.V1PodTemplateSpec(
-        metadata=k8s.V1ObjectMeta(labels=_pod_labels(identity, settings), annotations=_istio(settings)),
-        spec=_pod_spec(settings, image=image, command=command, storage=storage),
+        metadata=k8s.V1ObjectMeta(labels=APP_LABEL | identity.labels | istio, annotations=istio or None),
+        spec=_pod_spec(identity, settings, image=image, command=command, storage=storage),
     )
 
     def replicas(number: int) -> KubeflowOrgV1ReplicaSpec:
@@ -183,7 +189,9 @@ def _job_spec(
     )
 
 
-def _pod_spec(settings: PyTorchJobSettings, *, image: str, command: list[str], storage: Storage) -> k8s.V1PodSpec:
+def _pod_spec(
+    identity: JobIdentity, settings: PyTorchJobSettings, *, image: str, command: list[str], storage: Storage
+) -> k8s.V1PodSpec:
     volumes, mounts = _volumes(settings, storage)
     requests = {"cpu": settings.cpu, "memory": settings.memory}
     limits = {"memory": settings.memory}
@@ -197,6 +205,7 @@ def _pod_spec(settings: PyTorchJobSettings, *, image: str, command: list[str], s
         command=[argument.replace("$", "$$") for argument in command],  # $(NAME) would be expanded, $$ halved
         env=[
             k8s.V1EnvVar(name="OSFT_LOCK_SECONDS", value=str(_LOCK_SECONDS)),
+            *([k8s.V1EnvVar(name=logs.CONTEXT, value=identity.log_context)] if identity.log_context else []),
             *([] if storage.claim else [k8s.V1EnvVar(name="OSFT_SCRATCH", value=_SCRATCH)]),
             *(_env(name, reference) for name, reference in settings.env.items()),
         ],
@@ -259,20 +268,6 @@ def _env_from(reference: dict[str, Any]) -> k8s.V1EnvFromSource:
     if "secret" in reference:
         return k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name=reference["secret"]))
     return k8s.V1EnvFromSource(config_map_ref=k8s.V1ConfigMapEnvSource(name=reference["config_map"]))
-
-
-def _queue_label(settings: PyTorchJobSettings) -> dict[str, str]:
-    return {"kueue.x-k8s.io/queue-name": settings.kueue_queue} if settings.kueue_queue else {}
-
-
-def _pod_labels(identity: JobIdentity, settings: PyTorchJobSettings) -> dict[str, str]:
-    labels = APP_LABEL | identity.labels
-    return labels if settings.istio_sidecar else labels | {"sidecar.istio.io/inject": "false"}
-
-
-def _istio(settings: PyTorchJobSettings) -> dict[str, str] | None:
-    """Older Istio reads the annotation, newer the label."""
-    return None if settings.istio_sidecar else {"sidecar.istio.io/inject": "false"}
 
 
 def typed(kind: str, value: Any, where: str) -> Any:

@@ -1,5 +1,6 @@
 """From a training run's settings to its PyTorchJob."""
 
+import logging
 import os
 from pathlib import PurePosixPath
 
@@ -7,8 +8,14 @@ from osft.kubernetes.api import ClusterApi, own_namespace
 from osft.kubernetes.launcher import PyTorchJobLauncher
 from osft.kubernetes.manifest import JobIdentity, JobOwner, Storage, build_manifest, job_name, label_value
 from osft.kubernetes.settings import PyTorchJobSettings
+from osft.process import logs
 from osft.settings.training import TrainConfig
-from osft.training.command import train_arguments
+from osft.training.job import train_arguments
+
+logger = logging.getLogger(__name__)
+
+TASK = "train-osft"
+"""The pipeline's task that this is the job of."""
 
 
 def training_job(
@@ -19,7 +26,6 @@ def training_job(
     storage: Storage,
     pipeline_run_id: str,
     mlflow_run_id: str,
-    task: str = "train-osft",
 ) -> PyTorchJobLauncher:
     """The launcher of the job that trains with `config` in each of its pods. Nothing is created yet.
 
@@ -43,14 +49,15 @@ def training_job(
                 )
     api = ClusterApi(settings.namespace)
     identity = JobIdentity(
-        name=job_name(pipeline_run_id, task),
+        name=job_name(pipeline_run_id, TASK),
         namespace=api.namespace,
         labels={
             "osft/pipeline-run-id": label_value(pipeline_run_id),
-            "osft/task": label_value(task),
+            "osft/task": TASK,
             "osft/mlflow-run-id": label_value(mlflow_run_id),
         },
         owner=_owner(api),
+        log_context=logs.context_of(TASK, pipeline_run_id),
     )
     command = ["osft", *train_arguments(config)]
     return PyTorchJobLauncher(api, build_manifest(identity, settings, image=image, command=command, storage=storage))
@@ -67,7 +74,7 @@ def _owner(api: ClusterApi) -> JobOwner | None:
     try:
         pod = api.pod(name) if name else None
     except PermissionError as error:
-        print(f"train: the job will not be deleted with the pipeline run: {error}", flush=True)
+        logger.warning(f"train: the job will not be deleted with the pipeline run: {error}")
         return None
     if pod is None:
         return None

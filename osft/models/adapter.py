@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -34,6 +33,7 @@ from osft.models.conversion import ModelWeights
 from osft.models.export import base_of, new_folder, refuse_other_architecture
 from osft.models.loading import empty_model, model_folder
 from osft.models.low_rank import factorize, noise_floor
+from osft.models.rounding import square
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +82,6 @@ def export_adapter(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
-    device: str | None = None,
 ) -> Adapter:
     """Write what `model` learned on top of `base` as a PEFT adapter to the folder `output`.
 
@@ -103,7 +102,7 @@ def export_adapter(
         if not changed:
             raise ValueError(f"{model} has the same weights as {base}: there is nothing to export")
         targets = _loadable(changed)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         tensor_names = _tensor_names(targets.values(), skeleton)
         tensors: dict[str, torch.Tensor] = {}
         weights = []
@@ -118,7 +117,7 @@ def export_adapter(
                     rank=a.shape[1],
                     full_rank=full_rank,
                     error=_relative_error(update, b, a, transposed=target.transposed),
-                    square=_square(update),
+                    square=square(update),
                 )
             )
             # Of a stack, A has the experts one after the other, B for each rank the experts' columns.
@@ -211,7 +210,7 @@ def _target(skeleton: PreTrainedModel, name: str) -> _Target | str:
         # A router that is a linear layer and gives more than its output would be torn apart.
         plain = type(module).forward is nn.Linear.forward and last not in _old_expert_layers(model_type)
         return _Target(module_name, None if plain else leaf, transposed=False)
-    if parameter.ndim not in (2, 3) or isinstance(module, nn.Embedding | _ConvNd):
+    if parameter.ndim not in (2, 3) or isinstance(module, nn.Embedding | nn.Conv1d | nn.ConvTranspose1d):
         return "neither the weight of a linear layer nor a stack of experts"
     if parameter.ndim == 3 and parameter.shape[0] == 1:
         return "a stack of one expert, which PEFT takes for a plain weight"
@@ -259,11 +258,7 @@ def _relative_error(update: torch.Tensor, b: torch.Tensor, a: torch.Tensor, *, t
     """|D - B A| / |D|."""
     product = b.float() @ a.float()
     difference = update - (product.mT if transposed else product).view(update.shape)
-    return (_square(difference) / _square(update)) ** 0.5
-
-
-def _square(tensor: torch.Tensor) -> float:
-    return torch.sum(tensor.square(), dtype=torch.float64).item()
+    return (square(difference) / square(update)) ** 0.5
 
 
 def _tensor_names(targets: Collection[_Target], skeleton: PreTrainedModel) -> dict[_Target, str]:

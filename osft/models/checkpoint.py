@@ -3,7 +3,7 @@
     config.json, tokenizer, …                    as they came from the base model
     README.md                                    the model card, written for this model
     model.safetensors, or shards and an index    the weights as they are served
-    exact/                                       what the rounding of the served weights took (`osft.models.residual`):
+    exact/                                       what the rounding of the served weights took (`osft.models.rounding`):
         residual-<n>.safetensors                   of each rounded tensor <name> and <name>.units
         manifest.json                              each <name>, its file, and the hash of the served tensor
 
@@ -23,8 +23,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from osft.models import residual
 from osft.models.origin import MODEL_CARD, ORIGIN
+from osft.models.rounding import decode_residual
 from osft.models.weight_files import check_index, read_index, tensor_names
 from osft.storage.atomic import atomic_path
 
@@ -35,6 +35,7 @@ _MANIFEST = "manifest.json"
 _UNITS = ".units"
 FORMAT = 1
 """Of exact/manifest.json."""
+MAX_SHARD_BYTES = 5 * 1000**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class SavedTensor:
     served: torch.Tensor
     """On the CPU, in the dtype in which it is stored."""
     residual: tuple[torch.Tensor, torch.Tensor] | None = None
-    """What `osft.models.residual.encode` gave, if it was rounded."""
+    """What `osft.models.rounding.encode_residual` gave, if it was rounded."""
 
 
 class CheckpointReader:
@@ -112,11 +113,8 @@ class CheckpointReader:
         served = self._slice(self._files[name], name)[start:stop]
         if name not in self._residuals:
             return served
-        file = self.folder / EXACT / self._residuals[name]["file"]
-        units = self._slice(file, name + _UNITS)
-        return residual.decode(
-            served, self._slice(file, name)[start:stop], units[start:stop] if served.ndim > 1 else units[...]
-        )
+        q, units = self._residual(name)
+        return decode_residual(served, q[start:stop], units[start:stop] if served.ndim > 1 else units[...])
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole exact tensor: float32 where there is a residual, else as it is stored.
@@ -131,8 +129,8 @@ class CheckpointReader:
                 f"{self.folder / EXACT} does not belong to the weights beside it: {name} was changed since. Remove "
                 "the folder to start from the weights as they are stored, or copy the model again"
             )
-        file = self.folder / EXACT / self._residuals[name]["file"]
-        return residual.decode(served, self._slice(file, name)[...], self._slice(file, name + _UNITS)[...])
+        q, units = self._residual(name)
+        return decode_residual(served, q[...], units[...])
 
     def served(self, name: str) -> torch.Tensor:
         """A whole tensor as the model's own files have it."""
@@ -140,11 +138,10 @@ class CheckpointReader:
 
     def saved(self, name: str) -> SavedTensor:
         """A tensor as it is, with its residual, to be written to another folder."""
-        kept = None
-        if name in self._residuals:
-            file = self.folder / EXACT / self._residuals[name]["file"]
-            kept = self._slice(file, name)[...], self._slice(file, name + _UNITS)[...]
-        return SavedTensor(name, self.served(name), kept)
+        if name not in self._residuals:
+            return SavedTensor(name, self.served(name))
+        q, units = self._residual(name)
+        return SavedTensor(name, self.served(name), (q[...], units[...]))
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of the exact tensor."""
@@ -159,6 +156,11 @@ class CheckpointReader:
         """A tensor's shape and dtype, on the meta device."""
         shape = self._slice(self._files[name], name).get_shape()
         return torch.empty(shape, dtype=self.dtype(name), device="meta")
+
+    def _residual(self, name: str) -> tuple[Any, Any]:
+        """What `encode_residual` gave, as slices of the file."""
+        file = self.folder / EXACT / self._residuals[name]["file"]
+        return self._slice(file, name), self._slice(file, name + _UNITS)
 
     def _slice(self, file: Path, name: str) -> Any:
         if file not in self._opened:
@@ -205,7 +207,6 @@ def write_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     files: Callable[[], Mapping[str, str]] = dict,
-    max_shard_bytes: int = 5 * 1000**3,
 ) -> None:
     """Write a model folder: `tensors` as safetensors shards, and of `source` all that is true of the new model, too.
 
@@ -215,8 +216,8 @@ def write_checkpoint(
     """
     with atomic_path(folder) as temporary:
         copy_model_files(source, temporary)
-        served = _Shards(temporary, "model", max_shard_bytes)
-        exact = _Shards(temporary / EXACT, "residual", max_shard_bytes)
+        served = _Shards(temporary, "model")
+        exact = _Shards(temporary / EXACT, "residual")
         digests: dict[str, str] = {}
         for tensor in tensors:
             served.add({tensor.name: tensor.served})
@@ -239,19 +240,19 @@ def write_checkpoint(
 
 
 class _Shards:
-    """Writes tensors to files `<stem>-<n>.safetensors` of at most so many bytes, unless one tensor is larger."""
+    """Writes tensors to files `<stem>-<n>.safetensors` of at most MAX_SHARD_BYTES, unless one tensor is larger."""
 
-    def __init__(self, folder: Path, stem: str, max_bytes: int) -> None:
+    def __init__(self, folder: Path, stem: str) -> None:
         self.files: dict[str, list[str]] = {}
         """The name of each file and of the tensors in it."""
         self.total_bytes = 0
-        self._folder, self._stem, self._max_bytes = folder, stem, max_bytes
+        self._folder, self._stem = folder, stem
         self._pending: dict[str, torch.Tensor] = {}
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write tensors to one file."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._pending and sum(tensor.nbytes for tensor in self._pending.values()) + size > self._max_bytes:
+        if self._pending and sum(tensor.nbytes for tensor in self._pending.values()) + size > MAX_SHARD_BYTES:
             self.flush()
         self._pending |= {name: tensor.contiguous() for name, tensor in tensors.items()}
         self.total_bytes += size

@@ -33,7 +33,7 @@ from osft.models.weight_files import check_finite
 
 
 @dataclass(slots=True)
-class Group:
+class TensorGroup:
     """Stored tensors that become model tensors together: one for one, or many for one (or the other way round)."""
 
     name: str
@@ -81,7 +81,7 @@ class ModelWeights:
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         expected = model.state_dict()
 
-        groups: dict[str, Group] = {}
+        groups: dict[str, TensorGroup] = {}
         self.unused: list[str] = []
         """Stored tensors that the model does not have, such as buffers of older versions."""
         # As `from_pretrained` does it: in natural order, each name as the mapping has it, or else as it is.
@@ -94,11 +94,11 @@ class ModelWeights:
             if name not in expected or (known and (known.converter is None or pattern is None)):
                 self.unused.append(stored)
                 continue
-            group = groups.setdefault(name, Group(name, by_pattern[pattern] if pattern else None))
+            group = groups.setdefault(name, TensorGroup(name, by_pattern[pattern] if pattern else None))
             group.stored.setdefault(pattern or stored, []).append(stored)
         self.groups = list(groups.values())
         """All of the checkpoint but for what is unused."""
-        self._group_of: dict[str, Group] = {}
+        self._group_of: dict[str, TensorGroup] = {}
         for group in self.groups:
             empty = {stored: reader.empty(stored) for stored in group.stored_names}
             for name, tensor in self._convert(group, group.stored, empty).items():
@@ -184,7 +184,9 @@ class ModelWeights:
         if not kept or len(written) != len(group.stored_names):
             raise self._not_invertible(name)
 
-    def stored_form(self, group: Group, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def stored_form(
+        self, group: TensorGroup, tensors: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """The group's tensors under the names and in the layout in which the checkpoint has them.
 
         `tensors`: by the model's names, whole; those of the group that are missing are read from the checkpoint.
@@ -210,12 +212,12 @@ class ModelWeights:
             # A copy: a part of a stack would keep the stack in memory.
             yield stored, _single(tensor).clone()
 
-    def _read(self, group: Group) -> dict[str, torch.Tensor]:
+    def _read(self, group: TensorGroup) -> dict[str, torch.Tensor]:
         tensors = {stored: self.reader.tensor(stored) for stored in group.stored_names}
         return self._convert(group, group.stored, tensors)
 
     def _convert(
-        self, group: Group, stored: Mapping[str, list[str]], tensors: Mapping[str, torch.Tensor]
+        self, group: TensorGroup, stored: Mapping[str, list[str]], tensors: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The model's tensors that come of `stored` (pattern -> names)."""
         if group.converter is None:

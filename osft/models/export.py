@@ -3,7 +3,6 @@
 `osft.models.adapter` writes the other form, the update alone.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from osft.models.checkpoint import CheckpointReader, SavedTensor, write_checkpoi
 from osft.models.loading import model_folder
 from osft.models.model_card import with_rounding
 from osft.models.origin import MODEL_CARD, ORIGIN, RoundingLoss, read_origin
-from osft.models.rounding import generator_of, round_weight
+from osft.models.rounding import UpdateSums, generator_of, round_weight
 from osft.storage.atomic import atomic_path
 
 _IRRELEVANT = frozenset(
@@ -56,7 +55,7 @@ def export_model(
             _, base_folder = base_of(model, folder, base)
             refuse_other_architecture(folder, base_folder, trust_remote_code=trust_remote_code)
             before = CheckpointReader(base_folder)
-        loss = _Loss()
+        sums = UpdateSums()
 
         def tensors() -> Iterator[SavedTensor]:
             for name in tqdm(names, desc="write", unit="weight", mininterval=2.0):
@@ -68,7 +67,9 @@ def export_model(
                 else:
                     exact, old = reader.tensor(name), _counterpart(before, name, reader)
                     rounded = round_weight(exact, old, dtype, "stochastic", generator=generator_of(name))
-                    loss.add(exact, old, rounded)
+                    update = exact.double() - old.double()
+                    if update.any():
+                        sums.add(UpdateSums.of(update, rounded.double() - old.double()))
                     yield SavedTensor(name, rounded)
 
         origin = read_origin(folder)
@@ -82,7 +83,10 @@ def export_model(
             written = origin
             if dtype == torch.float32 or before is not None:
                 rounding = "none" if before is None else "stochastic"
-                written = origin.replace(dtype=text, rounding=rounding, total=loss.total(), weights={})
+                total = RoundingLoss(update_lost=0.0, rounding_error=0.0, frozen_share=None)
+                if sums.update:
+                    total = sums.loss().replace(frozen_share=None)  # what is frozen is not known here
+                written = origin.replace(dtype=text, rounding=rounding, total=total, weights={})
             described = {name: with_rounding(card_text, origin, written) for name, card_text in texts.items()}
             return described | {ORIGIN: written.to_json()}
 
@@ -149,28 +153,3 @@ def _counterpart(base: CheckpointReader, name: str, reader: CheckpointReader) ->
             "from with --base"
         )
     return base.tensor(name)
-
-
-class _Loss:
-    """What rounding does to the update, over all weights (`osft.models.origin.RoundingLoss`)."""
-
-    def __init__(self) -> None:
-        self._update = self._product = self._difference = 0.0
-
-    def add(self, exact: torch.Tensor, base: torch.Tensor, rounded: torch.Tensor) -> None:
-        """Count a weight, if it was trained."""
-        update, served = exact.double() - base.double(), rounded.double() - base.double()
-        if update.any():
-            self._update += update.square().sum().item()
-            self._product += (served * update).sum().item()
-            self._difference += (served - update).square().sum().item()
-
-    def total(self) -> RoundingLoss:
-        """Of all weights; zeros where nothing was rounded. What lies in frozen directions is not known here."""
-        if not self._update:
-            return RoundingLoss(update_lost=0.0, rounding_error=0.0, frozen_share=None)
-        return RoundingLoss(
-            update_lost=1 - self._product / self._update,
-            rounding_error=math.sqrt(self._difference / self._update),
-            frozen_share=None,
-        )

@@ -1,13 +1,16 @@
 """The model's probability of the tokens that count, and how far two models' predictions of them are apart."""
 
 import inspect
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.masking_utils import create_masks_for_generate
 
-from osft.data.packing import Batching, MicroBatch
+from osft.data.packing import Batching, Feeding, MicroBatch
+from osft.data.samples import Samples
 
 
 def target_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -66,6 +69,46 @@ def _attention_mask(model: Any, batch: MicroBatch) -> Any:
 def token_nll(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Negative log-likelihood of each target in nats, (L,), float32."""
     return cross_entropy(target_logits(model, batch), batch.targets)
+
+
+@torch.no_grad()
+def sample_nll(model: nn.Module, samples: Samples, feeding: Feeding) -> torch.Tensor:
+    """Negative log-likelihood of the loss tokens of each sample, (num_samples,) float64, in nats.
+
+    Of a model in training, which is in training mode again afterwards. Call it on every rank; each gets all of them.
+    """
+    model.eval()
+    nll = torch.zeros(len(samples.lengths), dtype=torch.float64, device=feeding.device)
+    for indices, batch in feeding.batches(samples):
+        found = token_nll(model, batch).double()
+        if indices:  # else this rank only keeps the others company
+            nll.index_add_(0, torch.tensor(indices, device=feeding.device)[batch.sample_of_target], found)
+    if feeding.world_size > 1:
+        torch.distributed.all_reduce(nll)
+    model.train()
+    return nll
+
+
+def mean_nll(model: nn.Module, samples: Samples, feeding: Feeding) -> float:
+    """Mean negative log-likelihood of all loss tokens, in nats. As `sample_nll`."""
+    return sample_nll(model, samples, feeding).sum().item() / sum(samples.num_loss_tokens)
+
+
+def residuals(sums: Sequence[float], num_tokens: Sequence[int]) -> list[float]:
+    """(n,) what each record adds to a mean per token beyond its tokens' share; they add up to 0.
+
+    sums: (n,) of each record, over its tokens; num_tokens: (n,). The mean is linear in the residuals to first order,
+    so its error, and that of a difference of means, is theirs (Cochran, Sampling Techniques, chapter 6).
+    """
+    tokens = sum(num_tokens)
+    mean = sum(sums) / tokens
+    return [(value - mean * count) / tokens for value, count in zip(sums, num_tokens, strict=True)]
+
+
+def stderr_of_sum(parts: Sequence[float]) -> float | None:
+    """Standard error of a sum over records from what each adds to it, its mean taken away; None of one record."""
+    n = len(parts)
+    return math.sqrt(n / (n - 1) * sum(part**2 for part in parts)) if n > 1 else None
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

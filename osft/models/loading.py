@@ -19,6 +19,7 @@ from transformers import (
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
@@ -103,7 +104,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
         for auto, names in kinds:
             if config.model_type in names:
                 return auto
-        if type(config) in AutoModelForCausalLM._model_mapping:  # registered by the user's own code
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # registered by the user's own code
             return AutoModelForCausalLM
     what = "an encoder-decoder" if config.is_encoder_decoder else "no language model that transformers can build"
     raise UnsupportedModelError(
@@ -182,11 +183,10 @@ def empty_model(
     model.tie_weights()  # part of the initialization that was left out
     emptied: dict[int, nn.Parameter] = {}  # tied parameters stay one
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in emptied:
-                    emptied[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-                module._parameters[name] = emptied[id(parameter)]
+        for name, parameter in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+            if id(parameter) not in emptied:
+                emptied[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            module.register_parameter(name, emptied[id(parameter)])
     # As `from_pretrained` does: what the architecture wants in float32 whatever the dtype of the rest.
     if plan := dtype_plan(model, dtype):
         pattern, _, _ = build_glob_alternation(list(plan))

@@ -1,13 +1,34 @@
-"""A weight's update as a product of two thin matrices."""
+"""The rank of a weight's update: how many directions it uses, and the product of two thin matrices that it is."""
 
 import torch
+
+
+def effective_rank(update: torch.Tensor) -> float:
+    """How many directions an update is spread over: 1 for a rank-one update, min(p, q) for equal singular values.
+
+    It is the exponential of the entropy of the squared singular values, taken as shares of their sum (Roy & Vetterli
+    2007, "The effective rank", with squares, so that a direction counts by its part of the squared norm).
+
+    update: (p, q), any float dtype; of a stack (experts, p, q) the mean. Every update of zeros counts 0; NaN for one
+    with an entry that is not finite.
+    """
+    if not torch.isfinite(update).all():
+        return float("nan")
+    update = update.float()
+    if update.shape[-2] < update.shape[-1]:
+        update = update.mT
+    # The squared singular values are the eigenvalues of the smaller Gram matrix; a long side costs one product.
+    squares = torch.linalg.eigvalsh(update.mT @ update).clamp(min=0)
+    total = squares.sum(-1, keepdim=True)
+    entropy = torch.special.entr(squares / total.where(total > 0, 1)).sum(-1)
+    return (entropy.exp() * (total.squeeze(-1) > 0)).mean().item()
 
 
 def noise_floor(weight: torch.Tensor) -> float:
     """The largest singular value that rounding alone is expected to give the update of a weight.
 
     weight: (m, n), float32, known to a unit in the last place of each row's largest entry, 2^-23 of it: what
-    `osft.models.residual` keeps. A random matrix whose entries have the standard deviation s has a largest singular
+    `osft.models.rounding` keeps. A random matrix whose entries have the standard deviation s has a largest singular
     value of s (sqrt(m) + sqrt(n)) (Vershynin, arXiv:1011.3027, theorem 5.32). For s stands the root mean square of
     those units, 3.5 times the deviation of one rounding, so that the roundings of a dozen rounds stay below.
     """

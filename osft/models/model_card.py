@@ -47,17 +47,9 @@ def model_card(
     licence = metadata.get("license_name") or metadata.get("license")
     files = [("file", "SHA-256"), *((f"`{file}`", f"`{digest}`") for file, digest in dataset.get("files", {}).items())]
     settings = (
-        *(
-            "unfreeze_rank_ratio",
-            "protect",
-            "stiffness",
-            "free_subspace",
-            "rank_allocation",
-            "target_patterns",
-            "learning_rate",
-        ),
-        *("lr_scheduler", "warmup_steps", "effective_batch_size", "num_epochs", "max_steps", "max_seq_len"),
-        *("weight_decay", "seed", "dtype", "save_dtype"),
+        *("unfreeze_rank_ratio", "protect", "stiffness", "free_subspace", "rank_allocation", "target_patterns"),
+        *("learning_rate", "lr_scheduler", "warmup_steps", "effective_batch_size", "num_epochs", "max_steps"),
+        *("max_seq_len", "weight_decay", "seed", "dtype", "save_dtype"),
     )
     sections = [
         "---\n" + yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip() + "\n---",

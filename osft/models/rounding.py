@@ -10,16 +10,33 @@ number, so that rounding to the nearest one gives back the base's entry and lose
     compensated   column by column, each error passed on to the columns that follow, so that what the layer computes
                   of its usual inputs changes least (GPTQ, Frantar et al., arXiv:2210.17323; in the form of LDLQ, Chee
                   et al., arXiv:2307.13304, section 3)
+
+What rounding took is kept, so that the exact weight can be had again in float32. A model that is served in bfloat16 has
+8 significant bits, and what a short training learns is mostly smaller than the last of them. So beside the rounded
+weight W' a checkpoint keeps the residual W - W' as 16-bit integers, in units of a power of two for each row:
+
+    W = W' + q 2^e,    q in [-32767, 32767],    2^e the smallest power of two that covers the row's largest residual
+
+Why not the coefficients of the update and the key of their factors: those are smaller for one round, but every round
+adds its own, all factor sets of a lineage would have to be kept, and what a next round needs is the weight itself. The
+residual costs 2 bytes for each entry of a trained weight whatever the number of rounds and the way of rounding, needs
+nothing but its own folder, and is exact to float32: the error is at most 2^(e-1), half a unit in the last place of the
+row's largest weight where W' is the nearest bfloat16 number.
 """
 
 import hashlib
+import math
+from dataclasses import dataclass
 
 import torch
 
+from osft.models.origin import RoundingLoss
 from osft.settings.run import Rounding
 
 BLOCK_COLUMNS = 128
 """Columns between which errors are passed on one by one; to the columns after them it is one matrix product."""
+_LARGEST_RESIDUAL = 32767
+"""Of an entry, in its row's unit."""
 DAMPING = 0.01
 """Share of the moments' mean diagonal that is added to the diagonal, as in GPTQ."""
 
@@ -150,3 +167,68 @@ def _unit_upper(moments: torch.Tensor) -> torch.Tensor:
     diagonal += DAMPING * mean
     lower = torch.linalg.cholesky(damped.flip(0, 1))
     return (lower / lower.diagonal()).flip(0, 1)
+
+
+def encode_residual(exact: torch.Tensor, rounded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual of a weight: `q`, int16, of its shape, and the rows' units `2^e`, float32, (..., 1).
+
+    exact: (..., n), float32; rounded: the same shape, a dtype of less precision. A tensor without dimensions is a row.
+    """
+    difference = torch.atleast_1d(exact.float() - rounded.float())
+    largest = difference.abs().amax(-1, keepdim=True)
+    _, exponent = torch.frexp(largest / _LARGEST_RESIDUAL)  # largest / _LARGEST_RESIDUAL < 2^exponent
+    units = torch.ldexp(torch.ones_like(largest), exponent.clamp_min(-126))
+    q = torch.round(difference / units).clamp_(-_LARGEST_RESIDUAL, _LARGEST_RESIDUAL).to(torch.int16)
+    return q.view(exact.shape), units
+
+
+def decode_residual(rounded: torch.Tensor, q: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    """W' + q 2^e, float32, of a rounded weight and its residual as `encode_residual` gave it, or of some rows."""
+    return torch.addcmul(torch.atleast_1d(rounded.float()), torch.atleast_1d(q.float()), units).view(rounded.shape)
+
+
+@dataclass(slots=True)
+class UpdateSums:
+    """Squared norms and products of updates D and of the served ones D' = W' - W0, which add up over weights."""
+
+    update: float = 0.0
+    """|D|^2."""
+    served: float = 0.0
+    """|D'|^2."""
+    product: float = 0.0
+    """<D', D>."""
+    difference: float = 0.0
+    """|D' - D|^2."""
+    outside: float = 0.0
+    """|D' - P D'|^2, P projecting on what training can reach."""
+
+    @classmethod
+    def of(cls, update: torch.Tensor, served: torch.Tensor, outside: torch.Tensor | None = None) -> "UpdateSums":
+        """Those of one weight: D, D' and, where P is known, D' - P D'."""
+        return cls(
+            update=square(update),
+            served=square(served),
+            product=torch.sum(served * update, dtype=torch.float64).item(),
+            difference=square(served - update),
+            outside=0.0 if outside is None else square(outside),
+        )
+
+    def add(self, other: "UpdateSums") -> None:
+        """Add those of another weight."""
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def loss(self) -> RoundingLoss:
+        """The shares."""
+        if not self.update:
+            return RoundingLoss(update_lost=None, rounding_error=None, frozen_share=None)
+        return RoundingLoss(
+            update_lost=1 - self.product / self.update,
+            rounding_error=math.sqrt(self.difference / self.update),
+            frozen_share=math.sqrt(self.outside / self.served) if self.served else None,
+        )
+
+
+def square(tensor: torch.Tensor) -> float:
+    """The sum of the squares of all entries, added up in float64."""
+    return torch.sum(tensor.square(), dtype=torch.float64).item()

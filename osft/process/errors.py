@@ -248,10 +248,11 @@ def _raised_in(error: BaseException) -> str:
 def tell_in_one_line() -> None:
     """From here on, this process ends with one line for what `explained` knows, and a traceback for what is a bug."""
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         told = explained(error)
         if told is None:
-            return sys.__excepthook__(kind, error, trace)
-        return print(f"error: {one_line(told)}", file=sys.stderr, flush=True)
+            sys.__excepthook__(kind, error, trace)
+        else:
+            sys.stderr.write(f"error: {one_line(told)}\n")
 
     sys.excepthook = hook

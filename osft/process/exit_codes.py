@@ -21,4 +21,4 @@ INTERRUPTED = 128 + signal.SIGTERM
 """The run was asked to end; its state is saved. A process that a signal killed ends with 128 + its number alike."""
 
 KEYBOARD_INTERRUPT = 128 + signal.SIGINT
-"""Ctrl-C: a command that only looked on; what it looked at goes on."""
+"""Ctrl-C: a command that only watched; what it watched continues."""

@@ -11,8 +11,11 @@
 
 Process 1 of a container needs this at once: the kernel drops a signal that process 1 has no handler for. So nothing is
 imported here that takes time.
+
+A process that was started for another one also ends with it, however that one ends (`end_with_parent`).
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -28,6 +31,9 @@ from osft.process.exit_codes import INTERRUPTED
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CAN_PASS_ON = sys.platform == "linux"
 """Where a process finds the processes that it has started."""
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+# Loaded beforehand: between fork and exec, where `end_with_parent` may be called, nothing should be.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _LOOK_SECONDS = 0.1
 _HANGING_SECONDS = 1.0  # the main thread has not even come to raise
 _LEAVING_SECONDS = 5.0  # it has, and is still there
@@ -183,14 +189,24 @@ def children(*, running: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parent = int(
-                    (entry / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
-                )
+                status = (entry / "stat").read_text(encoding="utf-8", errors="replace")
+                parent = int(status.rpartition(")")[2].split()[1])
                 if parent == os.getpid() and running.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
             except (OSError, IndexError, ValueError):
                 continue  # gone meanwhile
     return found
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """Have the kernel send this process SIGTERM when its parent dies, which then cannot do so itself (Linux).
+
+    Raises SystemExit if `parent`, a process id, has died before.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        if parent is not None and os.getppid() != parent:
+            raise SystemExit(INTERRUPTED)
 
 
 def _send(process: int, signum: signal.Signals) -> None:

@@ -22,7 +22,7 @@ writes what and what completes it). What steps hand to each other are paths or U
 """
 
 from osft.rounds.evaluate import evaluate_model
-from osft.rounds.pipeline_run import PipelineRun
+from osft.rounds.pipeline_run import PipelineRun, begin_step
 from osft.rounds.prepare import PreparedData, prepare_data
 from osft.rounds.promote import promote_model, register_model
 from osft.rounds.resolve import resolve_round
@@ -32,6 +32,7 @@ __all__ = [
     "LauncherSettings",
     "PipelineRun",
     "PreparedData",
+    "begin_step",
     "evaluate_model",
     "precompute_svd",
     "prepare_data",

@@ -1,6 +1,7 @@
 """Measure what was learned and what was forgotten, and decide."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from osft.tracking.lineage import Lineage, Row, Scores
 
 if TYPE_CHECKING:
     from osft.subspace.factor_set import FactorSet
+
+logger = logging.getLogger(__name__)
 
 _METRICS = ("loss", "loss_stderr", "accuracy", "accuracy_stderr")
 """Of the scores, what a later round needs."""
@@ -90,7 +93,7 @@ def evaluate_model(
         decision = Decision.from_plain(decide(evaluation.to_dict(), rules, history=earlier_versions))
         evaluation = evaluation.replace(matrix=_matrix(evaluation, parent, versions), decision=decision)
         evaluation_file = run.write_record(EVALUATION_FILE, evaluation)
-        print(f"gate: {_outcome(evaluation, decision)}", flush=True)
+        logger.info(f"gate: {_outcome(evaluation, decision)}")
         for model, scores in evaluation.results.items():
             for name, score in scores.items():
                 numbers = {"loss": score.loss, "perplexity": score.perplexity, "accuracy": score.accuracy}

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from osft import storage
+from osft.process import logs
+from osft.process.errors import tell_in_one_line
 from osft.rounds.resolution import ResolvedRound
 from osft.storage.atomic import atomic_path
 from osft.storage.paths import expanded
@@ -30,6 +32,12 @@ class RegisteredVersion(Record):
 
     model_name: str
     version: int
+
+
+def begin_step(name: str, pipeline_run_id: str) -> None:
+    """What a component calls first: lines of the log bear its name, and one line says why it ends (`osft.process`)."""
+    tell_in_one_line()
+    logs.configure(step=name, run_id=pipeline_run_id)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,5 +1,6 @@
 """The data that training and evaluation read."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from osft import storage
 from osft.data import examples
 from osft.data.records import read_records, report_lines
 from osft.rounds.pipeline_run import PipelineRun
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,12 +56,12 @@ def prepare_data(
             for _ in read_records(anchor, allow_text=True, counts=counts):
                 pass
             for line in report_lines(counts):
-                print(f"{anchor}: {line}", flush=True)
+                logger.info(f"{anchor}: {line}")
         base = stored_model(examples.resolve(base_model, fetched), storage.join(root, "models"))
         if model == base_model:
             model = base
         folder = model_folder(model)
-        print(preflight(folder).line(), flush=True)
+        logger.info(preflight(folder).line())
         check_chats(anchors, folder)
         prepared = prepare(
             records,

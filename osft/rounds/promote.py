@@ -1,5 +1,6 @@
 """A model version of what was trained, and the aliases that say what is thought of it."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from osft.tracking import champion, lineage, registry, runs
 from osft.tracking.description import describe_version
 from osft.tracking.lineage import Lineage
 from osft.tracking.runs import Outcome
+
+logger = logging.getLogger(__name__)
 
 
 def register_model(
@@ -64,7 +67,7 @@ def register_model(
         )
         step.log_params({"model_name": model_name, "model_version": version})
         run.write_record(VERSION_FILE, RegisteredVersion(model_name=model_name, version=version))
-        print(f"registry: {model_name} version {version} is the candidate", flush=True)
+        logger.info(f"registry: {model_name} version {version} is the candidate")
         step.tag_round(
             model_version=version,
             decision=tags[runs.DECISION_TAG],
@@ -72,7 +75,7 @@ def register_model(
         )
         if not decision.promote:
             registry.refuse(step.client, model_name, version, decision.reason)
-            print(f"registry: the gate refused it, it is the challenger: {decision.reason}", flush=True)
+            logger.info(f"registry: the gate refused it, it is the challenger: {decision.reason}")
             step.client.set_terminated(run.mlflow_run_id, "FINISHED")
     return version
 
@@ -98,7 +101,7 @@ def promote_model(run: PipelineRun, *, model_name: str, version: int, parent_ver
         step.log_params({"model_name": model_name, "model_version": version, "previous_champion": previous})
         step.tag_round(outcome=Outcome.PROMOTED)
         before = f", before it was version {previous}" if previous else ""
-        print(f"registry: {model_name} version {version} is the champion{before}", flush=True)
+        logger.info(f"registry: {model_name} version {version} is the champion{before}")
         step.client.set_terminated(run.mlflow_run_id, "FINISHED")
 
 

@@ -1,6 +1,7 @@
 """Which model a round trains, and whether there is something new for it to learn."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from osft.rounds.resolution import ResolvedRound, resolve
 from osft.tracking import runs
 from osft.tracking.addresses import check_model_name
 from osft.tracking.runs import Outcome
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_round(
@@ -70,7 +73,7 @@ def resolve_round(
         step.log_params({"task": found.task, "parent_version": found.parent_version or "none"})
         step.log_metrics({"records": found.data.num_records, "new_records": found.data.num_new})
         for line in (found.nothing_to_learn or _described(found, model_name), *report_lines(found.conversions)):
-            print(f"round: {line}", flush=True)
+            logger.info(f"round: {line}")
         if found.nothing_to_learn:
             step.tag_round(model_name=model_name, outcome=Outcome.NOTHING_TO_LEARN)
             mlflow.set_terminated(parent, "FINISHED")

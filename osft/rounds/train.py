@@ -1,5 +1,6 @@
 """Decompose and train."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from osft.settings.values import number
 
 if TYPE_CHECKING:
     from osft.training.job import Launcher, Limits
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +42,14 @@ def precompute_svd(
     """
     from osft.models.loading import model_folder
     from osft.subspace.preflight import preflight
-    from osft.training.inputs import compute_factors
+    from osft.training.factors import compute_factors
 
     store = storage.join(run.storage_root, "factors")
     with run.step("precompute_svd") as step:
         step.log_params(subspace.to_dict() | {"accelerators": accelerators})
         model = model_folder(model_path)
         found = preflight(model)
-        print(found.line(), flush=True)
+        logger.info(found.line())
         factors = compute_factors(model, data_path, store, subspace, batching=found.batching)
         step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
         step.log_params({"factors": factors.key, "statistics": factors.statistics})
@@ -100,9 +103,9 @@ def replay_settings(run: PipelineRun, settings: Mapping[str, Any]) -> dict[str, 
     earlier = run.resolved().earlier_data
     there = {task: data for task, data in earlier.items() if is_dataset(data)}
     for task in earlier.keys() - there.keys():
-        print(f"replay: nothing of {task}: its data, {earlier[task]}, is not there any more", flush=True)
+        logger.warning(f"replay: nothing of {task}: its data, {earlier[task]}, is not there any more")
     if not there:
-        print("replay: nothing, for there is no data of an earlier round", flush=True)
+        logger.warning("replay: nothing, for there is no data of an earlier round")
         return {"replay_ratio": 0.0}
     return {"replay_data": list(there.values())}
 
@@ -112,7 +115,7 @@ def _training_job(run: PipelineRun, config: TrainConfig, where: LauncherSettings
     from osft.training.job import Limits
 
     if where.launcher == "local":
-        from osft.training.command import train_arguments
+        from osft.training.job import train_arguments
         from osft.training.local_job import LocalJob
 
         return LocalJob(train_arguments(config)), Limits()

@@ -5,10 +5,13 @@ other algorithms bring theirs. `translated` maps what has a counterpart, and say
 is in no table is refused, with the nearest name.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 RENAMED: dict[str, str] = {
     # mini-trainer's names for the parameters of `osft()`
@@ -58,7 +61,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "num_cpu_procs": "the data is tokenized in this process",
     "mock_data": "give data_path the data",
     "mock_data_len": "give data_path the data",
-    "log_level": "every step is in metrics.jsonl, and in MLflow, W&B and TensorBoard where they are asked for",
+    "log_level": "the level is that of OSFT_LOG_LEVEL in the environment",
     "logging_steps": "every step is in metrics.jsonl, and in MLflow, W&B and TensorBoard where they are asked for",
     # The LoRA algorithm's
     **dict.fromkeys(
@@ -85,7 +88,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "field_input": "what a record holds is seen from its keys",
     "field_output": "what a record holds is seen from its keys",
 }
-"""Name there -> what replaces it, the line that is printed where it asks for something."""
+"""Name there -> what replaces it, the line that is logged where it asks for something."""
 
 _NEUTRAL: dict[str, Any] = {
     "osft_upcast_dtype": "float32",
@@ -118,7 +121,7 @@ class Special:
     """A name whose value has to be read to know what it is here."""
 
     apply: Callable[[dict[str, Any], Any], str]
-    """Puts the fields in place of the value; returns the line to print, or an empty one."""
+    """Puts the fields in place of the value; returns the line to log, or an empty one."""
     meaning: str
 
 
@@ -205,14 +208,13 @@ NAMES = (*RENAMED, *SPECIAL, *WITHOUT_EFFECT)
 """All names of this module. None is that of a field of `TrainConfig`."""
 
 
-def translated(given: Mapping[str, Any], *, report: Callable[[str], None] | None = None) -> dict[str, Any]:
+def translated(given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` with the names of `TrainConfig` only; what neither knows stays. None stands for the default and goes.
 
-    `report` gets a line for each parameter that has no counterpart (by default it is printed).
+    What has no counterpart is told in a warning.
 
     Raises ValueError for two names of one setting with different values, and for values that cannot be here.
     """
-    say = report or (lambda line: print(f"osft: {line}", flush=True))
     values = {name: value for name, value in given.items() if value is not None and name not in NAMES}
     if values.get("max_steps") in (0, "0"):  # mini-trainer's word for no limit
         del values["max_steps"]
@@ -228,10 +230,10 @@ def translated(given: Mapping[str, Any], *, report: Callable[[str], None] | None
             if name == "checkpoint_storage":
                 _check_storage(value)
             always = WITHOUT_EFFECT[name].startswith(_ALWAYS)
-            say(f"{name} {'' if always else 'has no effect: '}{WITHOUT_EFFECT[name]}")
+            logger.warning(f"osft: {name} {'' if always else 'has no effect: '}{WITHOUT_EFFECT[name]}")
     for name, special in SPECIAL.items():
         if given.get(name) is not None and (line := special.apply(values, given[name])):
-            say(line)
+            logger.warning(f"osft: {line}")
     return values
 
 

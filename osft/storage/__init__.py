@@ -1,9 +1,9 @@
 """Places that things are read from and written to: paths, and the URIs of an object store.
 
 A plain path is used in place; every function here then does nothing or the obvious. A URI (`s3://bucket/prefix`, or
-another protocol that fsspec knows) has a local mirror: a path below the scratch folder (OSFT_SCRATCH, or a folder in
-the user's temporary directory) that is determined by the endpoint and the URI. Code reads and writes the mirror, and
-says when something is fetched and published. The mirror may be lost at any time.
+another protocol that fsspec knows) has a local copy: a path below the scratch folder (OSFT_SCRATCH, or a folder in
+the user's temporary directory) that is determined by the endpoint and the URI. Code reads and writes the copy, and
+says when something is fetched and published. The copy may be lost at any time.
 
 The credentials and the endpoint of S3 come from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_ENDPOINT_URL, AWS_REGION; on a cluster from a secret); a URI that holds credentials is refused.

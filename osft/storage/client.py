@@ -41,13 +41,13 @@ def path_of(location: str | Path) -> str:
 
 
 def scratch_path() -> Path:
-    """The folder that holds all mirrors."""
+    """The folder that holds all local copies."""
     given = os.environ.get("OSFT_SCRATCH")
     return Path(given).absolute() if given else Path(tempfile.gettempdir()).absolute() / f"osft-{os.getuid()}"
 
 
 def scratch() -> Path:
-    """The folder that holds all mirrors, made if need be."""
+    """The folder that holds all local copies, made if need be."""
     folder = scratch_path()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder

@@ -7,7 +7,7 @@ change. Files of a large model are read by several threads, with a progress bar 
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,26 +15,19 @@ from tqdm import tqdm
 
 _PARALLEL = 8
 """Files that are hashed at once; hashlib and reading let other threads run."""
-_BLOCK = 1 << 22
 _JUST_CHANGED_NS = 2 * 10**9
 """A file can be changed again within one tick of the clock: what is younger than this is not kept."""
 _kept: dict[tuple[str, int, int, int, int, int], str] = {}
 
 
-def file_sha256(path: Path, advance: Callable[[int], object] = lambda size: None) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits. `advance` is told how many bytes are done, as they are."""
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         key = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if key in _kept:
-            advance(status.st_size)
             return _kept[key]
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(min(_BLOCK, status.st_size + 1)))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            advance(count)
-    found = digest.hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if abs(time.time_ns() - status.st_mtime_ns) > _JUST_CHANGED_NS:
         _kept[key] = found
     return found
@@ -42,14 +35,17 @@ def file_sha256(path: Path, advance: Callable[[int], object] = lambda size: None
 
 def files_sha256(files: Iterable[Path]) -> dict[Path, str]:
     """`file_sha256` of each file, by several threads."""
-    wanted = list(dict.fromkeys(files))
-    total = sum(file.stat().st_size for file in wanted)
+    sizes = {file: file.stat().st_size for file in files}
+    found = {}
     with (
         # Seconds of delay: a small model needs no line.
-        tqdm(total=total, desc="hash", unit="B", unit_scale=True, mininterval=2.0, delay=5.0) as bar,
+        tqdm(total=sum(sizes.values()), desc="hash", unit="B", unit_scale=True, mininterval=2.0, delay=5.0) as bar,
         ThreadPoolExecutor(_PARALLEL, thread_name_prefix="osft-hash") as pool,
     ):
-        return dict(zip(wanted, pool.map(lambda file: file_sha256(file, bar.update), wanted), strict=True))
+        for file, digest in zip(sizes, pool.map(file_sha256, sizes), strict=True):
+            found[file] = digest
+            bar.update(sizes[file])
+    return found
 
 
 def folder_sha256(folder: Path, *, hidden: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""Paths, and the URIs of an object store with their local mirror: `osft.storage` says what lies where."""
+"""Paths, and the URIs of an object store with their local copies: `osft.storage` says what lies where."""
 
 import glob
 import hashlib
@@ -65,7 +65,7 @@ def join(location: str | Path, *parts: str) -> str:
 
 
 def local(location: str | Path) -> Path:
-    """Where `location` is read and written on this machine: itself, or its mirror. Nothing is transferred."""
+    """Where `location` is read and written on this machine: itself, or its local copy. Nothing is transferred."""
     if not is_remote(location):
         return Path(location)
     protocol, rest = split(location)
@@ -76,10 +76,10 @@ def local(location: str | Path) -> Path:
 
 
 def name_of(path: Path) -> str:
-    """What to call a file on this machine: the URI that it is the mirror of, or its path."""
+    """What to call a file on this machine: the URI that it is a copy of, or its path."""
     if path.is_relative_to(scratch_path()):
-        mirror, *parts = path.relative_to(scratch_path()).parts or [""]
-        if found := re.fullmatch(r"(.+)-[0-9a-f]{8}", mirror):
+        store, *parts = path.relative_to(scratch_path()).parts or [""]
+        if found := re.fullmatch(r"(.+)-[0-9a-f]{8}", store):
             return f"{found[1]}://{'/'.join(parts)}"
     return str(path)
 
@@ -109,7 +109,7 @@ def fetch(
     """The file or folder at `location` (or what a glob names), on this machine. What is there and equal is not copied.
 
     `wanted` chooses files of a folder by their relative paths; `to` is the place that they go to, below the scratch
-    folder, instead of the mirror.
+    folder, instead of the local copy.
 
     Raises FileNotFoundError if a URI names nothing, or a folder without its `marker`, and as `files`. A path is
     returned as it is.
@@ -165,7 +165,7 @@ def fetch_files(location: str | Path, names: Iterable[str]) -> None:
 
 
 def publish(location: str | Path, *, marker: str | None = None, source: Path | None = None) -> None:
-    """Upload the mirror of a URI, a file or a folder, or `source` instead. Nothing for a path.
+    """Upload the local copy of a URI, a file or a folder, or `source` instead. Nothing for a path.
 
     With a `marker`, that file goes last, and a folder that has it already is complete and left alone. Raises as
     `files`.
@@ -193,7 +193,7 @@ def publish(location: str | Path, *, marker: str | None = None, source: Path | N
 
 
 def remove(location: str | Path) -> None:
-    """Remove a file or folder of the store if it is there; the mirror stays. Nothing for a path."""
+    """Remove a file or folder of the store if it is there; the local copy stays. Nothing for a path."""
     if is_remote(location):
         with explained(location) as store:
             path = path_of(location)

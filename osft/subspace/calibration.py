@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from osft.data.chat import Sample
-from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
-from osft.models.likelihood import ELEMENTS_AT_ONCE, cross_entropy, target_logits
+from osft.data.packing import Batching, Feeding, MicroBatch, collate, plan_micro_batches
+from osft.models.likelihood import cross_entropy, row_slices, target_logits
+from osft.process.private_names import version_of
 from osft.subspace.moment_sums import OUTPUT_TOKENS, MomentSums
 from osft.subspace.statistics import Part, Statistics
 from osft.subspace.targets import Target
@@ -41,9 +42,7 @@ def measure(
     targets: Sequence[Target],
     samples: Sequence[Sample],
     *,
-    device: torch.device | str,
-    max_tokens: int = 2048,
-    batching: Batching = Batching.PACKED,
+    feeding: Feeding,
     name: str = "base",
     source: str = "",
     model_sha256: str = "",
@@ -51,10 +50,8 @@ def measure(
     seed: int = 0,
     memory: int | None = None,
     onto: Statistics | None = None,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> Statistics:
-    """The statistics of `targets` of a model on `device` over samples, the same for any batches and processes.
+    """The statistics of `targets` of a model over samples, the same for any batches and processes (`feeding`).
 
     The weights may be plain or in training (`OSFTLinear`). `name` and `source` say what the samples are. Without
     `gradients` only forward passes are made, and every s is 1. `seed` is that of the tokens that the model samples;
@@ -64,7 +61,7 @@ def measure(
     input of them is read at a time. Of several processes only rank 0 decomposes, and needs `onto`: what the others get
     has no inputs.
 
-    Raises ValueError without samples, for a sample of more than `max_tokens` tokens, for a target that no token
+    Raises ValueError without samples, for a sample that no micro-batch can hold, for a target that no token
     reached, and, with the target's name, for statistics of other targets or shapes to add to.
     """
     shapes = {target.name: target.shape for target in targets}
@@ -76,20 +73,16 @@ def measure(
         model,
         targets,
         samples,
-        device=device,
-        max_tokens=max_tokens,
-        batching=batching,
+        feeding=feeding,
         gradients=gradients,
         seed=seed,
         memory=memory,
-        rank=rank,
-        world_size=world_size,
     )
     inputs = []
     curvature = 0.0
     for sums in measured:
         curvature += _curvature(sums, shapes)
-        if rank == 0:
+        if feeding.rank == 0:
             inputs.append(sums.statistics(onto.of(sums.targets) if onto is not None else None))
     part = Part(
         name=name,
@@ -108,60 +101,60 @@ def measure_inputs(
     targets: Sequence[Target],
     samples: Sequence[Sample],
     *,
-    device: torch.device | str,
-    max_tokens: int,
-    batching: Batching,
+    feeding: Feeding,
     gradients: bool,
     seed: int = 0,
     memory: int | None = None,
     output_tokens: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> Iterator[MomentSums]:
-    """C, and with `gradients` each S, of one input after the other, on `device`. Arguments as of `measure`.
+    """C, and with `gradients` each S, of one input after the other, on the device. Arguments as of `measure`.
 
     `output_tokens`: about how many tokens the shape of S is measured on, by default OUTPUT_TOKENS.
     """
     if not samples:
         raise ValueError("there is no sample to measure the layers' inputs on")
-    plan = _plan(samples, max_tokens, batching, world_size)[rank]
+    plan = _plan(samples, feeding)
     num_tokens = sum(len(sample.input_ids) for sample in samples)
     draws = _Draws(seed, (output_tokens or OUTPUT_TOKENS) / num_tokens)
     shapes = {target.name: target.shape for target in targets}
     with _measuring(model):
-        layout = _layout(model, targets, samples, device, batching)
-        passes = _passes(layout, targets, gradients, _common_memory(memory, torch.device(device), world_size))
+        layout = _layout(model, targets, samples, feeding)
+        passes = _passes(layout, targets, gradients, _common_memory(memory, feeding))
         with tqdm(
             total=len(passes) * sum(len(samples[i].input_ids) for chosen in plan for i in chosen),
             desc="measure",
             unit="token",
             mininterval=2.0,
             delay=5.0,  # seconds; a few samples need no line
-            disable=rank > 0,
+            disable=feeding.rank > 0,
         ) as progress:
             for sums in passes:
                 for chosen in plan:
-                    _add(model, targets, sums, [samples[i] for i in chosen], chosen, device, batching, gradients, draws)
+                    _add(model, targets, sums, [samples[i] for i in chosen], chosen, feeding, gradients, draws)
                     progress.update(sum(len(samples[i].input_ids) for i in chosen))
                 while sums:
                     one = sums.pop(0)
                     widths = {name: _widths(shapes[name], transposed=one.transposed)[1] for name in one.targets}
-                    one.finish(num_tokens, world_size, widths)
+                    one.finish(num_tokens, feeding.world_size, widths)
                     yield one
 
 
-def _plan(samples: Sequence[Sample], max_tokens: int, batching: Batching, world_size: int) -> list[list[list[int]]]:
-    """As `plan_micro_batches`, but only samples of one length share rows: no row is filled up, and all tokens count."""
+def _plan(samples: Sequence[Sample], feeding: Feeding) -> list[list[int]]:
+    """The samples of each of this process's micro-batches, of which all processes have as many.
+
+    As `plan_micro_batches`, but only samples of one length share rows: no row is filled up, and all tokens count.
+    """
     lengths = [len(sample.input_ids) for sample in samples]
-    if batching is Batching.PACKED:
-        return plan_micro_batches(lengths, max_tokens, world_size)
+    max_tokens, rank, world_size = feeding.max_tokens, feeding.rank, feeding.world_size
+    if feeding.batching is Batching.PACKED:
+        return plan_micro_batches(lengths, max_tokens, world_size)[rank]
     bins = []
     for _, alike in groupby(sorted(range(len(samples)), key=lengths.__getitem__), key=lengths.__getitem__):
         positions = list(alike)
-        (plan,) = plan_micro_batches([lengths[i] for i in positions], max_tokens, batching=batching)
+        (plan,) = plan_micro_batches([lengths[i] for i in positions], max_tokens, batching=feeding.batching)
         bins += [[positions[i] for i in chosen] for chosen in plan]
     bins += [[] for _ in range(-len(bins) % world_size)]
-    return [bins[rank::world_size] for rank in range(world_size)]
+    return bins[rank::world_size]
 
 
 @contextmanager
@@ -184,8 +177,7 @@ def _layout(
     model: nn.Module,
     targets: Sequence[Target],
     samples: Sequence[Sample],
-    device: torch.device | str,
-    batching: Batching,
+    feeding: Feeding,
 ) -> list[MomentSums]:
     """Which targets have the same input, in the model's order, seen in a forward pass over a few tokens."""
     seen: dict[str, list[tuple[Any, ...]]] = {target.name: [] for target in targets}
@@ -194,13 +186,13 @@ def _layout(
     def observe(use: Use) -> torch.Tensor:
         inputs = use.inputs
         held.append(inputs)
-        key = (inputs.data_ptr(), inputs._version, inputs.shape, inputs.stride(), use.transposed, use.expert)
+        key = (inputs.data_ptr(), version_of(inputs), inputs.shape, inputs.stride(), use.transposed, use.expert)
         seen[use.target].append(key)
         return use.outputs
 
     first = samples[0].input_ids[:PROBE_TOKENS]
     with torch.no_grad(), watched(model, targets, observe):
-        target_logits(model, _batch([Sample(first, first)], batching, device))
+        target_logits(model, _batch([Sample(first, first)], feeding))
     layout: dict[tuple[Any, ...], list[str]] = {}
     for name, uses in seen.items():
         if not uses:
@@ -242,8 +234,7 @@ def _add(
     sums: Sequence[MomentSums],
     samples: Sequence[Sample],
     positions: Sequence[int],
-    device: torch.device | str,
-    batching: Batching,
+    feeding: Feeding,
     gradients: bool,
     draws: "_Draws",
 ) -> None:
@@ -251,7 +242,7 @@ def _add(
     owner = {name: one for one in sums for name in one.targets}
     chosen = [target for target in targets if target.name in owner]
     leaves: list[torch.Tensor] = []
-    batch = _batch(samples, batching, device)
+    batch = _batch(samples, feeding)
     uniforms, drawn = draws.of(samples, positions, batch)
 
     def observe(use: Use) -> torch.Tensor:
@@ -275,11 +266,11 @@ def _add(
             torch.autograd.backward(cross_entropy(logits, tokens).sum(), inputs=leaves)
 
 
-def _batch(samples: Sequence[Sample], batching: Batching, device: torch.device | str) -> MicroBatch:
+def _batch(samples: Sequence[Sample], feeding: Feeding) -> MicroBatch:
     """A micro-batch in which the output at every token counts, that at the last one of a sample, too."""
-    batch = collate(samples, batching)
+    batch = collate(samples, feeding.batching)
     (everywhere,) = batch.is_token.flatten().nonzero(as_tuple=True)
-    return replace(batch, loss_positions=everywhere).to(device)
+    return replace(batch, loss_positions=everywhere).to(feeding.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,9 +285,8 @@ class _Draws:
         self, samples: Sequence[Sample], positions: Sequence[int], batch: MicroBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A random number in [0, 1) for each token, float64, and which of the batch's places, (places,), S is of."""
-        numbers = torch.zeros(
-            2, len(batch.loss_positions), dtype=torch.float64
-        )  # a process without samples has a place
+        # A process without samples has a place, too.
+        numbers = torch.zeros(2, len(batch.loss_positions), dtype=torch.float64)
         if samples:
             each = [
                 np.random.default_rng([self.seed, position]).random((2, len(sample.input_ids)))
@@ -315,12 +305,10 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     logits: (L, vocabulary), any float dtype; uniforms: (L,), float64, in [0, 1).
     """
     drawn = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    rows = max(1, ELEMENTS_AT_ONCE // max(1, logits.shape[1]))
-    for start in range(0, len(logits), rows):
-        part = slice(start, start + rows)
-        cumulative = logits[part].float().softmax(-1).cumsum(-1, dtype=torch.float64)
-        quantile = uniforms[part, None] * cumulative[:, -1:]
-        drawn[part] = torch.searchsorted(cumulative, quantile, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
+    for rows in row_slices(logits):
+        cumulative = logits[rows].float().softmax(-1).cumsum(-1, dtype=torch.float64)
+        quantile = uniforms[rows, None] * cumulative[:, -1:]
+        drawn[rows] = torch.searchsorted(cumulative, quantile, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
     return drawn
 
 
@@ -329,18 +317,18 @@ def text_sha256(samples: Sequence[Sample]) -> str:
     return hashlib.sha256(json.dumps([sample.input_ids for sample in samples]).encode()).hexdigest()
 
 
-def _common_memory(memory: int | None, device: torch.device, world_size: int) -> int:
+def _common_memory(memory: int | None, feeding: Feeding) -> int:
     """Bytes that every process can spare."""
     if memory is None:
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0]
+        if feeding.device.type == "cuda":
+            free = torch.cuda.mem_get_info(feeding.device)[0]
         else:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
         memory = int(SHARE_OF_FREE_MEMORY * free)
-    if world_size == 1:
+    if feeding.world_size == 1:
         return memory
-    least = torch.tensor(memory, device=device)
+    least = torch.tensor(memory, device=feeding.device)
     torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
     return int(least)
 

@@ -1,6 +1,6 @@
 """A factor set: what a model's target weights were split into, as a manifest of the store names it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,7 +201,7 @@ def load_factor_set(path: str | Path, *, check: bool = True) -> FactorSet:
             )
     if not check:
         return factors
-    bases = intact_bases(files, lambda line: None)
+    bases, _ = bases_in(files)
     for name, file in files.items():
         recorded = factors.weights[name].bases_sha256
         if bases.get(name) is None:
@@ -234,8 +234,12 @@ def read_factor_set(path: Path, computed: int) -> FactorSet:
     return FactorSet(path=path, computed=computed, **dict(manifest))
 
 
-def intact_bases(files: Mapping[str, Path], report: Callable[[str], None]) -> dict[str, str]:
-    """Target -> the hash of the bases in its file, of those files that are there and hold what was written."""
+def bases_in(files: Mapping[str, Path]) -> tuple[dict[str, str], list[str]]:
+    """Target -> the hash of the bases in its file, of those files that are there and hold what was written.
+
+    Also what is wrong with those that do not, a line for each file.
+    """
+    damaged: list[str] = []
 
     def check(name: str) -> str | None:
         file = files[name]
@@ -246,10 +250,10 @@ def intact_bases(files: Mapping[str, Path], report: Callable[[str], None]) -> di
                 recorded = (opened.metadata() or {}).get("bases_sha256")
                 found = named_sha256({key: tensor_sha256(opened.get_tensor(key)) for key in sorted(opened.keys())})
         except (SafetensorError, OSError, ValueError) as error:
-            report(f"factors: {storage.name_of(file)} is damaged ({error}), {name} is decomposed again")
+            damaged.append(f"{storage.name_of(file)} is damaged ({error}), {name}")
             return None
         if recorded not in (None, found):
-            report(f"factors: {storage.name_of(file)} is damaged (its hash is another), {name} is decomposed again")
+            damaged.append(f"{storage.name_of(file)} is damaged (its hash is another), {name}")
             return None
         return found
 
@@ -257,7 +261,7 @@ def intact_bases(files: Mapping[str, Path], report: Callable[[str], None]) -> di
     with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="osft-factors") as pool:
         checked = tqdm(pool.map(check, of_file.values()), "check factors", len(of_file), delay=5.0)
         found = dict(zip(of_file, checked, strict=True))
-    return {name: digest for name, file in files.items() if (digest := found[file]) is not None}
+    return {name: digest for name, file in files.items() if (digest := found[file]) is not None}, damaged
 
 
 def check_settings(factors: FactorSet, config: SubspaceConfig, targets: Sequence[Target]) -> None:

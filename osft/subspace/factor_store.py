@@ -19,6 +19,7 @@ file and the manifest hold the hash of the bases, too, and a set's key depends o
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -50,12 +51,14 @@ from osft.subspace.factor_set import (
     FactorManifestByInputs,
     FactorSet,
     SplitWeight,
-    intact_bases,
+    bases_in,
     read_factor_set,
 )
 from osft.subspace.rank_allocation import allocate_ranks, allocation_settings
 from osft.subspace.statistics import InputStatistics, Statistics
 from osft.subspace.targets import Target, select_targets
+
+logger = logging.getLogger(__name__)
 
 
 def precompute(
@@ -66,7 +69,6 @@ def precompute(
     importance: Mapping[str, float] | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
-    report: Callable[[str], None] = print,
 ) -> FactorSet:
     """Decompose every target weight of a model that the store does not hold yet, and write the set's manifest.
 
@@ -89,7 +91,7 @@ def precompute(
                 tensor = stored.tensor(target.tensor).to(device)
                 yield target.name, decompose(tensor, ranks[target.name], config.free_subspace)
 
-    computed = _complete(store, weights, compute, report)
+    computed = _complete(store, weights, compute)
     rank_allocation, min_retention_ratio = allocation_settings(config)
     adaptive: dict[str, Any] = {}
     if rank_allocation != "uniform":
@@ -104,7 +106,7 @@ def precompute(
         weights={name: SplitWeight(**weight) for name, weight in weights.items()},
         **adaptive,
     )
-    return _write_set(store, manifest, computed, report)
+    return _write_set(store, manifest, computed)
 
 
 def precompute_by_inputs(
@@ -116,7 +118,6 @@ def precompute_by_inputs(
     statistics_file: str,
     device: str | None = None,
     trust_remote_code: bool = False,
-    report: Callable[[str], None] = print,
 ) -> FactorSet:
     """As `precompute`, for protect="activations": split every target weight by the statistics of its layer's inputs.
 
@@ -152,7 +153,7 @@ def precompute_by_inputs(
                     split_by_inputs(moment, weight["rank"], weight["split_kind"], gradient_energy=energy, unit=unit),
                 )
 
-    computed = _complete(store, weights, compute, report)
+    computed = _complete(store, weights, compute)
     manifest = FactorManifestByInputs(
         protect="activations",
         unfreeze_rank_ratio=config.unfreeze_rank_ratio,
@@ -161,7 +162,7 @@ def precompute_by_inputs(
         statistics=statistics_file,
         unit=unit,
     )
-    return _write_set(store, manifest, computed, report)
+    return _write_set(store, manifest, computed)
 
 
 def _energies(energies: torch.Tensor) -> float | tuple[float, ...]:
@@ -197,7 +198,6 @@ def _complete(
     store: str | Path,
     weights: dict[str, dict[str, Any]],
     compute: Callable[[set[str]], Iterator[tuple[str, Factors]]],
-    report: Callable[[str], None],
 ) -> int:
     """Write the files of factors that the store lacks, and put `bases_sha256` into `weights`. Returns for how many.
 
@@ -205,7 +205,9 @@ def _complete(
     """
     files = {name: storage.local(store) / weight["file"] for name, weight in weights.items()}
     storage.fetch_files(store, sorted({weight["file"] for weight in weights.values()}))
-    bases = intact_bases(files, report)
+    bases, damaged = bases_in(files)
+    for problem in damaged:
+        logger.warning(f"factors: {problem} is decomposed again")
     missing = {name for name in weights if name not in bases}
     for name in missing:
         files[name].unlink(missing_ok=True)
@@ -223,7 +225,7 @@ def _complete(
                 save_file(tensors, temporary, metadata=described)
             storage.publish(storage.join(store, weights[name]["file"]))
             progress.update()
-    bases |= intact_bases({name: files[name] for name in missing}, report)
+    bases |= bases_in({name: files[name] for name in missing})[0]
     for name, weight in weights.items():
         if name not in bases:
             raise DamagedFile(f"{files[name]} was written and reads as something else. Check the disk of {store}")
@@ -231,14 +233,14 @@ def _complete(
     return len(missing)
 
 
-def _write_set(store: str | Path, manifest: FactorManifest, computed: int, report: Callable[[str], None]) -> FactorSet:
+def _write_set(store: str | Path, manifest: FactorManifest, computed: int) -> FactorSet:
     plain = manifest.to_dict()
     address = storage.join(store, "sets", f"{_hash(plain)}.json")
     if not _is_there(address, plain):
         write_sealed(storage.local(address), plain)
         storage.publish(address)
     total = len(manifest.weights)
-    report(f"factors: computed {computed}, reused {total - computed} of {total} weights ({address})")
+    logger.info(f"factors: computed {computed}, reused {total - computed} of {total} weights ({address})")
     return read_factor_set(storage.local(address), computed)
 
 

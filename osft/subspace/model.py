@@ -14,7 +14,7 @@ from osft.subspace.linear import OSFTLinear
 from osft.subspace.rank_allocation import allocate_ranks
 from osft.subspace.statistics import Statistics
 from osft.subspace.targets import Target, select_targets, transformer_blocks
-from osft.subspace.weight import OSFTWeight
+from osft.subspace.weight import OSFTWeight, local
 
 
 def osft_layers(model: nn.Module) -> Iterator[tuple[str, OSFTWeight]]:
@@ -109,6 +109,19 @@ def refresh(model: nn.Module, *, learning_rate: float) -> None:
     """Recompute the dense weight of every OSFT layer. Call it after each optimizer step, with the rate it was made."""
     for _, layer in osft_layers(model):
         layer.refresh_(learning_rate)
+
+
+def coefficients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of this rank's part of every X, by target: for `set_update_`."""
+    return {name: local(layer.coefficients).detach().clone() for name, layer in osft_layers(model)}
+
+
+@torch.no_grad()
+def set_update_(model: nn.Module, coefficients: Mapping[str, torch.Tensor], scale: float) -> None:
+    """Make the update of each weight `scale` times the one that had these coefficients."""
+    for name, layer in osft_layers(model):
+        torch.mul(coefficients[name], scale, out=local(layer.coefficients))
+        layer.recompute_()
 
 
 def merge(model: nn.Module) -> nn.Module:

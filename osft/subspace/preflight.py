@@ -26,6 +26,7 @@ from osft.data.packing import Batching, collate
 from osft.models.checkpoint import CheckpointReader
 from osft.models.likelihood import target_logits, token_nll
 from osft.models.loading import UnsupportedModelError, empty_model
+from osft.process.private_names import has_flash_attention, set_attention
 from osft.subspace.model import inject_empty, osft_layers
 from osft.subspace.random_weights import ROWS, compute_one_block_of_each_kind, fill_at_random
 from osft.subspace.targets import select_targets
@@ -140,13 +141,13 @@ def _preflight(folder: Path, attn_implementation: str | None, trust_remote_code:
     model = empty_model(
         folder, attn_implementation=None if varlen else attn_implementation, trust_remote_code=trust_remote_code
     )
-    if varlen and not (model._supports_flash_attn or model._supports_flex_attn):
+    if varlen and not has_flash_attention(model):
         raise ValueError(
             f"attn_implementation={attn_implementation!r}: {type(model).__name__} does not have it. Use 'sdpa' or "
             "'eager'"
         )
     vocabulary = _vocabulary(model)
-    model.config._experts_implementation = "eager"  # the others copy all experts
+    model.set_experts_implementation("eager")  # the others copy all experts
     targets = [target for target in select_targets(model) if math.prod(target.shape) < _LARGEST_GRADIENT]
     names = [target.name for target in targets]
     inject_empty(model, targets, dict.fromkeys(names, 1), split_kinds=dict.fromkeys(names, "complement"))
@@ -154,7 +155,7 @@ def _preflight(folder: Path, attn_implementation: str | None, trust_remote_code:
     compute_one_block_of_each_kind(model)
     found = examine(model, name=str(folder))
     if varlen and found.batching is Batching.PACKED:
-        model.config._attn_implementation = _VARLEN
+        set_attention(model.config, _VARLEN)
         try:
             found = examine(model, name=str(folder))
         except UnsupportedModelError:  # it has a way of its own into the kernel, which a CPU cannot go

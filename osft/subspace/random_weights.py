@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from osft.process.private_names import initialize
 from osft.subspace.targets import transformer_blocks
 from osft.subspace.weight import OSFTWeight
 
@@ -23,26 +24,25 @@ _LARGE = 2**14
 
 
 @torch.no_grad()
-def fill_at_random(model: PreTrainedModel, seed: int = 0) -> None:
-    """Give the parameters of an empty model random values on the CPU, the same for the same seed."""
+def fill_at_random(model: PreTrainedModel) -> None:
+    """Give the parameters of an empty model random values on the CPU, the same ones each time."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         row = torch.randn(2 * max(sum(parameter.shape) for parameter in model.parameters()))
         head = model.get_output_embeddings()
         filled: dict[int, nn.Parameter] = {}  # tied parameters stay one
         for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    if id(parameter) not in filled:
-                        cut = module is head or isinstance(module, nn.Embedding)
-                        value = _random(module, name, parameter[:ROWS] if cut else parameter, row)
-                        filled[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
-                    module._parameters[name] = filled[id(parameter)]
+            for name, parameter in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+                if id(parameter) not in filled:
+                    cut = module is head or isinstance(module, nn.Embedding)
+                    value = _random(module, name, parameter[:ROWS] if cut else parameter, row)
+                    filled[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+                module.register_parameter(name, filled[id(parameter)])
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None
         for submodel, module in _with_submodel(model):
             if _is_special(module):
-                submodel._init_weights(module)
+                initialize(submodel, module)
         for parameter in model.parameters():  # what begins as zero would hide what it multiplies
             if parameter.numel() < _LARGE and not parameter.any():
                 parameter.normal_(std=0.02)
@@ -78,7 +78,7 @@ def _with_submodel(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, nn
 
 def _is_special(module: nn.Module) -> bool:
     """Whether it has parameters that an architecture gives values of its own: decays, time steps."""
-    own = [parameter for parameter in module._parameters.values() if parameter is not None]
+    own = list(module.parameters(recurse=False))
     large = any(parameter.numel() >= _LARGE and parameter.ndim > 1 for parameter in own)
     ordinary = isinstance(module, nn.Linear | Conv1D | nn.Embedding | OSFTWeight)
     return bool(own) and not ordinary and not large

@@ -26,7 +26,8 @@ import torch
 from torch.nn import functional as F
 
 from osft.data.chat import Sample
-from osft.data.packing import Batching, collate, plan_micro_batches
+from osft.data.packing import Feeding
+from osft.data.samples import SampleList
 from osft.models.likelihood import target_logits
 from osft.models.loading import load_model
 from osft.settings.subspace import SubspaceConfig
@@ -110,24 +111,18 @@ def measure_importance(
     model_path: str | Path,
     samples: Sequence[Sample],
     *,
-    device: torch.device | str,
+    feeding: Feeding,
     dtype: torch.dtype = torch.float32,
-    max_tokens: int = 2048,
-    batching: Batching = Batching.PACKED,
-    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Importance of each transformer block on a calibration sample: block name -> mean cosine over all its tokens.
 
-    The whole model is loaded on `device`. Samples are batched to at most `max_tokens` tokens. Raises ValueError without
-    samples or if one of them is longer than that.
+    The whole model is loaded on the device. Raises ValueError without samples, or for one that no micro-batch can hold.
     """
     if not samples:
         raise ValueError("there is no calibration sample to measure the blocks' importance on")
-    model: Any = load_model(
-        model_path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-    )
-    model.to(device)
+    model: Any = load_model(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.to(feeding.device)
     stack, blocks = transformer_blocks(model)
     sums = dict.fromkeys((f"{stack}.{index}" for index in range(len(blocks))), 0.0)
     tokens, is_token = 0, torch.empty(0)
@@ -142,9 +137,7 @@ def measure_importance(
 
     for name, block in zip(sums, blocks, strict=True):
         block.register_forward_hook(add(name), with_kwargs=True)
-    (plan,) = plan_micro_batches([len(sample.input_ids) for sample in samples], max_tokens, batching=batching)
-    for chosen in plan:
-        batch = collate([samples[index] for index in chosen], batching).to(device)
+    for _, batch in feeding.batches(SampleList(samples)):
         is_token = batch.is_token
         target_logits(model, batch)
         tokens += int(is_token.sum())

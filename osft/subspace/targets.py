@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -74,7 +73,7 @@ def select_targets(model: nn.Module, target_patterns: Sequence[str] | None = Non
             if min(module.weight.shape) > 1:
                 tensor = f"{name}.weight"
                 candidates.append(Target(name if _is_plain(module) else tensor, tensor, tuple(module.weight.shape)))
-        elif not isinstance(module, _ConvNd):
+        elif not isinstance(module, nn.Conv1d | nn.ConvTranspose1d):  # their kernels have three dimensions, too
             for leaf, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and min(parameter.shape[1:]) > 1:
                     candidates.append(Target(f"{name}.{leaf}", f"{name}.{leaf}", tuple(parameter.shape)))

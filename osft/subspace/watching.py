@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from osft.process.private_names import as_plain_tensors, experts_of, set_experts
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.targets import Target, transformer_blocks
 
@@ -36,7 +37,7 @@ class Use:
 
 
 Observe = Callable[[Use], torch.Tensor]
-"""Is told of a use, and returns the outputs that the model goes on with."""
+"""Is told of a use, and returns the outputs that the model continues with."""
 
 
 @contextmanager
@@ -69,14 +70,14 @@ def watched(model: nn.Module, targets: Sequence[Target], observe: Observe) -> It
 def _eager(experts: nn.Module) -> Iterator[None]:
     """With each expert multiplied by itself, in the implementation that every model of transformers has."""
     config: Any = getattr(experts, "config", None)
-    chosen = getattr(config, "_experts_implementation", None)
+    chosen = experts_of(config)
     if chosen is not None:
-        config._experts_implementation = "eager"
+        set_experts(config, "eager")
     try:
         yield
     finally:
         if chosen is not None:
-            config._experts_implementation = chosen
+            set_experts(config, chosen)
 
 
 class _Watch:
@@ -87,8 +88,7 @@ class _Watch:
 
     # An instance attribute is found before a parameter of the same name, which nn.Module keeps apart.
     def show(self, *_: Any) -> None:
-        weight = self._module._parameters[self._leaf]
-        assert weight is not None, self._target
+        weight = dict(self._module.named_parameters(recurse=False, remove_duplicate=False))[self._leaf]
         watched = weight.detach().as_subclass(_WatchedWeight)
         watched.seen_as = _View(self._target, self._observe)
         self._module.__dict__[self._leaf] = watched
@@ -139,7 +139,7 @@ class _WatchedWeight(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_plain_tensors():
             if func is F.linear:
                 return _linear(*args, **kwargs)
             if func in _PRODUCTS:

@@ -1,6 +1,7 @@
 """TensorBoard and Weights & Biases as callbacks of training. They end no training: what goes wrong is told once."""
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from osft import storage
 from osft.process.errors import explained, one_line
 from osft.settings.training import TrainConfig
 from osft.training.callbacks import TrainingCallback, TrainingContext
+
+logger = logging.getLogger(__name__)
 
 _SETTINGS = ("project", "entity", "run_name")
 _WAIT_SECONDS = 30.0
@@ -42,7 +45,7 @@ class _Logger(TrainingCallback):
             yield
         except Exception as error:
             self._failed = True
-            print(
+            logger.warning(
                 f"{self.name}: {one_line(explained(error) or error)}. Training continues; metrics.jsonl has all metrics"
             )
 
@@ -100,26 +103,25 @@ def wandb_run(config: TrainConfig) -> Iterator[list[TrainingCallback]]:
     None, and a line that says why, where the package is not installed or the run cannot be made: no key, no network.
     """
     given = {name: getattr(config, f"wandb_{name}") or os.environ.get(f"WANDB_{name.upper()}") for name in _SETTINGS}
-    logger = None
+    run = None
     if given["project"]:
-        logger = _started(config, given)
+        run = _started(config, given)
     elif config.wandb_entity or config.wandb_run_name:
-        print("wandb: nothing is logged without a project. Give wandb_project, or set WANDB_PROJECT", flush=True)
+        logger.warning("wandb: nothing is logged without a project. Give wandb_project, or set WANDB_PROJECT")
     try:
-        yield [logger] if logger else []
+        yield [run] if run else []
     except BaseException:
-        if logger:
-            logger.end(failed=True)
+        if run:
+            run.end(failed=True)
         raise
-    if logger:
-        logger.end(failed=False)
+    if run:
+        run.end(failed=False)
 
 
 def _started(config: TrainConfig, given: dict[str, str | None]) -> WeightsAndBiases | None:
     if importlib.util.find_spec("wandb") is None:
-        print(
-            "wandb: not installed, nothing is logged to it. Install it: pip install 'osft[wandb]'. Training continues",
-            flush=True,
+        logger.warning(
+            "wandb: not installed, nothing is logged to it. Install it: pip install 'osft[wandb]'. Training continues"
         )
         return None
     import wandb
@@ -144,7 +146,7 @@ def _started(config: TrainConfig, given: dict[str, str | None]) -> WeightsAndBia
             ),
         )
     except Exception as error:  # each release has errors of its own
-        print(f"wandb: {one_line(explained(error) or error)}. Nothing is logged to it, training continues", flush=True)
+        logger.warning(f"wandb: {one_line(explained(error) or error)}. Nothing is logged to it, training continues")
         return None
-    print(f"wandb: {run.url or run.dir}", flush=True)
+    logger.info(f"wandb: {run.url or run.dir}")
     return WeightsAndBiases(run)

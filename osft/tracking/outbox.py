@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _BATCH = 1000  # MLflow's limit
 _RETRY_SECONDS = 2.0  # between attempts once the outbox is closing
@@ -75,7 +75,7 @@ class MetricOutbox:
                 self._take(batch)
             except (MlflowException, OSError, ValueError) as error:
                 if not self.problem:  # an outage is told once, however long it lasts
-                    _log.warning("metrics cannot be sent to MLflow, they are kept: %s", error)
+                    logger.warning(f"mlflow: metrics cannot be sent, they are kept: {error}")
                 self.problem = str(error)
                 lasting = isinstance(error, ValueError) or getattr(error, "error_code", "") in _LASTING
                 return _Answer.REFUSED if lasting else _Answer.NONE

@@ -29,6 +29,7 @@ When the tracking server does not answer:
     wrong credentials             are refused at once, before any work
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
     from osft.tracking.live_metrics import LiveMetrics
+
+logger = logging.getLogger(__name__)
 
 PIPELINE_RUN_TAG = "osft.pipeline_run_id"
 TASK_TAG = "osft.task"
@@ -345,4 +348,4 @@ def record_failure(mlflow: "MlflowClient", run_id: str, parent_run_id: str, erro
             mlflow.set_tag(parent_run_id, OUTCOME_TAG, Outcome.FAILED.value)
             mlflow.set_terminated(parent_run_id, "FAILED")
     except (MlflowException, OSError) as unrecorded:
-        print(f"mlflow: run {run_id} has failed, and that could not be recorded: {unrecorded}", flush=True)
+        logger.warning(f"mlflow: run {run_id} has failed, and that could not be recorded: {unrecorded}")

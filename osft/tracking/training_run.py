@@ -6,6 +6,7 @@ when the server answers, and what has not arrived at the end is in `metrics.json
 """
 
 import importlib.util
+import logging
 import os
 import threading
 import time
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
+logger = logging.getLogger(__name__)
+
 _RETRY_SECONDS = 2.0
 
 
@@ -42,7 +45,7 @@ def tracked(config: TrainConfig) -> Iterator[list[TrainingCallback]]:
     if uri and importlib.util.find_spec("mlflow") is None:
         if config.mlflow_tracking_uri:
             raise ValueError("mlflow_tracking_uri needs the extra osft[mlflow]. Install it: pip install 'osft[mlflow]'")
-        print("mlflow: MLFLOW_TRACKING_URI is set, but mlflow is not installed; nothing is logged", flush=True)
+        logger.warning("mlflow: MLFLOW_TRACKING_URI is set, but mlflow is not installed; nothing is logged")
         uri = None
     with ExitStack() as stack:
         callbacks: list[TrainingCallback] = []
@@ -65,7 +68,7 @@ def _mlflow_run(config: TrainConfig, uri: str) -> Iterator[TrainingCallback]:
             run.begin()
         except ConnectionError as error:
             outbox.problem = str(error)
-            print(f"mlflow: {error}. Training continues; what it logs is sent when the server answers", flush=True)
+            logger.warning(f"mlflow: {error}. Training continues; what it logs is sent when the server answers")
         try:
             with system_metrics(outbox):
                 yield LiveMetrics(outbox)
@@ -77,7 +80,7 @@ def _mlflow_run(config: TrainConfig, uri: str) -> Iterator[TrainingCallback]:
         unsent = outbox.close(patience if run.run_id else min(patience, runs.WAIT_AFTER_FAILURE_SECONDS))
         problem = f"{unsent} metrics were not sent: {outbox.problem}" if unsent else run.end(None)
         if problem:
-            print(f"mlflow: {problem}. All metrics are in metrics.jsonl in {config.ckpt_output_dir}", flush=True)
+            logger.warning(f"mlflow: {problem}. All metrics are in metrics.jsonl in {config.ckpt_output_dir}")
 
 
 class _TrainingRun:

@@ -5,11 +5,13 @@ process reads what has been added and calls the callbacks. They are live objects
 nothing needs to be pickled.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import IntEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,9 +19,24 @@ from typing import Any
 from osft import storage
 from osft.training.metrics_file import MetricsFile
 from osft.training.mirror import INTERVAL_SECONDS, STOP_FILE
-from osft.training.requests import Request
+
+logger = logging.getLogger(__name__)
 
 _LAST_LOOKS = 3
+
+
+class Request(IntEnum):
+    """What is asked of a run after a training step, ordered by weight: the ranks agree on the largest of theirs.
+
+    Whoever follows the run asks by a file (`osft.training.mirror.STOP_FILE`), which holds the number.
+    """
+
+    NOTHING = 0
+    SAVE_STATE = 1
+    INTERRUPT = 2
+    """Save the state and end; the same call resumes."""
+    STOP = 3
+    """End training, with a model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +166,7 @@ class Follower:
             self._look()
 
     def _look(self) -> bool:
-        """Deliver what is new. Whether everything could be read, and written."""
+        """Deliver the lines that were added. Whether everything could be read, and written."""
         lines: list[dict[str, Any]] = []
         read = self._try(lambda: lines.extend(self._metrics.new_lines()))
         if read:
@@ -168,7 +185,7 @@ class Follower:
         except Exception as error:  # of a file system, or of any object store's client
             problem = f"{type(error).__name__}: {error}"
             if problem not in self._problems:
-                print(f"train: the run cannot be followed, trying again: {problem}", flush=True)
+                logger.warning(f"train: the run cannot be followed, trying again: {problem}")
             self._problems.add(problem)
             return False
         return True

@@ -148,7 +148,7 @@ def _processed(config: TrainConfig, folder: Path) -> tuple[list[str], list[Sampl
     """All records that are tokenized already, checked as the preparation does."""
     from osft.data.processed import read_rows
     from osft.data.processed_row import check_row
-    from osft.training.inputs import vocabulary_size
+    from osft.training.prepare import vocabulary_size
 
     vocabulary = vocabulary_size(folder, trust_remote_code=config.trust_remote_code)
     sources, samples = [], []
@@ -199,7 +199,7 @@ def _count_documents(config: TrainConfig, tokenizer: Any) -> DataCounts:
 
 def _from_statistics(config: TrainConfig, statistics: Path) -> DataCounts:
     """What the preparation wrote down about a dataset."""
-    from osft.training.inputs import check_lengths
+    from osft.training.prepare import check_lengths
 
     found = json.loads(statistics.read_text(encoding="utf-8"))
     check_lengths(found, config)

@@ -1,7 +1,7 @@
 """Whether a run's outputs have room, asked before the first step: a disk that fills up hours later costs the run.
 
 models    the served weights in the dtype in which they are saved, and 2 bytes for each entry of a trained weight
-          that is rounded (`osft.models.residual`); as many models as the settings ask for, one of the best
+          that is rounded (`osft.models.rounding`); as many models as the settings ask for, one of the best
           with protect="activations" also the statistics of what its layers were fed, which go to the factors
 state     the coefficients and two moments of each in float32; twice, since a new state is written beside the older
 """

@@ -19,11 +19,10 @@ from torch import nn
 
 from osft.data.packing import Feeding
 from osft.data.samples import Samples
+from osft.models.likelihood import residuals, sample_nll, stderr_of_sum
 from osft.models.training_summary import FittedStep, TriedScale
 from osft.settings.training import TrainConfig
-from osft.subspace.model import osft_layers
-from osft.subspace.weight import OSFTWeight, local
-from osft.training.held_out import sample_nll
+from osft.subspace.model import coefficients_of, set_update_
 from osft.training.teacher import TaughtBatch, taught
 
 
@@ -32,18 +31,17 @@ def fit_step(model: nn.Module, config: TrainConfig, selection: Samples, text: Sa
 
     Raises RuntimeError where a loss is not finite.
     """
-    layers = [layer for _, layer in osft_layers(model)]
-    updates = [local(layer.coefficients).clone() for layer in layers]
+    updates = coefficients_of(model)
     num_loss_tokens, num_text_tokens = sum(selection.num_loss_tokens), sum(text.num_loss_tokens)
 
-    _scale_(layers, updates, 0.0)
+    set_update_(model, updates, 0.0)
     start_nll = sample_nll(model, selection, feeding)
     start = taught(model, text, feeding)
     start_loss = start_nll.sum().item() / num_loss_tokens
 
     tried = []
     for scale in config.step_scales:
-        _scale_(layers, updates, scale)
+        set_update_(model, updates, scale)
         nll = sample_nll(model, selection, feeding)
         loss = nll.sum().item() / num_loss_tokens
         drift = _divergence(model, start, feeding) / num_text_tokens
@@ -51,10 +49,11 @@ def fit_step(model: nn.Module, config: TrainConfig, selection: Samples, text: Sa
             raise RuntimeError(
                 f"fit_step: with {scale:g} of the update the loss is {loss} and the drift {drift}. Lower learning_rate"
             )
-        error = _standard_error((start_nll - nll).tolist(), selection.num_loss_tokens)
+        error = stderr_of_sum(residuals((start_nll - nll).tolist(), selection.num_loss_tokens))
+        assert error is not None, "of several samples"
         tried.append(TriedScale(scale=scale, loss=loss, gain=start_loss - loss, standard_error=error, drift=drift))
     chosen = choose(tried, config.max_step_drift)
-    _scale_(layers, updates, chosen.scale)
+    set_update_(model, updates, chosen.scale)
     return FittedStep(
         scale=chosen.scale,
         start_loss=start_loss,
@@ -81,14 +80,6 @@ def _reason(chosen: TriedScale, max_drift: float) -> str:
 
 
 @torch.no_grad()
-def _scale_(layers: Sequence[OSFTWeight], updates: Sequence[torch.Tensor], scale: float) -> None:
-    """Make the update `scale` times what it was found to be."""
-    for layer, update in zip(layers, updates, strict=True):
-        torch.mul(update, scale, out=local(layer.coefficients))
-        layer.recompute_()
-
-
-@torch.no_grad()
 def _divergence(model: nn.Module, start: Sequence[TaughtBatch], feeding: Feeding) -> float:
     """The sum of KL(start || model) over the text, in nats, on every rank."""
     model.eval()
@@ -99,14 +90,3 @@ def _divergence(model: nn.Module, start: Sequence[TaughtBatch], feeding: Feeding
         torch.distributed.all_reduce(total)
     model.train()
     return total.item()
-
-
-def _standard_error(differences: Sequence[float], num_tokens: Sequence[int]) -> float:
-    """Of the mean difference per token, as a ratio of two sums over samples (Cochran, Sampling Techniques, chapter 6).
-
-    `differences`: of each sample's negative log-likelihoods; `num_tokens`: those that they are summed over.
-    """
-    count, tokens = len(differences), sum(num_tokens)
-    mean = sum(differences) / tokens
-    residuals = [difference - mean * number for difference, number in zip(differences, num_tokens, strict=True)]
-    return math.sqrt(count / (count - 1) * sum(residual**2 for residual in residuals)) / tokens

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from osft.models.checkpoint import EXACT
+from osft.models.weight_files import read_index
 from osft.settings.base import default
 from osft.settings.training import TrainConfig
 from osft.storage.hashes import files_sha256, named_sha256
@@ -41,7 +42,7 @@ _NOT_IDENTITY = frozenset(
         *("wandb_project", "wandb_entity", "wandb_run_name"),
     }
 )
-"""How and where a run is executed, saved and logged, not what it computes."""
+"""How and where a run is executed, saved and logged, not what it computes: two that differ only in this are one run."""
 _PATHS = {
     "model_path": "weights",
     "factors": "factors",
@@ -60,8 +61,7 @@ def model_contents(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = [index.name, *sorted(set(weight_map.values()))]
+        names = [index.name, *sorted(set(read_index(index).values()))]
     exact = sorted(file.relative_to(folder).as_posix() for file in (folder / EXACT).rglob("*") if file.is_file())
     code = sorted(file.name for file in folder.glob("*.py"))
     groups = {"weights": [*names, *exact], "model_config": ["config.json", *code]}
@@ -84,7 +84,8 @@ def differences(recorded: dict[str, Any], config: TrainConfig, made_of: dict[str
         for what, now in made_of.items()
         if what in there and there[what] != now
     ]
-    settings = json.loads(json.dumps(_determining(config)))
+    determining = {name: value for name, value in config.to_dict().items() if name not in _NOT_IDENTITY}
+    settings = json.loads(json.dumps(determining))
     before = {name: default(field) for name, field in TrainConfig.model_fields.items() if not field.is_required()}
     before |= recorded
     for name, now in settings.items():
@@ -100,8 +101,3 @@ def cannot_be_compared(recorded: dict[str, Any], made_of: dict[str, str]) -> lis
     """What a run of an older release does not say of itself."""
     there = {"dataset", *(recorded.get(MADE_OF) or {})}
     return [what for what in made_of if what not in there]
-
-
-def _determining(config: TrainConfig) -> dict[str, Any]:
-    """The settings that determine the result. Two runs that differ only in others are one run."""
-    return {name: value for name, value in config.to_dict().items() if name not in _NOT_IDENTITY}

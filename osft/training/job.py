@@ -14,6 +14,9 @@
                                     else asking for it raises: only its own answer, a limit or a person ends a job
 """
 
+import json
+import logging
+import re
 import signal
 import threading
 import time
@@ -26,10 +29,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+from osft.process import logs
 from osft.process.exit_codes import INTERRUPTED
+from osft.settings.base import default
+from osft.settings.training import TrainConfig
 from osft.training.callbacks import Follower, TrainingCallback
 
+logger = logging.getLogger(__name__)
+
 _REPEAT_SECONDS = 300.0  # how often an unchanged waiting is reported
+_CREDENTIALS = re.compile(r"://[^/\s]*:[^/\s]*@")
 
 
 class Phase(StrEnum):
@@ -98,6 +107,23 @@ class Limits:
     max_restarts: int = 0
 
 
+def train_arguments(config: TrainConfig) -> list[str]:
+    """What a pod or a process is started with: `train --set NAME=VALUE …`, with what is not the default.
+
+    Raises ValueError for a URI with credentials, which everyone could read in a manifest.
+    """
+    arguments = ["train"]
+    for name, field in TrainConfig.model_fields.items():
+        value = getattr(config, name)
+        if not field.is_required() and value == default(field):
+            continue
+        text = value if isinstance(value, str) else json.dumps(value)
+        if _CREDENTIALS.search(text):
+            raise ValueError(f"{name} holds credentials. Leave them out of the URI and give them by a secret")
+        arguments += ["--set", f"{name}={text}"]
+    return arguments
+
+
 def run_job(
     launcher: Launcher,
     *,
@@ -123,7 +149,7 @@ def run_job(
         except BaseException as error:
             if submitted or not isinstance(error, Exception):
                 ignore_sigterm()  # told once is enough: what follows must not be cut off
-                print(f"train: {type(error).__name__}, the job is cancelled", flush=True)
+                logger.warning(f"train: {type(error).__name__}, the job is cancelled")
                 _cancel(launcher)
             raise
 
@@ -133,7 +159,7 @@ def _cancel(launcher: Launcher) -> None:
     try:
         launcher.cancel()
     except Exception as error:
-        print(f"train: the job could not be cancelled, look after it: {type(error).__name__}: {error}", flush=True)
+        logger.error(f"train: the job could not be cancelled, look after it: {type(error).__name__}: {error}")
 
 
 def _wait(launcher: Launcher, limits: Limits, follower: Follower, poll_seconds: float) -> None:
@@ -210,7 +236,7 @@ class _Report:
             text += f" for {minutes:.0f} min"
         if status.reason and status.phase is not Phase.FAILED:  # a failure's reason is in the error
             text += f": {status.reason}"
-        print(text, flush=True)
+        logger.info(text)
 
 
 @contextmanager
@@ -221,9 +247,9 @@ def _printed(launcher: Launcher) -> Iterator[None]:
     def show() -> None:
         try:
             for line in launcher.logs(stop):
-                print(line, flush=True)
+                logs.pass_on(line)
         except Exception as error:  # the job's log is not the job
-            print(f"train: its log cannot be followed: {type(error).__name__}: {error}", flush=True)
+            logger.warning(f"train: its log cannot be followed: {type(error).__name__}: {error}")
 
     thread = threading.Thread(target=show, name="job-log", daemon=True)
     thread.start()

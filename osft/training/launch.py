@@ -7,6 +7,7 @@ call with the same settings and `resume="auto"` resumes from it. Two calls at on
 refused.
 """
 
+import logging
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from osft import storage
+from osft.models.checkpoint import CheckpointReader
+from osft.models.loading import model_folder
 from osft.models.training_summary import TrainingSummary
 from osft.process.errors import note_in
 from osft.process.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
@@ -32,20 +35,12 @@ from osft.storage.lock import exclusive
 from osft.storage.sealed import write_sealed
 from osft.training.callbacks import Follower, TrainingCallback
 from osft.training.disk_space import check_disk_space
+from osft.training.factors import factor_set, factor_store, named_factors
 from osft.training.identity import MADE_OF, model_contents
-from osft.training.inputs import (
-    check_model,
-    factor_set,
-    factor_store,
-    held_out_selection,
-    local_model,
-    named_factors,
-    prepare_replay,
-    prepare_training_data,
-)
 from osft.training.liger import liger_wanted
 from osft.training.mirror import SETTINGS, SUMMARY, fetch_models, fill, output_folder
 from osft.training.own_text import needs_own_text, own_text
+from osft.training.prepare import check_model, held_out_selection, prepare_replay, prepare_training_data
 from osft.training.result import TrainResult
 from osft.training.resume import check_state_is_of, clear, finished_run, run_uri, state_to_resume
 from osft.training.state import read_position
@@ -53,6 +48,8 @@ from osft.training.state import read_position
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
+
+logger = logging.getLogger(__name__)
 
 
 _WORKER = "osft.training.worker"
@@ -83,8 +80,9 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     output = output_folder(config)
     processes = num_processes(config)
     liger = liger_wanted(config)
-    model = local_model(config)
+    model = CheckpointReader(model_folder(config.model_path)).folder
     found = check_model(config, model)
+    logger.info(found.line())
     data = prepare_training_data(config, model)
     replay = prepare_replay(config, model, data)
     made_of = model_contents(model) | {"dataset": data.key} | named_factors(config)
@@ -237,8 +235,8 @@ def _tell_interruption(error: Exception, signum: signal.Signals) -> None:
     if isinstance(error, ChildFailedError):
         failure = _training_failed(error)
         if failure.exit_code != INTERRUPTED:
-            print(f"train: {failure}", flush=True)
-    print(f"train: ended by {signum.name}; the same call resumes from the state that was saved last", flush=True)
+            logger.error(f"train: {failure}")
+    logger.warning(f"train: ended by {signum.name}; the same call resumes from the state that was saved last")
 
 
 def _training_failed(error: "ChildFailedError") -> TrainingFailed:

@@ -6,11 +6,14 @@ then fail in the first forward pass, so the decision is made before a process st
 """
 
 import importlib.util
+import logging
 
 import torch
 from transformers import PreTrainedModel
 
 from osft.settings.training import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def liger_wanted(config: TrainConfig) -> bool:
@@ -26,10 +29,11 @@ def liger_wanted(config: TrainConfig) -> bool:
 
 def apply_liger(model: PreTrainedModel) -> None:
     """Replace what Liger has kernels for in `model`, in place. A model type that Liger does not know is left alone."""
-    from liger_kernel.transformers import monkey_patch
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
 
-    if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        print(f"train: Liger has no kernels for {model.config.model_type}, training continues without", flush=True)
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        logger.warning(f"train: Liger has no kernels for {model.config.model_type}, training continues without")
         return
     # The loss is ours: only the tokens that count get logits (osft.models.likelihood).
-    monkey_patch._apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False, cross_entropy=False)
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})

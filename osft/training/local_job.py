@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from osft.process.parent import end_with_parent
+from osft.process.termination import end_with_parent
 from osft.training.job import JobStatus, Phase
 
 _LAST_LINES = 40

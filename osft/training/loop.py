@@ -8,25 +8,27 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from osft.data.packing import Batching, Feeding, MicroBatch
+from osft.data.packing import Feeding, MicroBatch
 from osft.data.samples import Samples
-from osft.models.likelihood import token_nll
+from osft.models.likelihood import mean_nll, token_nll
 from osft.models.origin import RoundingLoss
 from osft.process.exit_codes import INTERRUPTED
 from osft.settings.training import TrainConfig
 from osft.subspace.model import refresh
+from osft.training.callbacks import Request
 from osft.training.distillation import NOTHING_DISTILLED, Distillation, DistilledText
 from osft.training.fitting import FittedStep, fit_step
-from osft.training.held_out import mean_nll
 from osft.training.predicted_drift import DriftPrediction
-from osft.training.requests import Request
+
+if TYPE_CHECKING:
+    from osft.training.checkpointing import Checkpointer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,6 @@ class StepMetrics:
     rounding_error: float | None = None
     frozen_share: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -90,7 +88,7 @@ class Step:
 
 @dataclass(slots=True)
 class Position:
-    """How far a run has come; with the model and the optimizer, all that it needs to go on."""
+    """How far a run has come; with the model and the optimizer, all that it needs to be resumed."""
 
     step: int = 0
     samples: int = 0
@@ -115,28 +113,6 @@ class WrittenModel:
     """Relative to the output folder."""
     rounding: RoundingLoss | None
     """On rank 0."""
-
-
-class Saving(Protocol):
-    """What the loop asks of whoever writes its results (`osft.training.outputs`). All ranks call it alike."""
-
-    def model(self, name: str, metrics: StepMetrics) -> WrittenModel:
-        """Write the tuned model after a step under a name."""
-
-    def wanted(self) -> int:
-        """This rank's `Request`."""
-
-    def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
-        """Write the training state, and begin to upload it."""
-
-    def is_uploading(self) -> bool:
-        """Whether this rank uploads a state."""
-
-    def go_on_uploading(self) -> None:
-        """No rank is uploading: do what is next."""
-
-    def settle(self) -> None:
-        """Return when nothing is left to upload."""
 
 
 class InterruptedTraining(SystemExit):
@@ -220,34 +196,30 @@ def run(
     samples: Samples,
     config: TrainConfig,
     *,
-    device: torch.device,
+    feeding: Feeding,
     on_step: Callable[[StepMetrics], None],
     validation: Samples | None = None,
     text: Samples | None = None,
     selection: Samples | None = None,
     prediction: DriftPrediction | None = None,
-    saving: Saving | None = None,
+    checkpointer: "Checkpointer | None" = None,
     position: Position | None = None,
     restore: Callable[[torch.optim.Optimizer], None] | None = None,
-    batching: Batching = Batching.PACKED,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> FittedStep | None:
     """Train `model` in place, from `position` on if it is given (`restore` then fills model and optimizer).
 
-    `text` is what the model wrote itself, for distill_weight and fit_step, and `selection` are the held-out samples by
-    which fit_step chooses; what it found is returned. `prediction`, if given, is asked after each step. `on_step` is
-    called after each step, on every rank with the same values. Raises RuntimeError if the loss is no longer finite, and
-    InterruptedTraining if `saving` requested to end and to be resumed.
+    `feeding` says how samples come to this process's model. `text` is what the model wrote itself, for distill_weight
+    and fit_step, and `selection` are the held-out samples by which fit_step chooses; what it found is returned.
+    `prediction`, if given, is asked after each step. `on_step` is called after each step, on every rank with the same
+    values. Raises RuntimeError if the loss is no longer finite, and InterruptedTraining if `checkpointer` requested to
+    end and to be resumed.
     """
     model.train()
+    device, world_size = feeding.device, feeding.world_size
     optimizer = make_optimizer(model, config, fused=device.type == "cuda" or world_size == 1)
     scheduler = config.make_scheduler(optimizer, num_training_steps=num_steps(len(samples.lengths), config))
     follows_loss = "metrics" in inspect.signature(scheduler.step).parameters
     position = position or Position()
-    feeding = Feeding(
-        max_tokens=config.max_tokens_per_gpu, device=device, batching=batching, rank=rank, world_size=world_size
-    )
     distillation = fitted = None
     if config.distill_weight:
         assert text is not None, "a run that distils has text"
@@ -261,7 +233,7 @@ def run(
     for step in plan_steps(len(samples.lengths), config, after=position.step):
         started = time.perf_counter()
         # What a model draws at random (a router's noise) depends on the step only: a resumed run draws the same.
-        torch.manual_seed((config.seed * 1_000_003 + step.number) * world_size + rank)
+        torch.manual_seed((config.seed * 1_000_003 + step.number) * world_size + feeding.rank)
         num_tokens = sum(samples.lengths[i] for i in step.indices)
         num_loss_tokens = sum(samples.num_loss_tokens[i] for i in step.indices)
         learning_rate = optimizer.param_groups[0]["lr"]
@@ -275,7 +247,8 @@ def run(
             distilled=distilled,
             world_size=world_size,
         )
-        told = torch.tensor([saving.wanted(), saving.is_uploading()] if saving else [Request.NOTHING, 0], device=device)
+        mine = [checkpointer.request(), checkpointer.is_uploading()] if checkpointer else [Request.NOTHING, 0]
+        told = torch.tensor(mine, device=device)
         totals = torch.stack(sums)
         if world_size > 1:
             torch.distributed.all_reduce(totals)
@@ -288,8 +261,8 @@ def run(
                 f"step {step.number}: the loss is {loss} and the gradient norm {norm}. Lower learning_rate "
                 f"({config.learning_rate}) or raise warmup_steps ({config.warmup_steps})"
             )
-        if saving and not is_uploading:
-            saving.go_on_uploading()
+        if checkpointer and not is_uploading:
+            checkpointer.continue_upload()
         seconds = time.perf_counter() - started
         position.step = step.number
         position.samples += len(step.indices)
@@ -322,27 +295,33 @@ def run(
             validation_loss=validation_loss,
             **(fitted.metrics() if fitted else {}),
         )
-        if saving:
-            written = _write_models(saving, config, step, position, metrics, is_last=is_last)
+        if checkpointer:
+            written = _write_models(checkpointer, config, step, position, metrics, is_last=is_last)
             rounding = written[-1].rounding.to_dict() if written and written[-1].rounding else {}
             metrics = replace(metrics, checkpoints=tuple(model.path for model in written), **rounding)
         on_step(metrics)
         if is_last:
-            if saving:
-                saving.settle()
+            if checkpointer:
+                checkpointer.settle()
             break
-        if saving and (request in (Request.SAVE_STATE, Request.INTERRUPT) or _state_due(step, config)):
+        if checkpointer and (request in (Request.SAVE_STATE, Request.INTERRUPT) or _state_due(step, config)):
             position.scheduler = {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
             position.learning_rate = optimizer.param_groups[0]["lr"]
-            saving.state(optimizer, position)
+            checkpointer.state(optimizer, position)
             if request == Request.INTERRUPT:
-                saving.settle()
+                checkpointer.settle()
                 raise InterruptedTraining(INTERRUPTED)
     return fitted
 
 
 def _write_models(
-    saving: Saving, config: TrainConfig, step: Step, position: Position, metrics: StepMetrics, *, is_last: bool
+    checkpointer: "Checkpointer",
+    config: TrainConfig,
+    step: Step,
+    position: Position,
+    metrics: StepMetrics,
+    *,
+    is_last: bool,
 ) -> list[WrittenModel]:
     """Write the models that are due after a step, the best one by validation loss first."""
     written = []
@@ -352,10 +331,10 @@ def _write_models(
     if validation_loss is not None and (best is None or validation_loss < best):
         position.best_validation_loss = validation_loss
         if config.save_best_val_loss:
-            written.append(saving.model(f"{name}_best_val_loss", metrics))
+            written.append(checkpointer.model(f"{name}_best_val_loss", metrics))
             position.best_checkpoint = written[-1].path
     if (is_last and config.save_final_checkpoint) or (step.ends_epoch and config.checkpoint_at_epoch):
-        written.append(saving.model(name, metrics))
+        written.append(checkpointer.model(name, metrics))
     return written
 
 

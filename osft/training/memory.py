@@ -6,15 +6,19 @@ no values, shows every tensor that autograd saves.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface, PreTrainedModel
 
 from osft.data.packing import MicroBatch
 from osft.models.likelihood import ELEMENTS_AT_ONCE, target_logits
+from osft.process.private_names import set_attention
 from osft.subspace.model import osft_layers
 from osft.subspace.targets import transformer_blocks
 from osft.training.sharded_model import local_rows
@@ -126,18 +130,16 @@ def count_activations(model: PreTrainedModel, batch: MicroBatch) -> Activations:
     Model and batch are on the same device, meta or another. The logits and the loss are not counted.
     """
     fixed = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    alive: list[torch.Tensor] = []  # a storage that is freed gives its address to another
-    size: dict[int, int] = {}
-    saved: dict[int | None, set[int]] = {None: set()}
-    inputs: set[int] = set()
+    size: dict[StorageWeakRef, int] = {}
+    saved: dict[int | None, set[StorageWeakRef]] = {None: set()}
+    inputs: set[StorageWeakRef] = set()
     block: int | None = None
 
-    def count(tensor: torch.Tensor, into: set[int]) -> None:
-        address = _storage(tensor)
-        if address not in fixed:
-            alive.append(tensor)
-            size[address] = tensor.untyped_storage().nbytes()
-            into.add(address)
+    def count(tensor: torch.Tensor, into: set[StorageWeakRef]) -> None:
+        storage = _storage(tensor)
+        if storage not in fixed:
+            size[storage] = tensor.untyped_storage().nbytes()
+            into.add(storage)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         count(tensor, saved[block])
@@ -170,8 +172,8 @@ def count_activations(model: PreTrainedModel, batch: MicroBatch) -> Activations:
             handle.remove()
     del logits
 
-    def total(addresses: Iterable[int]) -> int:
-        return sum(size[address] for address in addresses)
+    def total(storages: Iterable[StorageWeakRef]) -> int:
+        return sum(size[storage] for storage in storages)
 
     outside = saved.pop(None)
     return Activations(
@@ -221,13 +223,13 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _flash(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
     return _FusedAttention.apply(query, key, value, None), None
 
 
 def _sdpa(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
     """PyTorch's attention with the mask that keeps packed samples apart.
 
@@ -239,7 +241,7 @@ def _sdpa(
 
 
 def _eager(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any, **_: Any
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _mask: Any = None, **_: Any
 ) -> tuple[torch.Tensor, None]:
     key, value = _all_heads(query, key, value)
     scores = torch.softmax(query @ key.mT, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -264,12 +266,15 @@ def use_counted_attention(model: PreTrainedModel, attn_implementation: str) -> s
     Returns its kind: "sdpa", "eager", or "flash" for every other, all of which keep no matrix of T x T numbers.
     """
     kind = attn_implementation if attn_implementation in ("sdpa", "eager") else "flash"
-    model.config._attn_implementation = f"osft_counted_{kind}"
+    set_attention(model.config, f"osft_counted_{kind}")
+    with suppress(StrictDataclassError):  # a configuration that has to have one, whose model does not look for it
+        model.config.pad_token_id = None  # else padding is looked for, in numbers that shapes do not have
     return kind
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _storage(tensor: torch.Tensor) -> StorageWeakRef:
+    """What tells storages apart, on any device; while it is there, no other storage gets the address."""
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _first_rows_bytes(tensor: torch.Tensor, world_size: int) -> int:

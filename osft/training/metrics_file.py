@@ -10,11 +10,14 @@ What is read may be cut, old, or not there for a while, and what was read may be
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from osft import storage
 from osft.training.mirror import METRICS
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {"step": int, "epoch": int | float, "checkpoints": list}
 _OTHERS = ("loss", "learning_rate", "validation_loss")
@@ -77,7 +80,7 @@ class MetricsFile:
     def _tell(self, line: bytes) -> None:
         if line not in self._told:
             self._told.add(line)
-            print(f"train: a damaged line of {self._location} is passed over: {line[:80]!r}", flush=True)
+            logger.warning(f"train: a damaged line of {self._location} is passed over: {line[:80]!r}")
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

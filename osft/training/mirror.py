@@ -17,6 +17,7 @@ is owned by one process at a time (`osft.storage.lock`); one that was taken over
 summary.
 """
 
+import logging
 import os
 import shutil
 import threading
@@ -30,6 +31,8 @@ from osft import storage
 from osft.settings.training import TrainConfig
 from osft.storage.atomic import atomic_path
 from osft.storage.lock import check_owner
+
+logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 10.0
 METRICS, SUMMARY, SETTINGS = "metrics.jsonl", "training.json", "config.json"
@@ -190,7 +193,7 @@ class Mirror:
             self._publish_metrics()
             request = storage.read(storage.join(self._uri, STOP_FILE))
         except Exception as error:  # of any object store's client; whoever follows elsewhere waits for the next try
-            print(f"train: the metrics could not be published, trying again later: {error}", flush=True)
+            logger.warning(f"train: the metrics could not be published, trying again later: {error}")
             return
         if request:
             with atomic_path(self.folder / STOP_FILE) as temporary:

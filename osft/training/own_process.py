@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from osft.process.parent import end_with_parent
+from osft.process import logs
+from osft.process.termination import end_with_parent
 
 _RAISED: dict[str, type[Exception]] = {
     error.__name__: error for error in (ValueError, FileNotFoundError, ConnectionError, PermissionError, OSError)
@@ -46,6 +47,7 @@ def in_own_process(module: str, work: dict[str, Any]) -> dict[str, Any]:
 
 def answer(step: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     """What the module of such a process does: the step with what it was given, and writing down what came of it."""
+    logs.configure()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt at a terminal goes to the parent, too, which ends this
     given, outcome = (Path(argument) for argument in sys.argv[1:])
     try:

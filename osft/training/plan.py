@@ -17,6 +17,7 @@ from osft.data.chat import Sample
 from osft.data.packing import Batching, collate
 from osft.data.selection import selection_size
 from osft.models.loading import empty_model, model_folder
+from osft.process.private_names import attention_of
 from osft.settings.schedule import warmup_warning
 from osft.settings.training import TrainConfig
 from osft.subspace.decomposition import SplitKind, split_of_inputs, unfrozen_rank
@@ -25,7 +26,6 @@ from osft.subspace.preflight import Preflight
 from osft.subspace.rank_allocation import allocate_ranks
 from osft.subspace.targets import Target, select_targets
 from osft.training.data_counts import DataCounts, count_data
-from osft.training.inputs import check_model
 from osft.training.loop import num_steps
 from osft.training.memory import (
     FRAGMENTATION,
@@ -38,6 +38,7 @@ from osft.training.memory import (
     static_lines,
     use_counted_attention,
 )
+from osft.training.prepare import check_model
 
 GPUS_PER_NODE = 8
 """Where nproc_per_node is no number."""
@@ -80,6 +81,8 @@ class TrainingPlan:
     gpu_memory_gib: float
     smallest_fit: int | None
     """The number of GPUs that suffices; None if no number does."""
+    activations_counted: bool
+    """False for an architecture that cannot be computed on shapes alone: the memory is then without activations."""
     notes: tuple[str, ...]
     """What to know about the numbers, and what to change where they are too large."""
 
@@ -116,8 +119,8 @@ class TrainingPlan:
         """Whether, and on how many GPUs, the run fits."""
         if self.smallest_fit is None:
             return f"It fits on no number of GPUs of {self.gpu_memory_gib:g} GiB."
-        plural = "" if self.smallest_fit == 1 else "s"
-        return f"It fits on {self.smallest_fit} GPU{plural} of {self.gpu_memory_gib:g} GiB (estimated)."
+        without = "" if self.activations_counted else ", without the activations, which could not be counted"
+        return f"It fits on {_gpus(self.smallest_fit)} of {self.gpu_memory_gib:g} GiB (estimated{without})."
 
     def __repr__(self) -> str:
         lines = [f"TrainingPlan of {self.model_path}"]
@@ -139,7 +142,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     that cannot work and models that cannot be trained, as training itself.
     """
     folder = model_folder(config.model_path, weights=False)
-    found = check_model(config, folder, report=lambda _: None)
+    found = check_model(config, folder)
     model, total_parameters, notes = _described_model(config, folder)
     data = count_data(config, folder)
     if data.tokens is None:
@@ -162,15 +165,20 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
         notes.insert(0, warning)
 
     layers = [layer for _, layer in osft_layers(model)]
-    attention = config.attn_implementation or model.config._attn_implementation
+    attention = config.attn_implementation or attention_of(model.config)
     if attention == "sdpa" and found.batching is Batching.PADDED:
         attention = "flash"  # a row that holds one sample needs no mask, and SDPA without one saves as little
     kind = use_counted_attention(model, attention)
     tokens = config.max_tokens_per_gpu
     loss_tokens = math.ceil(data.largest_loss_share * tokens)
     batch = collate([Sample([0] * tokens, [0] * tokens)], found.batching).to("meta")
-    activations = count_activations(model, batch)
-    fixed = [_activations_line(activations, config, kind, model), logits_line(model, loss_tokens)]
+    try:
+        activations = count_activations(model, batch)
+    except Exception as error:  # of an architecture that computes with numbers or masks, which shapes do not have
+        activations = None
+        problem = f"{type(model).__name__} cannot be computed on shapes alone ({type(error).__name__}: {error})"
+        notes.insert(0, f"The memory is without activations, and so too small: {problem}.")
+    fixed = [_activations_line(activations, config, kind), logits_line(model, loss_tokens)]
 
     def estimate(gpus: int) -> MemoryEstimate:
         lines = [*static_lines(model, gpus), gathered_line(model, gpus), *fixed]
@@ -182,7 +190,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     columns = {*_asked_for(config), *([smallest] if smallest else [])}
     if smallest is None:
         notes.append(_remedy(sizes[-1], config, gpu_memory_gib))
-    if not config.gradient_checkpointing and smallest != 1:
+    if activations and not config.gradient_checkpointing and smallest != 1:
         less = activations.total(gradient_checkpointing=False) - activations.total(gradient_checkpointing=True)
         fewer = next((e.gpus for e in sizes if e.bytes - (1 + FRAGMENTATION) * less <= gpu_memory_gib * 2**30), None)
         if fewer and fewer != smallest:
@@ -202,6 +210,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
         memory=tuple(estimate(gpus) for gpus in sorted(columns)),
         gpu_memory_gib=gpu_memory_gib,
         smallest_fit=smallest,
+        activations_counted=activations is not None,
         notes=tuple(notes),
     )
 
@@ -257,7 +266,9 @@ def _planned_split(
     }, split_kinds
 
 
-def _activations_line(activations: Activations, config: TrainConfig, kind: str, model: PreTrainedModel) -> MemoryLine:
+def _activations_line(activations: Activations | None, config: TrainConfig, kind: str) -> MemoryLine:
+    if activations is None:
+        return MemoryLine("activations", 0, "not counted: the architecture cannot be computed on shapes alone")
     tokens = config.max_tokens_per_gpu
     if config.gradient_checkpointing:
         parts = "with gradient checkpointing: each block's input, and one block computed again"

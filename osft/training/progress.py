@@ -1,8 +1,10 @@
 """Metrics on disk and progress on the terminal."""
 
 import json
+import logging
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -12,13 +14,15 @@ from tqdm import tqdm
 from osft.storage.atomic import atomic_path
 from osft.training.loop import StepMetrics
 
+logger = logging.getLogger(__name__)
+
 _LINE_INTERVAL_SECONDS = 10.0
 
 
 class Progress:
     """Appends each step to a JSON-lines file and shows it: a bar on a terminal, now and then a line in a log.
 
-    A run that goes on after step `done` keeps the file's lines up to there.
+    A run that resumes after step `done` keeps the file's lines up to there.
     """
 
     def __init__(self, total_steps: int, metrics_file: Path, *, done: int = 0, enabled: bool) -> None:
@@ -42,7 +46,7 @@ class Progress:
         """Record one step."""
         if self._lines is None:
             return
-        self._lines.write(json.dumps(metrics.to_dict()) + "\n")
+        self._lines.write(json.dumps(asdict(metrics)) + "\n")
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{metrics.loss:.4f}", tokens_per_second=f"{metrics.tokens_per_second:.0f}")
             self._bar.update()
@@ -56,10 +60,9 @@ class Progress:
                 shown += f"  validation {metrics.validation_loss:.4f}"
             if metrics.predicted_drift is not None:
                 shown += f"  drift {metrics.predicted_drift:.4f}"
-            print(
+            logger.info(
                 f"step {metrics.step}/{self._total}  {shown}  lr {metrics.learning_rate:.2e}  "
                 f"{metrics.tokens_per_second:.0f} tokens/s  {remaining:.0f} s left",
-                flush=True,
             )
 
     def __exit__(

@@ -15,6 +15,7 @@ resume="off"                                   removes what is there and trains 
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from osft.training.identity import MADE_OF, cannot_be_compared, differences
 from osft.training.mirror import METRICS, MODELS, POSITION, SETTINGS, STOP_FILE, SUMMARY
 from osft.training.result import TrainResult
 from osft.training.state import check_state, complete, newest_state, read_position
+
+logger = logging.getLogger(__name__)
 
 _TRAIN_AGAIN = "Give resume='off' to train from the beginning, or another ckpt_output_dir"
 _RESUME_OR_TRAIN_AGAIN = "Remove it to resume from the newest training state, or give resume='off' to begin again"
@@ -49,7 +52,7 @@ def finished_run(config: TrainConfig, output: Path, made_of: dict[str, str]) -> 
     if summary.metrics_sha256:
         _check_metrics(output / METRICS, summary.steps, summary.metrics_sha256, _TRAIN_AGAIN)
     if gone := _gone(config, output, summary.checkpoints, summary.checkpoint_files):
-        print(f"train: {output} was finished, but {', '.join(gone)} is not there or not whole any more", flush=True)
+        logger.warning(f"train: {output} was finished, but {', '.join(gone)} is not there or not whole any more")
         return None
     return TrainResult(output, summary, reused=True, uri=run_uri(config))
 
@@ -90,9 +93,9 @@ def state_to_resume(config: TrainConfig, output: Path, made_of: dict[str, str]) 
     if position.get("metrics_sha256") and (output / METRICS).is_file():
         _check_metrics(output / METRICS, position["step"], position["metrics_sha256"], _TRAIN_AGAIN)
     if gone := _gone(config, output, models_until(output, position["step"]), {}):
-        print(f"train: {', '.join(gone)} is gone from {output}: trained again from the beginning", flush=True)
+        logger.warning(f"train: {', '.join(gone)} is gone from {output}: trained again from the beginning")
         return None
-    print(f"train: resumes from {state}", flush=True)
+    logger.info(f"train: resumes from {state}")
     return state
 
 
@@ -160,10 +163,9 @@ def _check_same_run(
             "Give another ckpt_output_dir, or resume='off' to replace that run"
         )
     if unknown := cannot_be_compared(recorded, made_of):
-        print(
+        logger.warning(
             f"train: the run in {output} is of a release that did not write down the hashes of {', '.join(unknown)}: "
             "they cannot be compared. What is known of it is the same",
-            flush=True,
         )
 
 

@@ -14,7 +14,7 @@ content; no copy goes with the model, whose size they have a tenth to two thirds
     is a base model                                 the same
 """
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from osft import storage
 from osft.data.chat import Sample
 from osft.data.files import data_name
-from osft.data.packing import Batching
+from osft.data.packing import Feeding
 from osft.data.samples import Samples
 from osft.models.loading import empty_model
 from osft.models.origin import StoredStatistics, read_origin
@@ -34,6 +34,8 @@ from osft.subspace.calibration import measure
 from osft.subspace.statistics_store import load_statistics, save_statistics, statistics_address
 from osft.subspace.targets import select_targets
 
+logger = logging.getLogger(__name__)
+
 
 def carried_statistics(
     model: Path,
@@ -41,20 +43,21 @@ def carried_statistics(
     subspace: SubspaceConfig,
     *,
     trust_remote_code: bool = False,
-    report: Callable[[str], None] = print,
 ) -> str | None:
     """The path or URI of the statistics that the model in a folder carries, of all target weights at least.
 
     They are looked for in `store` by their content, and where the model says that they are. None for a model that has
-    none that can be used; why not is reported. Raises DamagedFile for statistics that are not what was written.
+    none that can be used; a warning says why not. Raises DamagedFile for statistics that are not what was written.
     """
     origin = read_origin(model)
     if origin is None:
         return None
     named = origin.statistics
-    anew = "what it knows is measured now, on text that it writes itself"
+    instead = "what it knows is measured now, on text that it writes itself"
     if named is None:
-        report(f"statistics: {model} was tuned without protect='activations', or by an older release: {anew}")
+        logger.warning(
+            f"statistics: {model} was tuned without protect='activations', or by an older release: {instead}"
+        )
         return None
     targets = select_targets(empty_model(model, trust_remote_code=trust_remote_code), subspace.target_patterns)
     places = dict.fromkeys((statistics_address(store, named.sha256), named.address))
@@ -66,15 +69,15 @@ def carried_statistics(
             continue  # others have been put in their place
         known = {target for layer in found.layout for target in layer}
         if missing := [target.name for target in targets if target.name not in known]:
-            report(
-                f"statistics: {address}, which {model} carries, has nothing of {missing[0]}: {anew}, and what earlier "
-                "rounds learned is kept only as far as that text shows it"
+            logger.warning(
+                f"statistics: {address}, which {model} carries, has nothing of {missing[0]}: {instead}, and what "
+                "earlier rounds learned is kept only as far as that text shows it"
             )
             return None
         return address
-    report(
-        f"statistics: WARNING: {named.address}, which {model} carries, is not there any more: {anew}, and what earlier "
-        "rounds learned is kept only as far as that text shows it. Put them back, if there is a copy"
+    logger.warning(
+        f"statistics: {named.address}, which {model} carries, is not there any more: {instead}, and what "
+        "earlier rounds learned is kept only as far as that text shows it. Put them back, if there is a copy"
     )
     return None
 
@@ -94,25 +97,16 @@ class RoundStatistics:
         folder: Path,
         data_uri: str,
         start: str,
-        batching: Batching,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
+        feeding: Feeding,
     ) -> None:
         """`model`: in training, of the checkpoint in `folder`. `start`: path or URI of statistics, in their store."""
         self._model, self._seed, self._data_uri, self._start = model, config.seed, data_uri, start
-        self._how: dict[str, Any] = {
-            "device": device,
-            "batching": batching,
-            "max_tokens": config.max_tokens_per_gpu,
-            "rank": rank,
-            "world_size": world_size,
-        }
+        self._feeding = feeding
         shared: list[Any] = [None]
-        if rank == 0:
+        if feeding.rank == 0:
             before = load_statistics(start)
             shared = [({target for layer in before.layout for target in layer}, before.parts[0].num_tokens)]
-        if world_size > 1:
+        if feeding.world_size > 1:
             torch.distributed.broadcast_object_list(shared, src=0)
         ((names, num_tokens),) = shared
         # Not only of what is trained now: a sum is of the same weights as its parts.
@@ -129,10 +123,10 @@ class RoundStatistics:
             name=data_name(self._data_uri),
             source=self._data_uri,
             seed=self._seed,
-            onto=None if self._how["rank"] else load_statistics(self._start),
-            **self._how,
+            onto=None if self._feeding.rank else load_statistics(self._start),
+            feeding=self._feeding,
         )
-        if self._how["rank"]:
+        if self._feeding.rank:
             return None
         address = save_statistics(total, self._start.rsplit("/", 2)[0])
         return StoredStatistics(address=address, sha256=load_statistics(address).sha256)

@@ -43,7 +43,7 @@ from osft.data.samples import Samples
 from osft.models.likelihood import cross_entropy, target_logits
 from osft.models.training_summary import SamplingQuality
 from osft.subspace.calibration import sample_tokens
-from osft.subspace.model import osft_layers
+from osft.subspace.model import coefficients_of, osft_layers, set_update_
 from osft.subspace.weight import local
 
 DRAWS = 200
@@ -78,12 +78,12 @@ def sampled_drift(
     Each sample is read until there are at least `draws` draws. The model's update is as before when it returns.
     """
     layers = dict(osft_layers(model))
-    updates = {name: local(layer.coefficients).detach().clone() for name, layer in layers.items()}
+    updates = coefficients_of(model)
     few = replace(feeding, max_tokens=max(text.lengths))  # a micro-batch is a draw
     squares = torch.zeros(len(layers), dtype=torch.float64, device=feeding.device)
     fourth_powers = torch.zeros_like(squares)
     done = repeats = 0
-    _set_(model, updates, 0.0)
+    set_update_(model, updates, 0.0)
     model.eval()
     while done < draws:
         for indices, batch in few.batches(text):
@@ -100,7 +100,7 @@ def sampled_drift(
             fourth_powers += products**4
             done += 1
         repeats += 1
-    _set_(model, updates, 1.0)
+    set_update_(model, updates, 1.0)
     model.train()
     drift = squares / (2 * repeats * sum(text.num_loss_tokens))
     variances = done * fourth_powers / squares.square().clamp_min(1e-300) - 1  # of a draw's square, relative
@@ -135,10 +135,3 @@ def _product(coefficients: nn.Parameter, update: torch.Tensor) -> torch.Tensor:
     if gradient is None:  # of an expert that no token reached
         return torch.zeros((), dtype=torch.float64, device=update.device)
     return (local(gradient) * update).sum(dtype=torch.float64)
-
-
-@torch.no_grad()
-def _set_(model: nn.Module, updates: dict[str, torch.Tensor], scale: float) -> None:
-    for name, layer in osft_layers(model):
-        torch.mul(updates[name], scale, out=local(layer.coefficients))
-        layer.recompute_()

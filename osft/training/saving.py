@@ -1,7 +1,7 @@
 """Writing the tuned model: a plain Hugging Face folder, and beside its rounded weights what makes them exact again.
 
 The exact weight is W = W0 + D in float32, D = L X R^T the update. What is served is W in the dtype of the base model,
-or in `save_dtype`. Where that has fewer bits than W, the difference is kept in exact/ (`osft.models.residual`), and
+or in `save_dtype`. Where that has fewer bits than W, the difference is kept in exact/ (`osft.models.rounding`), and
 what the rounding did to the update is measured, for each weight, with D' = W' - W0 the update that is served:
 
     update_lost      1 - <D', D> / |D|^2     the share of the update that is not in D' (negative: D' overshoots)
@@ -11,7 +11,6 @@ what the rounding did to the update is measured, for each weight, with D' = W' -
 What was not trained, and a weight whose update is zero, is written byte for byte as it came.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from osft.models import residual
 from osft.models.checkpoint import SavedTensor, write_checkpoint
-from osft.models.conversion import Group, ModelWeights
+from osft.models.conversion import ModelWeights, TensorGroup
 from osft.models.origin import RoundingLoss
-from osft.models.rounding import generator_of, round_weight
+from osft.models.rounding import UpdateSums, encode_residual, generator_of, round_weight
 from osft.settings.run import Rounding
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.model import osft_layers
@@ -66,7 +64,7 @@ def save_merged(
     rank 0 writes, one weight or stack of experts at a time, and gets what was written.
     """
     layers = {name + layer.tensor_suffix: (name, layer) for name, layer in osft_layers(model)}
-    writer = _Writer(stored, save_dtype, _Rounder(rounding, seed), trained=list(layers))
+    writer = _Writer(stored, save_dtype, rounding, seed, trained=list(layers))
 
     def tensors() -> Iterator[SavedTensor]:
         for group in stored.groups:
@@ -98,18 +96,20 @@ def save_merged(
 class _Writer:
     """Rounds and measures, on rank 0."""
 
-    def __init__(self, stored: ModelWeights, save_dtype: str, rounder: "_Rounder", *, trained: Sequence[str]) -> None:
-        self._stored, self._round = stored, rounder
+    def __init__(
+        self, stored: ModelWeights, save_dtype: str, rounding: Rounding, seed: int, *, trained: Sequence[str]
+    ) -> None:
+        self._stored, self._rounding, self._seed = stored, rounding, seed
         self._main_dtype = stored.served_dtype(trained[0])
         self._starts_from_exact = stored.are_exact(trained)
         self.new_dtype: torch.dtype | None = None if save_dtype == "auto" else getattr(torch, save_dtype)
         """What the stored dtype of the trained weights becomes; None: it stays."""
         self._losses: dict[str, RoundingLoss] = {}
-        self._sums = _Sums()
+        self._sums = UpdateSums()
         self._dtypes: set[torch.dtype] = set()
-        self._rounded = False
+        self._has_rounded = False
 
-    def group(self, group: Group, trained: Mapping[str, "_Trained"]) -> Iterator[SavedTensor]:
+    def group(self, group: TensorGroup, trained: Mapping[str, "_Trained"]) -> Iterator[SavedTensor]:
         """The stored tensors that a group of the model's becomes. `trained`: those that were, by the model's name."""
         exact, served = {}, {}
         for name, one in trained.items():
@@ -122,7 +122,8 @@ class _Writer:
                 continue
             whole = split.weight()
             rounded = self._round(one, whole, dtype)
-            sums = _Sums.of(split, update, rounded)
+            moved = rounded.float() - split.base.float()
+            sums = UpdateSums.of(update, moved, moved - split.free_part(moved))
             self._sums.add(sums)
             self._losses[target] = sums.loss()
             exact[name], served[name] = whole.cpu(), rounded.cpu()
@@ -149,7 +150,7 @@ class _Writer:
         return SavedModel(
             starts_from_exact=self._starts_from_exact,
             dtype=" and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self._dtypes)),
-            rounding=self._round.method if self._rounded else "none",
+            rounding=self._rounding if self._has_rounded else "none",
             total=self._sums.loss(),
             weights=self._losses,
         )
@@ -157,8 +158,20 @@ class _Writer:
     def _saved(self, name: str, exact: torch.Tensor, served: torch.Tensor) -> SavedTensor:
         if torch.equal(exact.float(), served.float()):
             return SavedTensor(name, served)
-        self._rounded = True
-        return SavedTensor(name, served, residual.encode(exact, served))
+        self._has_rounded = True
+        return SavedTensor(name, served, encode_residual(exact, served))
+
+    def _round(self, trained: "_Trained", exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The exact weight of a target in `dtype`."""
+        return round_weight(
+            exact,
+            trained.split.base,
+            dtype,
+            "nearest" if self._rounding == "compensated" and trained.moments is None else self._rounding,
+            moments=trained.moments,
+            transposed=isinstance(trained.layer, OSFTLinear) and trained.layer.transposed,
+            generator=generator_of(trained.target, self._seed) if self._rounding == "stochastic" else None,
+        )
 
     def _dtype(self, name: str) -> torch.dtype:
         """In which a stored tensor is written. What has a dtype of its own (float32 in a bfloat16 model) keeps it."""
@@ -175,71 +188,3 @@ class _Trained:
     split: Split
     moments: torch.Tensor | None
     """(n, n), of its inputs."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Rounder:
-    """Rounds a target's weight."""
-
-    method: Rounding
-    seed: int
-
-    def __call__(self, trained: "_Trained", exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The exact weight in `dtype`."""
-        return round_weight(
-            exact,
-            trained.split.base,
-            dtype,
-            "nearest" if self.method == "compensated" and trained.moments is None else self.method,
-            moments=trained.moments,
-            transposed=isinstance(trained.layer, OSFTLinear) and trained.layer.transposed,
-            generator=generator_of(trained.target, self.seed) if self.method == "stochastic" else None,
-        )
-
-
-@dataclass(slots=True)
-class _Sums:
-    """Squared norms and products of updates, which add up over weights."""
-
-    update: float = 0.0
-    """|D|^2."""
-    served: float = 0.0
-    """|D'|^2."""
-    product: float = 0.0
-    """<D', D>."""
-    difference: float = 0.0
-    """|D' - D|^2."""
-    outside: float = 0.0
-    """|D' - P D'|^2."""
-
-    @classmethod
-    def of(cls, split: Split, update: torch.Tensor, rounded: torch.Tensor) -> "_Sums":
-        """Those of one weight."""
-        served = rounded.float() - split.base.float()
-        outside = served - split.free_part(served)
-        return cls(
-            update=_square(update),
-            served=_square(served),
-            product=torch.sum(served * update, dtype=torch.float64).item(),
-            difference=_square(served - update),
-            outside=_square(outside),
-        )
-
-    def add(self, other: "_Sums") -> None:
-        """Add those of another weight."""
-        for name in self.__dataclass_fields__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def loss(self) -> RoundingLoss:
-        """The shares."""
-        if not self.update:
-            return RoundingLoss(update_lost=None, rounding_error=None, frozen_share=None)
-        return RoundingLoss(
-            update_lost=1 - self.product / self.update,
-            rounding_error=math.sqrt(self.difference / self.update),
-            frozen_share=math.sqrt(self.outside / self.served) if self.served else None,
-        )
-
-
-def _square(tensor: torch.Tensor) -> float:
-    return torch.sum(tensor.square(), dtype=torch.float64).item()

@@ -19,6 +19,7 @@ from osft.models.checkpoint import CheckpointReader
 from osft.models.conversion import ModelWeights
 from osft.models.loading import empty_model
 from osft.models.weight_files import check_finite
+from osft.process.private_names import map_tensors
 from osft.settings.training import TrainConfig
 from osft.subspace.factor_set import FactorSet, check_settings, check_weights, load_factor_set
 from osft.subspace.model import inject_empty, osft_layers
@@ -73,7 +74,7 @@ def load_sharded(
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     _load_bases(model, stored, factors, device, mesh)
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    map_tensors(model, lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     for first, *others in ties:  # the line above makes two of a tied weight
         for other in others:
             owner, _, leaf = other.rpartition(".")

@@ -1,4 +1,4 @@
-"""The training state on disk, from which a run that was killed goes on.
+"""The training state on disk, from which a run that was killed resumes.
 
     <ckpt_output_dir>/state/step-<n>/    coefficients and optimizer state (torch.distributed.checkpoint, each process
                                          its shard) and position.json, which makes it complete

@@ -7,7 +7,7 @@ Those of a lineage are handed on (`osft.training.round_statistics`): what the ba
 without, such as a base model, is measured on text that it writes itself, and on records that are given.
 """
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from osft import storage
 from osft.data.chat import Sample, tokenize
 from osft.data.files import data_files
-from osft.data.packing import Batching
+from osft.data.packing import Batching, Feeding
 from osft.data.records import read_records
 from osft.data.self_written import FORMAT, as_samples, save_texts
 from osft.models.loading import load_model
@@ -37,6 +37,8 @@ from osft.training.identity import model_contents
 from osft.training.own_text import default_text_tokens, written_text
 from osft.training.round_statistics import carried_statistics
 
+logger = logging.getLogger(__name__)
+
 MAX_TOKENS = 2048
 """Of a micro-batch, and of a record of calibration_data."""
 
@@ -49,24 +51,23 @@ def calibrated(
     batching: Batching,
     device: str,
     trust_remote_code: bool = False,
-    report: Callable[[str], None] = print,
 ) -> str:
     """The path or URI, below `store`, of the statistics for a model: those that it carries, or measured now, once.
 
     Raises FileNotFoundError or DamagedFile for carried ones that are not what was written, DataError for bad records of
     calibration_data, ValueError for a model that writes no text.
     """
-    if carried := carried_statistics(model, store, subspace, trust_remote_code=trust_remote_code, report=report):
+    if carried := carried_statistics(model, store, subspace, trust_remote_code=trust_remote_code):
         statistics = load_statistics(carried)
-        report(f"statistics: {_described(statistics)}, carried by the model ({carried})")
+        logger.info(f"statistics: {_described(statistics)}, carried by the model ({carried})")
         if subspace.calibration_data:
-            report(
+            logger.warning(
                 "statistics: calibration_data is not read: what a model carries is more than it is measured on again"
             )
         return carried if carried.startswith(f"{store}/") else save_statistics(statistics, store)
     key = statistics_key(**_made_of(model, subspace))
     if found := find_statistics(store, key):
-        report(f"statistics: reused {found}")
+        logger.info(f"statistics: reused {found}")
         return found
     statistics = _measured(
         model,
@@ -75,10 +76,9 @@ def calibrated(
         batching=batching,
         device=device,
         trust_remote_code=trust_remote_code,
-        report=report,
     )
     address = save_statistics(statistics, store, key)
-    report(f"statistics: measured {_described(statistics)} ({address})")
+    logger.info(f"statistics: measured {_described(statistics)} ({address})")
     return address
 
 
@@ -103,7 +103,6 @@ def _measured(
     batching: Batching,
     device: str,
     trust_remote_code: bool,
-    report: Callable[[str], None],
 ) -> Statistics:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -124,18 +123,17 @@ def _measured(
         described = f"written by the model, seed {subspace.calibration_seed}, "
         texts["base"] = (described + f"temperature {subspace.calibration_temperature:g}", samples)
     if subspace.calibration_data:
-        given = _given(subspace.calibration_data, tokenizer, num_tokens or default, report)
+        given = _given(subspace.calibration_data, tokenizer, num_tokens or default)
         texts["calibration_data"] = (subspace.calibration_data, given)
     weights = model_contents(folder)["weights"]
+    feeding = Feeding(max_tokens=MAX_TOKENS, device=torch.device(device), batching=batching)
     statistics: Statistics | None = None
     for name, (source, samples) in texts.items():
         statistics = measure(
             model,
             targets,
             samples,
-            device=device,
-            max_tokens=MAX_TOKENS,
-            batching=batching,
+            feeding=feeding,
             name=name,
             source=source,
             model_sha256=weights,
@@ -145,7 +143,7 @@ def _measured(
     return statistics
 
 
-def _given(uri: str, tokenizer: Any, num_tokens: int, report: Callable[[str], None]) -> list[Sample]:
+def _given(uri: str, tokenizer: Any, num_tokens: int) -> list[Sample]:
     """Records up to `num_tokens`, those with the smallest content hashes: whatever the files' order."""
     distinct = {record.content_hash: record for record in read_records(uri, allow_text=True)}
     chosen: list[list[int]] = []
@@ -153,7 +151,7 @@ def _given(uri: str, tokenizer: Any, num_tokens: int, report: Callable[[str], No
         chosen.append(tokenize(distinct[key], tokenizer, max_text_tokens=MAX_TOKENS).input_ids[:MAX_TOKENS])
         if sum(map(len, chosen)) >= num_tokens:
             break
-    report(f"statistics: {len(chosen):,} of {len(distinct):,} records of {uri}, for {num_tokens:,} tokens")
+    logger.info(f"statistics: {len(chosen):,} of {len(distinct):,} records of {uri}, for {num_tokens:,} tokens")
     return as_samples(chosen)
 
 

@@ -1,11 +1,13 @@
 """One training process. Started by torchrun's agent: `python -m osft.training.worker WORK.json`."""
 
 import json
+import logging
 import os
 import resource
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from osft.data.packing import Feeding
 from osft.data.samples import JoinedSamples, SampleList, Samples, SubsetOfSamples
 from osft.models.checkpoint import tensor_sha256
 from osft.models.conversion import ModelWeights
+from osft.models.low_rank import effective_rank
 from osft.models.origin import Origin, read_origin
 from osft.models.training_summary import (
     PreflightResult,
@@ -29,26 +32,26 @@ from osft.models.training_summary import (
     TrainingSummary,
     WeightSummary,
 )
+from osft.process import logs
 from osft.process.errors import noted
-from osft.process.parent import end_with_parent
+from osft.process.termination import end_with_parent
 from osft.settings.schedule import warmup_warning
 from osft.settings.training import TrainConfig
 from osft.storage.atomic import write_json
 from osft.storage.sealed import write_sealed
 from osft.subspace.decomposition import SplitKind, num_directions
-from osft.subspace.effective_rank import effective_rank
 from osft.subspace.factor_set import SplitWeight, load_factor_set
 from osft.subspace.model import osft_layers
 from osft.subspace.preflight import Preflight
 from osft.subspace.statistics_store import stored_output_moments
+from osft.training.checkpointing import Checkpointer
 from osft.training.identity import MADE_OF
-from osft.training.inputs import wants_validation
 from osft.training.liger import apply_liger
 from osft.training.loop import Position, StepMetrics, num_steps, run
 from osft.training.mirror import METRICS, SUMMARY, Mirror
-from osft.training.outputs import Outputs
 from osft.training.own_text import read_own_text
 from osft.training.predicted_drift import DriftPrediction
+from osft.training.prepare import wants_validation
 from osft.training.progress import Progress
 from osft.training.resume import metrics_sha256, model_files
 from osft.training.round_statistics import RoundStatistics
@@ -56,10 +59,13 @@ from osft.training.sampled_drift import sample_drift_of_run
 from osft.training.sharded_model import load_sharded
 from osft.training.state import load_state, read_position
 
+logger = logging.getLogger("osft.training.worker")  # whose __name__ is "__main__"
+
 
 @record
 def main() -> None:
     """Do what the file says that the launcher wrote."""
+    logs.configure(rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     with noted():
         work = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
         end_with_parent(work["launcher"])
@@ -84,6 +90,13 @@ def train_process(work: dict[str, Any]) -> None:
     started = time.perf_counter()
 
     preflight = Preflight.from_dict(work["preflight"])
+    feeding = Feeding(
+        max_tokens=config.max_tokens_per_gpu,
+        device=device,
+        batching=preflight.batching,
+        rank=rank,
+        world_size=world_size,
+    )
     new, selection = new_samples(dataset, work["selection"])
     replay = Path(work["replay"]) if work["replay"] else None
     samples = JoinedSamples([new, load_split(replay, "train")]) if replay else new
@@ -104,13 +117,10 @@ def train_process(work: dict[str, Any]) -> None:
             folder=Path(work["model"]),
             data_uri=open_dataset(dataset).statistics["data_uri"],
             start=work["statistics"],
-            batching=preflight.batching,
-            device=device,
-            rank=rank,
-            world_size=world_size,
+            feeding=feeding,
         )
         prediction = DriftPrediction(model, unit=factors.unit, output_moments=stored_output_moments(work["statistics"]))
-    outputs = Outputs(
+    checkpointer = Checkpointer(
         config,
         model,
         stored,
@@ -120,7 +130,7 @@ def train_process(work: dict[str, Any]) -> None:
         replay=replay,
         statistics=statistics,
         made_of=work["made_of"],
-        rank=rank,
+        feeding=feeding,
     )
     state = Path(work["state"]) if work["state"] else None
     position = Position.of(read_position(state)) if state else Position()
@@ -131,13 +141,12 @@ def train_process(work: dict[str, Any]) -> None:
     total_steps = num_steps(len(samples.lengths), config)
     steps: list[StepMetrics] = []
     if rank == 0:
-        print(
-            f"train: {_start(stored, [name + layer.tensor_suffix for name, layer in osft_layers(model)])}", flush=True
-        )
+        targets = [name + layer.tensor_suffix for name, layer in osft_layers(model)]
+        logger.info(f"train: {_start(stored, targets)}")
         warning = warmup_warning(config.warmup_steps, total_steps)
         if warning:
-            print(f"train: {warning}", flush=True)
-        print(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}", flush=True)
+            logger.warning(f"train: {warning}")
+        logger.info(f"train: {trainable:,} trainable of {total:,} parameters, {world_size} x {device}")
     with (
         mirror,
         Progress(total_steps, output / METRICS, done=position.step, enabled=rank == 0) as progress,
@@ -151,36 +160,26 @@ def train_process(work: dict[str, Any]) -> None:
             model,
             samples,
             config,
-            device=device,
+            feeding=feeding,
             on_step=on_step,
             validation=validation,
             text=text,
             selection=selection,
             prediction=prediction,
-            saving=outputs,
+            checkpointer=checkpointer,
             position=position,
             restore=(lambda optimizer: load_state(state, model, optimizer)) if state else None,
-            batching=preflight.batching,
-            rank=rank,
-            world_size=world_size,
         )
     seconds = time.perf_counter() - loaded
     if rank == 0 and fitted:
-        print(f"train: {fitted.line()}", flush=True)
+        logger.info(f"train: {fitted.line()}")
 
     # Of an update, the norm is that of its coefficients, because the bases are orthonormal.
     norms = {name: (_norm(layer.base_weight), _norm(layer.coefficients)) for name, layer in osft_layers(model)}
     effective_ranks = _effective_ranks(model, rank, world_size)
     predicted = prediction.by_target() if prediction else {}
-    feeding = Feeding(
-        max_tokens=config.max_tokens_per_gpu,
-        device=device,
-        batching=preflight.batching,
-        rank=rank,
-        world_size=world_size,
-    )
     sampled = sample_drift_of_run(model, text, feeding, trained_tokens=position.tokens, seed=config.seed)
-    history = [metrics.to_dict() for metrics in steps]
+    history = [asdict(metrics) for metrics in steps]
     if rank == 0:  # the steps before this call, too
         history = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
     checkpoints = [path for line in history for path in line["checkpoints"]]
@@ -207,8 +206,8 @@ def train_process(work: dict[str, Any]) -> None:
         trainable_parameters=trainable,
         total_parameters=total,
         load_seconds=loaded - started,
-        train_seconds=seconds - outputs.seconds,
-        save_seconds=outputs.seconds,
+        train_seconds=seconds - checkpointer.seconds,
+        save_seconds=checkpointer.seconds,
         peak_memory_bytes=_peak_memory(device),
         rank_layout={
             name: WeightSummary(

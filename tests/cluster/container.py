@@ -10,11 +10,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
-
-from tests.cluster.pod_logs import ContainerLog
-from tests.cluster.timestamps import nanoseconds_text
 
 # What a process started keeps its environment, even in a session of its own, as torchrun's workers are.
 MARKER = "STAND_IN_CONTAINER"
@@ -49,75 +47,78 @@ def kill_marked(marker: str) -> None:
         time.sleep(0.002)
 
 
+class ContainerLog:
+    """What a container prints: a line of the file is its time in nanoseconds (RFC 3339), a space and the text."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.closed = False
+        """Nothing will be written any more."""
+        path.touch()
+
+    def copy_from(self, output: IO[bytes]) -> None:
+        """Write each line of `output` with its time, until its end."""
+        with self.path.open("ab", buffering=0) as file, output:
+            for line in output:
+                seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+                now = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z "
+                file.write(now.encode() + line.removesuffix(b"\n") + b"\n")
+        self.closed = True
+
+    def read(self, position: int) -> tuple[list[bytes], int]:
+        """The whole lines from a position in the file on, and the position after them."""
+        with self.path.open("rb") as file:
+            file.seek(position)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        return whole.splitlines(keepends=True), position + len(whole)
+
+    def last_lines(self) -> str:
+        """What a termination message from the log holds: at most 80 lines and 2048 bytes."""
+        lines, _ = self.read(0)
+        return b"".join(line.partition(b" ")[2] for line in lines[-80:])[-2048:].decode(errors="replace")
+
+
 class Container:
-    """One run of a container: started when made; `poll()` until it gives the exit code."""
+    """One run of a container: started when made; `poll()` until it gives the exit code.
+
+    Raises OSError if the command cannot be started.
+    """
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], folder: Path, log: ContainerLog, marker: str
     ) -> None:
         self.log, self.marker = log, marker
-        self.started = time.time()
-        self.finished: float | None = None
         self.exit_code: int | None = None
         self.reason = ""
-        self.message = ""
-        self._process: subprocess.Popen[bytes] | None = None
-        log.path.touch()
-        if not command:
-            self._fail_to_start("the stand-in has no images: a container needs a command")
-            return
-        try:
-            self._process = subprocess.Popen(
-                command,
-                env={**environment, MARKER: marker},
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._fail_to_start(f"exec: {command[0]!r}: {error.strerror}")
-            return
+        self._process = subprocess.Popen(
+            command,
+            env={**environment, MARKER: marker},
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         assert self._process.stdout is not None
-        self._pump = threading.Thread(target=self._write_log, args=(self._process.stdout,), daemon=True)
+        self._pump = threading.Thread(target=log.copy_from, args=(self._process.stdout,), daemon=True)
         self._pump.start()
-
-    def _fail_to_start(self, message: str) -> None:
-        """As containerd reports it: exit code 128, which counts as worth a new try."""
-        self.exit_code, self.reason, self.message, self.finished = 128, "StartError", message, self.started
-        self.log.closed = True
-
-    def _write_log(self, output: IO[bytes]) -> None:
-        with self.log.path.open("ab", buffering=0) as file, output:
-            for line in output:
-                file.write(f"{nanoseconds_text()} ".encode() + line.removesuffix(b"\n") + b"\n")
-        self.log.closed = True
 
     def poll(self) -> int | None:
         """The exit code once the main process is dead; what it left running is dead by then too, and the log whole."""
-        if self.exit_code is None and self._process is not None:
+        if self.exit_code is None:
             code = self._process.poll()
             if code is not None:
                 kill_marked(self.marker)
                 self._pump.join(STOP_SECONDS)
-                self.finished = time.time()
                 self.exit_code = 128 - code if code < 0 else code
-                self.reason = self.reason or ("Error" if self.exit_code else "Completed")
         return self.exit_code
 
-    def send(self, number: int) -> None:
-        """A signal to the main process only, as the kubelet sends SIGTERM."""
-        if self._process is not None and self._process.poll() is None:
-            os.kill(self._process.pid, number)
+    def terminate(self) -> None:
+        """SIGTERM to the main process only, as the kubelet sends it."""
+        self._process.terminate()
 
-    def kill(self, reason: str = "") -> None:
-        """SIGKILL to all of it. `reason`: what the state says then, such as OOMKilled."""
-        if self.exit_code is None:
-            self.reason = reason
-            kill_marked(self.marker)
-
-    def last_lines(self, lines: int = 80, size: int = 2048) -> str:
-        """What a termination message from the log holds: at most `lines` lines and `size` bytes."""
-        text = b"\n".join(line.partition(b" ")[2] for line in self.log.path.read_bytes().splitlines()[-lines:])
-        return text[-size:].decode(errors="replace") + ("\n" if text else "")
+    def kill(self) -> None:
+        """SIGKILL to all of it. The main process does not show its environment while it is in an exec."""
+        self._process.kill()
+        kill_marked(self.marker)

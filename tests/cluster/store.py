@@ -1,248 +1,153 @@
-"""What the API machinery keeps: objects, their versions, the changes that watches see, and who owns what."""
+"""What the stand-in's API server keeps: objects, who owns what, what is being deleted, what happened."""
 
-import json
-import random
-import string
+import copy
 import threading
+import time
 import uuid
-from collections import deque
-from typing import Any, NamedTuple
+from datetime import UTC, datetime
+from typing import Any
 
 from tests.cluster import schema
-from tests.cluster.errors import ApiError
-from tests.cluster.timestamps import seconds_text
 
-FOREGROUND = "foregroundDeletion"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-KEPT_CHANGES = 5000  # a watch that asks for an older version is told 410, as by a compacted etcd
-DEFAULT_GRACE_SECONDS = 30
+API_VERSIONS = {
+    "PyTorchJob": "kubeflow.org/v1",
+    "Pod": "v1",
+    "Event": "v1",
+    "Secret": "v1",
+    "ConfigMap": "v1",
+    "Workflow": "argoproj.io/v1alpha1",
+}
+KINDS = {f"{kind.lower()}s": kind for kind in API_VERSIONS}
 
 Object = dict[str, Any]
 
 
-class Kind(NamedTuple):
-    """A resource that the stand-in serves."""
+class ApiError(Exception):
+    """A request that is answered with `status` and a Status object."""
 
-    group: str
-    version: str
-    plural: str
-    name: str
+    def __init__(
+        self, status: int, message: str, *, name: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.name, self.headers = status, name, headers or {}
+        """`name`: of the object that it is about, where it is about one."""
 
-    @property
-    def api_version(self) -> str:
-        return f"{self.group}/{self.version}" if self.group else self.version
-
-
-KINDS = {
-    kind.plural: kind
-    for kind in (
-        Kind("kubeflow.org", "v1", "pytorchjobs", "PyTorchJob"),
-        Kind("", "v1", "pods", "Pod"),
-        Kind("", "v1", "events", "Event"),
-        Kind("", "v1", "secrets", "Secret"),
-        Kind("", "v1", "configmaps", "ConfigMap"),
-        Kind("argoproj.io", "v1alpha1", "workflows", "Workflow"),
-    )
-}
-PLURALS = {kind.name: kind.plural for kind in KINDS.values()}
-
-
-class Change(NamedTuple):
-    """An event of a watch; `found` is a copy of the object as it was then."""
-
-    version: int
-    type: str
-    plural: str
-    found: Object
+    def body(self) -> Object:
+        body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": str(self), "code": self.status}
+        return body | ({"details": {"name": self.name}} if self.name else {})
 
 
 class Store:
-    """Objects by (plural, namespace, name). Whoever reads or changes one holds `lock` meanwhile."""
+    """Objects by (plural, name), all of one namespace. Whoever reads or changes one holds `lock` meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
         self.lock = threading.RLock()
-        self.version = 1000
-        self.changes: deque[Change] = deque(maxlen=KEPT_CHANGES)
-        self._objects: dict[tuple[str, str, str], Object] = {}
+        self._objects: dict[tuple[str, str], Object] = {}
 
-    def create(self, plural: str, found: Object, namespace: str, dry_run: bool = False) -> Object:
-        """Keep `found`, filled in as the API server does.
-
-        Raises:
-            ApiError: 409 if the name is taken, 422 if the object is not valid, 400 if it is of another kind.
-        """
+    def create(self, plural: str, given: Object) -> Object:
+        """Keep it, filled in as the API server does. Raises ApiError: 409 if the name is taken, 422."""
         kind = KINDS[plural]
-        if (found.get("apiVersion", kind.api_version), found.get("kind", kind.name)) != (kind.api_version, kind.name):
-            raise ApiError(400, f"the body is a {found.get('apiVersion')} {found.get('kind')}, not a {kind.name}")
-        found = json.loads(json.dumps(found)) | {"apiVersion": kind.api_version, "kind": kind.name}
-        metadata = found.setdefault("metadata", {})
-        if not metadata.get("name") and metadata.get("generateName"):
-            metadata["name"] = metadata["generateName"] + "".join(random.choices(string.ascii_lowercase, k=5))
-        if metadata.setdefault("namespace", namespace) != namespace:
-            raise ApiError(400, f"the namespace of the object ({metadata['namespace']}) is not that of the request")
+        found = copy.deepcopy(given) | {"apiVersion": API_VERSIONS[kind], "kind": kind}
+        metadata = found["metadata"]
+        problems = schema.metadata_problems(metadata)
+        if plural == "pytorchjobs":
+            problems += schema.job_problems(found)
+        if problems:
+            raise ApiError(422, f'{kind} "{metadata["name"]}" is invalid: ' + "; ".join(problems))
+        if plural == "pytorchjobs":  # Kueue's webhook suspends; a test admits
+            found["spec"].setdefault("runPolicy", {}).setdefault(
+                "suspend", QUEUE_LABEL in (metadata.get("labels") or {})
+            )
         with self.lock:
-            schema.check_metadata(kind.name, found)
-            if plural == "pytorchjobs":
-                found.pop("status", None)  # a subresource: only the operator writes it
-                schema.check_job(found)
-                # Kueue's webhook; the job waits for a test to admit it.
-                if QUEUE_LABEL in (metadata.get("labels") or {}):
-                    found["spec"].setdefault("runPolicy", {})["suspend"] = True
-            key = (plural, namespace, metadata["name"])
-            if key in self._objects:
-                raise ApiError(409, f'{plural} "{metadata["name"]}" already exists', "AlreadyExists")
-            metadata |= {"uid": str(uuid.uuid4()), "creationTimestamp": seconds_text(), "generation": 1}
-            for field in ("deletionTimestamp", "deletionGracePeriodSeconds", "resourceVersion"):
-                metadata.pop(field, None)
-            if not dry_run:
-                self._objects[key] = found
-                self.changed(found, "ADDED")
+            if (plural, metadata["name"]) in self._objects:
+                raise ApiError(409, f'{plural} "{metadata["name"]}" already exists', name=metadata["name"])
+            metadata |= {"namespace": self.namespace, "uid": str(uuid.uuid4()), "creationTimestamp": timestamp()}
+            self._objects[plural, metadata["name"]] = found
         return found
 
-    def find(self, plural: str, namespace: str, name: str) -> Object | None:
-        return self._objects.get((plural, namespace, name))
+    def find(self, plural: str, name: str) -> Object | None:
+        return self._objects.get((plural, name))
 
-    def get(self, plural: str, namespace: str, name: str) -> Object:
+    def get(self, plural: str, name: str) -> Object:
         """Raises ApiError (404) if there is none."""
-        found = self.find(plural, namespace, name)
+        found = self.find(plural, name)
         if found is None:
-            group = KINDS[plural].group
-            raise ApiError(404, f'{plural}{"." + group if group else ""} "{name}" not found', name=name)
+            raise ApiError(404, f'{plural} "{name}" not found', name=name)
         return found
 
-    def objects(self, plural: str, namespace: str | None = None) -> list[Object]:
-        return [found for (kind, at, _), found in self._objects.items() if kind == plural and namespace in (None, at)]
+    def objects(self, plural: str) -> list[Object]:
+        return [found for (kind, _), found in self._objects.items() if kind == plural]
 
-    def changed(self, found: Object, change: str = "MODIFIED") -> None:
-        """Give `found` a new version and tell the watches."""
-        with self.lock:
-            self.version += 1
-            found["metadata"]["resourceVersion"] = str(self.version)
-            copy = json.loads(json.dumps(found))
-            self.changes.append(Change(self.version, change, PLURALS[found["kind"]], copy))
-
-    def update(self, plural: str, namespace: str, name: str, new: Object) -> Object:
-        """Replace everything but the status and what the server owns.
-
-        Raises:
-            ApiError: 404, 409 if `new` carries another resourceVersion than the present one, 422.
-        """
-        with self.lock:
-            found = self.get(plural, namespace, name)
-            new = json.loads(json.dumps(new))
-            given = new.setdefault("metadata", {}).get("resourceVersion")
-            if given and given != found["metadata"]["resourceVersion"]:
-                raise ApiError(409, f'Operation cannot be fulfilled on {plural} "{name}": the object has been modified')
-            for field in ("name", "namespace", "uid", "creationTimestamp", "deletionTimestamp", "generation"):
-                new["metadata"].pop(field, None)
-                if field in found["metadata"]:
-                    new["metadata"][field] = found["metadata"][field]
-            new |= {key: found[key] for key in ("apiVersion", "kind", "status") if key in found}
-            schema.check_metadata(found["kind"], new)
-            if plural == "pytorchjobs":
-                schema.check_job(new)
-            if new.get("spec") != found.get("spec"):
-                new["metadata"]["generation"] += 1
-            found.clear()
-            found.update(new)
-            self.changed(found)
-            return found
+    def owned_by(self, owner: Object) -> list[Object]:
+        return [found for found in self._objects.values() if owner["metadata"]["uid"] in _owners(found)]
 
     def delete(
-        self,
-        found: Object,
-        propagation: str | None = None,
-        grace_seconds: int | None = None,
-        preconditions: dict[str, str] | None = None,
+        self, found: Object, *, propagation: str = "Background", grace_seconds: int | None = None, uid: str = ""
     ) -> None:
-        """Begin to delete: what has something to wait for gets a deletionTimestamp, the rest is gone at once.
+        """Pods go when their processes have ended, and what is deleted in the foreground when its pods have gone.
 
-        A pod waits for its processes. With propagation Foreground an owner waits for what it owns; with Background
-        (the default) it is gone at once and the garbage collector deletes what it owned; Orphan lets that live.
-
-        Raises:
-            ApiError: 409 if the object is not the one of the preconditions.
+        Raises ApiError (409) if `uid` is given and is another's.
         """
+        metadata = found["metadata"]
+        if uid not in ("", metadata["uid"]):
+            raise ApiError(409, f"the UID in the precondition ({uid}) is not that of the object: {metadata['uid']}")
         with self.lock:
-            metadata = found["metadata"]
-            for field in ("uid", "resourceVersion"):
-                wanted = (preconditions or {}).get(field)
-                if wanted and wanted != metadata[field]:
-                    what = f'{PLURALS[found["kind"]]} "{metadata["name"]}"'
-                    raise ApiError(
-                        409,
-                        f"Operation cannot be fulfilled on {what}: Precondition failed: {field} in precondition: "
-                        f"{wanted}, {field} in object meta: {metadata[field]}",
-                    )
             if found["kind"] == "Pod":
-                self._delete_pod(found, grace_seconds)
-                return
-            if propagation == "Orphan":
-                for owned in self.owned_by(found):
-                    references = owned["metadata"]["ownerReferences"]
-                    references[:] = [reference for reference in references if reference["uid"] != metadata["uid"]]
-                    self.changed(owned)
-            if propagation == "Foreground" and FOREGROUND not in metadata.get("finalizers", []):
-                metadata.setdefault("finalizers", []).append(FOREGROUND)
-            if not metadata.get("finalizers"):
+                default = found["spec"].get("terminationGracePeriodSeconds", 30)
+                metadata["deletionGracePeriodSeconds"] = default if grace_seconds is None else grace_seconds
+            if found["kind"] == "Pod" or propagation == "Foreground":
+                metadata.setdefault("deletionTimestamp", timestamp())
+            else:
                 self.remove(found)
-            elif "deletionTimestamp" not in metadata:
-                metadata |= {"deletionTimestamp": seconds_text(), "deletionGracePeriodSeconds": 0}
-                self.changed(found)
-
-    def _delete_pod(self, pod: Object, grace_seconds: int | None) -> None:
-        metadata = pod["metadata"]
-        if grace_seconds is None:
-            grace_seconds = pod.get("spec", {}).get("terminationGracePeriodSeconds", DEFAULT_GRACE_SECONDS)
-        if grace_seconds == 0:
-            self.remove(pod)
-        elif grace_seconds < metadata.get("deletionGracePeriodSeconds", grace_seconds + 1):
-            metadata.setdefault("deletionTimestamp", seconds_text())
-            metadata["deletionGracePeriodSeconds"] = grace_seconds
-            self.changed(pod)
 
     def remove(self, found: Object) -> None:
         """Take it out of the API."""
-        metadata = found["metadata"]
-        key = (PLURALS[found["kind"]], metadata["namespace"], metadata["name"])
+        key = (KINDS_PLURAL[found["kind"]], found["metadata"]["name"])
         if self._objects.get(key) is found:
             del self._objects[key]
-            self.changed(found, "DELETED")
-
-    def owned_by(self, owner: Object) -> list[Object]:
-        uid = owner["metadata"]["uid"]
-        return [
-            found
-            for found in self._objects.values()
-            if any(reference["uid"] == uid for reference in found["metadata"].get("ownerReferences") or [])
-        ]
 
     def collect_garbage(self) -> None:
-        """One round of the garbage collector. An owner of a kind that the stand-in does not know counts as living."""
-        with self.lock:
-            living = {found["metadata"]["uid"] for found in self._objects.values()}
-            for found in list(self._objects.values()):
-                metadata = found["metadata"]
-                references = metadata.get("ownerReferences") or []
-                if references and not any(
-                    reference["uid"] in living or reference["kind"] not in PLURALS for reference in references
-                ):
-                    if "deletionTimestamp" not in metadata:
-                        self.delete(found)
-                elif "deletionTimestamp" in metadata and FOREGROUND in metadata.get("finalizers", []):
-                    self._delete_owned(found)
+        """One round of the garbage collector: what no living object owns, and what waited for what it owns."""
+        living = {found["metadata"]["uid"] for found in self._objects.values()}
+        for found in list(self._objects.values()):
+            if "deletionTimestamp" not in found["metadata"]:
+                if _owners(found) and not living & _owners(found):
+                    self.delete(found)
+            elif found["kind"] != "Pod":
+                owned = self.owned_by(found)
+                for one in owned:
+                    if "deletionTimestamp" not in one["metadata"]:
+                        self.delete(one)
+                if not owned:
+                    self.remove(found)
 
-    def _delete_owned(self, owner: Object) -> None:
-        waited_for = False
-        for owned in self.owned_by(owner):
-            if "deletionTimestamp" not in owned["metadata"]:
-                self.delete(owned, "Foreground")
-            waited_for |= any(
-                reference.get("blockOwnerDeletion")
-                for reference in owned["metadata"]["ownerReferences"]
-                if reference["uid"] == owner["metadata"]["uid"]
-            )
-        if not waited_for:
-            owner["metadata"]["finalizers"].remove(FOREGROUND)
-            if not owner["metadata"]["finalizers"]:
-                self.remove(owner)
+    def record(self, about: Object, reason: str, message: str, *, warning: bool = False) -> None:
+        """Write an event; the same one again is only later."""
+        name, now = about["metadata"]["name"], timestamp()
+        for event in self.objects("events"):
+            if (event["involvedObject"]["name"], event["reason"], event["message"]) == (name, reason, message):
+                event["lastTimestamp"] = now
+                return
+        event = {
+            "metadata": {"name": f"{name}.{time.time_ns():016x}"},
+            "involvedObject": {"kind": about["kind"], "name": name, "uid": about["metadata"]["uid"]},
+            "type": "Warning" if warning else "Normal",
+            "reason": reason,
+            "message": message,
+            "lastTimestamp": now,
+        }
+        self.create("events", event)
+
+
+KINDS_PLURAL = {kind: plural for plural, kind in KINDS.items()}
+
+
+def _owners(found: Object) -> set[str]:
+    return {reference["uid"] for reference in found["metadata"].get("ownerReferences") or []}
+
+
+def timestamp(moment: float | None = None) -> str:
+    """RFC 3339 in whole seconds, as metadata and status have it. `moment`: seconds since the epoch; None: now."""
+    return datetime.fromtimestamp(time.time() if moment is None else moment, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,338 +1,227 @@
-"""What the stand-in makes of PyTorchJobs: pods, environments, conditions, restarts."""
+"""What real clusters do, and osft relies on, is what the stand-in does (seen with the training operator 1.9).
 
-import signal
+The jobs are put past the API: test_launcher.py shows that.
+"""
+
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from kubeflow.training import TrainingClient
-from kubernetes.client import CoreV1Api
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.manifests import pytorch_job
+from tests.cluster.schema import job_problems, metadata_problems
 
-pytestmark = pytest.mark.cluster
-
-Create = Callable[[dict[str, Any]], dict[str, Any]]
-LABEL = "training.kubeflow.org/"
-
-
-def terminated(cluster: Cluster, pod: str) -> dict[str, Any]:
-    cluster.wait_until(lambda: cluster.phase(pod) in ("Succeeded", "Failed"))
-    return cluster.container_status(pod)["state"]["terminated"]
+cluster_test = pytest.mark.cluster
+SLEEP = "sleep 60"
+# Says that it was asked to stop, and takes its time.
+SLOW_TO_STOP = "trap 'sleep 0.5; exit {code}' TERM; touch {ready}; while true; do sleep 0.05; done"
 
 
-def spec_environment(pod: Any) -> dict[str, str]:
-    return {entry.name: entry.value for entry in pod.spec.containers[0].env}
+def pytorch_job(master: str, worker: str = "", *, container: dict[str, Any] | None = None, **spec: Any) -> Any:
+    """`master` and `worker`: scripts for `sh -c`. `container`: further fields of it; `spec`: of the job's."""
+
+    def replica(script: str) -> dict[str, Any]:
+        main = {"name": "pytorch", "image": "stand-in", "command": ["sh", "-c", script], **(container or {})}
+        pod = {"containers": [main], "terminationGracePeriodSeconds": 2}
+        return {"replicas": 1, "restartPolicy": "ExitCode", "template": {"spec": pod}}
+
+    replicas = {"Master": replica(master)} | ({"Worker": replica(worker)} if worker else {})
+    return {"metadata": {"name": "job"}, "spec": {"pytorchReplicaSpecs": replicas, **spec}}
 
 
-def test_pods_have_the_names_and_labels_of_the_operator(
-    cluster: Cluster, client: TrainingClient, create: Create
-) -> None:
-    create(pytorch_job("job", "sleep 60", workers=2))
-    pods = cluster.wait_until(lambda: len(cluster.pods()) == 3 and client.get_job_pods("job"))
-    roles = {
-        pod.metadata.name: {key.removeprefix(LABEL): value for key, value in pod.metadata.labels.items()}
-        for pod in pods
-    }
-    common = {"job-name": "job", "operator-name": "pytorchjob-controller"}
-    assert roles == {
-        "job-master-0": common | {"replica-type": "master", "replica-index": "0", "job-role": "master"},
-        "job-worker-0": common | {"replica-type": "worker", "replica-index": "0"},
-        "job-worker-1": common | {"replica-type": "worker", "replica-index": "1"},
-    }
+def conditions(cluster: Cluster) -> dict[str, str]:
+    (job,) = cluster.jobs()
+    return {found["type"]: found["status"] for found in job.get("status", {}).get("conditions", [])}
 
 
-def test_a_pod_is_owned_and_controlled_by_its_job(cluster: Cluster, create: Create) -> None:
-    uid = create(pytorch_job("job", "sleep 60"))["metadata"]["uid"]
-    (pod,) = cluster.wait_until(cluster.pods)
-    (owner,) = pod["metadata"]["ownerReferences"]
-    assert (owner["uid"], owner["kind"], owner["controller"], owner["blockOwnerDeletion"]) == (
-        uid,
-        "PyTorchJob",
-        True,
-        True,
-    )
+def wait_for(cluster: Cluster, condition: str) -> None:
+    cluster.wait_until(lambda: conditions(cluster).get(condition) == "True")
 
 
-def test_pods_are_given_what_torchrun_reads(cluster: Cluster, client: TrainingClient, create: Create) -> None:
-    create(pytorch_job("job", "sleep 60", workers=1, nproc_per_node="4"))
-    cluster.wait_until(lambda: len(cluster.pods()) == 2)
-    common = {
-        "MASTER_ADDR": "job-master-0",
-        "MASTER_PORT": "23456",
-        "PET_MASTER_ADDR": "job-master-0",
-        "PET_MASTER_PORT": "23456",
-        "PET_NNODES": "2",
-        "PET_NPROC_PER_NODE": "4",
-        "PYTHONUNBUFFERED": "1",
-        "WORLD_SIZE": "8",
-    }
-    assert {pod.metadata.name: spec_environment(pod) for pod in client.get_job_pods("job")} == {
-        "job-master-0": common | {"RANK": "0", "PET_NODE_RANK": "0"},
-        "job-worker-0": common | {"RANK": "1", "PET_NODE_RANK": "1"},
-    }
-
-
-def test_an_elastic_job_is_given_a_rendezvous(cluster: Cluster, client: TrainingClient, create: Create) -> None:
-    elastic = {"minReplicas": 1, "maxReplicas": 3, "maxRestarts": 5, "rdzvBackend": "c10d"}
-    create(pytorch_job("job", "sleep 60", workers=1, elastic=elastic))
-    cluster.wait_until(lambda: len(cluster.pods()) == 2)
-    values = spec_environment(client.get_job_pods("job")[0])
-    assert {
-        key: values.get(key) for key in ("PET_RDZV_ENDPOINT", "PET_RDZV_BACKEND", "PET_NNODES", "PET_MAX_RESTARTS")
-    } == {
-        "PET_RDZV_ENDPOINT": "job-worker-0:23456",
-        "PET_RDZV_BACKEND": "c10d",
-        "PET_NNODES": "1:3",
-        "PET_MAX_RESTARTS": "5",
-    }
-
-
-def test_the_processes_of_a_job_are_sent_to_one_free_local_port(
-    cluster: Cluster, client: TrainingClient, create: Create
-) -> None:
-    script = "echo $MASTER_ADDR:$MASTER_PORT $PET_MASTER_ADDR:$PET_MASTER_PORT"
-    create(pytorch_job("job", f"{script}; sleep 0.3", script, workers=1))
-    cluster.wait_for("job", "Succeeded")
-    logs = client.get_job_logs("job", is_master=False)[0]
-    address, same = logs["job-master-0"].split()
-    assert address == same
-    assert logs["job-worker-0"] == logs["job-master-0"]
-    host, port = address.split(":")
-    assert (host, port != "23456") == ("127.0.0.1", True)
-
-
-def test_the_environment_of_the_test_stays_outside(
-    cluster: Cluster, client: TrainingClient, create: Create, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("A_SECRET_OF_THE_TEST", "1")
-    create(pytorch_job("job", "env"))
-    cluster.wait_for("job", "Succeeded")
-    assert "A_SECRET_OF_THE_TEST" not in client.get_job_logs("job")[0]["job-master-0"]
-
-
-def test_secrets_config_maps_and_fields_become_variables(
-    cluster: Cluster, client: TrainingClient, create: Create
-) -> None:
-    cluster.add_secret("token", {"key": "s3cret", "other": "hidden"})
-    cluster.add_config_map("settings", {"LEVEL": "7"})
-    container = {
-        "envFrom": [{"configMapRef": {"name": "settings"}}, {"secretRef": {"name": "absent", "optional": True}}],
-        "env": [
-            {"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "token", "key": "key"}}},
-            {"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
-            {"name": "BOTH", "value": "$(POD)/$(LEVEL)"},
-        ],
-    }
-    create(pytorch_job("job", 'echo "$TOKEN $BOTH"', container=container))
-    cluster.wait_for("job", "Succeeded")
-    assert client.get_job_logs("job")[0] == {"job-master-0": "s3cret job-master-0/7\n"}
-
-
-def test_a_missing_secret_holds_the_container_back_until_it_is_there(cluster: Cluster, create: Create) -> None:
-    container = {"env": [{"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "token", "key": "key"}}}]}
-    create(pytorch_job("job", "echo $TOKEN", container=container))
-    cluster.wait_until(lambda: cluster.phase("job-master-0") == "Pending")
-    waiting = cluster.wait_until(lambda: cluster.container_status("job-master-0").get("state", {}).get("waiting"))
-    assert waiting == {"reason": "CreateContainerConfigError", "message": 'secret "token" not found'}
-    cluster.add_secret("token", {"key": "there"})
-    cluster.wait_for("job", "Succeeded")
-
-
-def test_a_mount_of_an_undefined_volume_is_refused_with_an_event(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "true", container={"volumeMounts": [{"name": "data", "mountPath": "/data"}]}))
-    (event,) = cluster.wait_until(cluster.events)
-    assert (event["reason"], event["involvedObject"]["kind"]) == ("FailedCreatePod", "PyTorchJob")
-    assert 'Not found: "data"' in event["message"]
-    assert cluster.pods() == []
-
-
-def test_a_good_job_ends_with_running_false_and_succeeded_true(
-    cluster: Cluster, client: TrainingClient, create: Create
-) -> None:
-    create(pytorch_job("job", "sleep 0.2", "sleep 0.1", workers=1))
-    job = client.wait_for_job_conditions("job", polling_interval=0.05)
-    found = [(condition.type, condition.status) for condition in job.status.conditions]
-    assert found == [("Created", "True"), ("Running", "False"), ("Succeeded", "True")]
-    assert job.metadata.creation_timestamp <= job.status.start_time <= job.status.completion_time
-
-
-def test_the_success_of_the_master_ends_the_job(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "sleep 0.3", "sleep 60", workers=1))
-    cluster.wait_for("job", "Succeeded")
-    assert cluster.phase("job-worker-0") == "Running"
-    cluster.wait_until(lambda: cluster.jobs()[0]["status"]["replicaStatuses"]["Worker"].get("succeeded") == 1)
-
-
-def test_a_worker_waits_for_its_master(cluster: Cluster, create: Create) -> None:
-    cluster.never_schedule("*-master-0")
-    create(pytorch_job("job", "sleep 60", "sleep 60", workers=1))
-    waiting = cluster.wait_until(lambda: cluster.container_status("job-worker-0"))
-    assert waiting["state"] == {"waiting": {"reason": "PodInitializing"}}
-    cluster.recover()
-    cluster.wait_until(lambda: cluster.phase("job-worker-0") == "Running")
-
-
-@pytest.mark.parametrize("code", [1, 127])
-def test_a_small_exit_code_fails_the_job_under_exit_code(code: int, cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", f"exit {code}"))
-    job = cluster.wait_for("job", "Failed")
-    assert terminated(cluster, "job-master-0")["exitCode"] == code
-    assert "completionTime" not in job["status"]  # as in the real operator
-
-
-def test_an_exit_code_from_128_has_the_pod_made_anew_under_exit_code(
-    cluster: Cluster, create: Create, tmp_path: Path
-) -> None:
-    create(
-        pytorch_job("job", f"test -e {tmp_path}/again || {{ touch {tmp_path}/again; sleep 0.1; exit 143; }}; sleep 60")
-    )
-    (first,) = cluster.wait_until(cluster.pods)
-    cluster.wait_until(lambda: cluster.pods() and cluster.pods()[0]["metadata"]["uid"] != first["metadata"]["uid"])
-    cluster.wait_for("job", "Running")
-    assert "Restarting" not in cluster.conditions("job")
-    reasons = [event["reason"] for event in cluster.events()]
-    assert {"ExitedWithCode", "PyTorchJobRestarting", "SuccessfulDeletePod"} <= set(reasons)
-
-
-def test_restarting_takes_the_place_of_running(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "sleep 60"))
-    cluster.wait_for("job", "Running")
-    cluster.never_schedule()  # the new pod stays away, so that the state can be seen
-    cluster.kill_pod("job-master-0")
-    cluster.wait_for("job", "Restarting")
-    assert cluster.conditions("job") == {"Created": "True", "Restarting": "True"}
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_signal_is_an_exit_code_of_128_and_its_number(number: int, cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "sleep 60", restart_policy="Never"))
-    cluster.wait_for("job", "Running")
-    cluster.kill_pod("job-master-0", number)
-    state = terminated(cluster, "job-master-0")
-    assert (state["exitCode"], state["reason"]) == (128 + number, "Error")
-
-
-def test_a_container_out_of_memory_says_so(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "sleep 60", restart_policy="Never"))
-    cluster.wait_for("job", "Running")
-    cluster.kill_pod("job-master-0", reason="OOMKilled")
-    state = terminated(cluster, "job-master-0")
-    assert (state["exitCode"], state["reason"]) == (137, "OOMKilled")
-
-
-def test_on_failure_restarts_the_container_in_its_pod(cluster: Cluster, create: Create, tmp_path: Path) -> None:
-    script = f"test -e {tmp_path}/again || {{ touch {tmp_path}/again; exit 3; }}; sleep 60"
-    create(pytorch_job("job", script, restart_policy="OnFailure"))
-    (first,) = cluster.wait_until(cluster.pods)
-
-    cluster.wait_until(lambda: cluster.container_status("job-master-0").get("restartCount") == 1)
-    cluster.wait_until(lambda: "running" in cluster.container_status("job-master-0")["state"])
-    status = cluster.container_status("job-master-0")
-    assert status["lastState"]["terminated"]["exitCode"] == 3
-    assert cluster.pods()[0]["metadata"]["uid"] == first["metadata"]["uid"]
-
-
-def test_the_backoff_limit_ends_restarts_in_place(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "exit 3", restart_policy="OnFailure", run_policy={"backoffLimit": 2}))
-    job = cluster.wait_for("job", "Failed")
-    assert "backoff limit" in job["status"]["conditions"][-1]["message"]
-    assert "completionTime" in job["status"]
-    cluster.wait_until(lambda: cluster.pods() == [])
-
-
-def test_the_backoff_limit_does_not_bound_pods_made_anew(cluster: Cluster, create: Create, tmp_path: Path) -> None:
-    script = f"echo >> {tmp_path}/tries; test $(wc -l < {tmp_path}/tries) -ge 4 || exit 130"
-    create(pytorch_job("job", script, run_policy={"backoffLimit": 1}))
-    cluster.wait_for("job", "Succeeded")
-
-
-def test_never_fails_the_job_and_leaves_the_pod(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "exit 200", restart_policy="Never"))
-    job = cluster.wait_for("job", "Failed")
-    assert "completionTime" in job["status"]
-    assert cluster.phase("job-master-0") == "Failed"
+def state_of_master(cluster: Cluster) -> dict[str, Any]:
+    (pod, *_) = cluster.pods()
+    (status,) = pod["status"]["containerStatuses"]
+    return status["state"]
 
 
 @pytest.mark.parametrize(
-    ("policy", "left"),
-    [("None", {"job-master-0", "job-worker-0"}), ("Running", {"job-master-0"}), ("All", set())],
+    ("replica", "spec", "problem"),
+    [
+        ({}, {"runPolicy": {"ttlSecondsAfterFinish": 1}}, "'ttlSecondsAfterFinish' was unexpected"),
+        ({}, {"runPolicy": {"cleanPodPolicy": "Some"}}, "'Some' is not one of"),
+        ({"restartPolicy": "Sometimes"}, {}, "'Sometimes' is not one of"),
+        ({"replicas": "one"}, {}, "'one' is not of type"),
+        ({"replicas": 2}, {}, "Master.replicas: must be 1"),
+        ({"template": {"spec": {"containers": [], "nodeSelectors": {}}}}, {}, "nodeSelectors"),
+        ({"template": {"spec": {"containers": [{"name": "main", "image": "i"}]}}}, {}, "with name pytorch"),
+        ({"template": {"spec": {"containers": [{"name": "pytorch"}]}}}, {}, "no image"),
+        (
+            {"template": {"spec": {"containers": [{"name": "pytorch", "env": [{"name": "A", "value": 1}]}]}}},
+            {},
+            "1 is not of type 'string'",
+        ),
+    ],
 )
-def test_the_clean_pod_policy_says_which_pods_stay(
-    policy: str, left: set[str], cluster: Cluster, create: Create
-) -> None:
-    create(pytorch_job("job", "sleep 0.2", "sleep 60", workers=1, run_policy={"cleanPodPolicy": policy}))
-    cluster.wait_for("job", "Succeeded")
-    cluster.wait_until(lambda: {pod["metadata"]["name"] for pod in cluster.pods()} == left)
-    time.sleep(0.1)
-    assert {pod["metadata"]["name"] for pod in cluster.pods()} == left
+def test_job_that_a_server_refuses_is_refused_with_the_field(replica, spec, problem):
+    assert job_problems(pytorch_job("true")) == []
+    job = pytorch_job("true", **spec)
+    job["spec"]["pytorchReplicaSpecs"]["Master"] |= replica
+    (told,) = job_problems(job)
+    assert problem in told
 
 
-def test_a_finished_job_lives_for_its_time_to_live(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "true", run_policy={"ttlSecondsAfterFinished": 1}))
-    cluster.wait_for("job", "Succeeded")
-    cluster.wait_until(lambda: cluster.jobs() == cluster.pods() == [])
+@pytest.mark.parametrize(("name", "problem"), [("7job", "DNS-1035"), ("j" * 55, "over 63 characters")])
+def test_name_that_no_pod_could_bear_is_refused(name, problem):
+    (told,) = job_problems(pytorch_job("true") | {"metadata": {"name": name}})
+    assert problem in told
 
 
-def test_the_active_deadline_fails_the_job_and_stops_its_pods(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "sleep 60", run_policy={"activeDeadlineSeconds": 1}))
-    job = cluster.wait_for("job", "Failed")
-    assert "longer than specified deadline" in job["status"]["conditions"][-1]["message"]
-    cluster.wait_until(lambda: cluster.pods() == [] and cluster.processes() == [])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"labels": {"run": "a b"}},
+        {"labels": {"-": "a"}},
+        {"annotations": {"a": 1}},
+        {"ownerReferences": [{"uid": "u"}]},
+    ],
+)
+def test_metadata_that_no_server_takes_is_refused(metadata):
+    assert metadata_problems({"name": "job"} | metadata)
 
 
-def test_a_job_in_a_queue_is_suspended_until_it_is_admitted(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "sleep 60", labels={"kueue.x-k8s.io/queue-name": "gpus"}))
-    cluster.wait_for("job", "Suspended")
-    assert cluster.pods() == []
-    cluster.admit("job")
-    cluster.wait_for("job", "Running")
-    assert cluster.conditions("job")["Suspended"] == "False"
+@cluster_test
+def test_pods_have_the_operators_names_labels_and_environment(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("A_SECRET_OF_THE_TEST", "1")
+    script = f"env > {tmp_path}/env-$RANK"
+    cluster.add("pytorchjobs", pytorch_job(f"{script}; {SLEEP}", f"{script}; {SLEEP}", nprocPerNode="4"))
+    cluster.wait_until(lambda: all((tmp_path / f"env-{rank}").exists() for rank in (0, 1)))
+    master, worker = cluster.pods()
+    (job,) = cluster.jobs()
+    labels = {"job-name": "job", "operator-name": "pytorchjob-controller", "replica-index": "0"}
+    labels = {f"training.kubeflow.org/{name}": value for name, value in labels.items()}
+    role, kind = "training.kubeflow.org/job-role", "training.kubeflow.org/replica-type"
+    for pod, name, more in (
+        (master, "job-master-0", {role: "master", kind: "master"}),
+        (worker, "job-worker-0", {kind: "worker"}),
+    ):
+        assert pod["metadata"]["name"] == name
+        assert pod["metadata"]["labels"] == labels | more
+        assert pod["metadata"]["ownerReferences"][0]["uid"] == job["metadata"]["uid"]
+        assert pod["spec"]["restartPolicy"] == "Never"
+        values = {one["name"]: one["value"] for one in pod["spec"]["containers"][0]["env"]}
+        rank = str(int(pod is worker))
+        assert values == {
+            "MASTER_ADDR": "job-master-0",
+            "MASTER_PORT": "23456",
+            "WORLD_SIZE": "8",
+            "RANK": rank,
+            "PYTHONUNBUFFERED": "1",
+            "PET_MASTER_ADDR": "job-master-0",
+            "PET_MASTER_PORT": "23456",
+            "PET_NNODES": "2",
+            "PET_NPROC_PER_NODE": "4",
+            "PET_NODE_RANK": rank,
+        }
+        assert "A_SECRET_OF_THE_TEST" not in (tmp_path / f"env-{rank}").read_text()
 
 
-def test_suspending_stops_the_pods(cluster: Cluster, client: TrainingClient, create: Create) -> None:
-    create(pytorch_job("job", "sleep 60"))
-    cluster.wait_for("job", "Running")
-    client.update_job({"spec": {"runPolicy": {"suspend": True}}}, "job")
-    cluster.wait_for("job", "Suspended")
-    cluster.wait_until(lambda: cluster.processes() == [])
-    assert cluster.conditions("job")["Running"] == "False"
-
-
-def test_the_end_of_the_log_becomes_the_message_of_a_failed_container(cluster: Cluster, create: Create) -> None:
-    policy = {"terminationMessagePolicy": "FallbackToLogsOnError"}
-    create(pytorch_job("job", "seq 100; echo why >&2; exit 1", container=policy))
-    message = terminated(cluster, "job-master-0")["message"]
-    assert message.splitlines() == [str(number) for number in range(22, 101)] + ["why"]
-
-
-def test_a_command_that_does_not_exist_is_a_start_error(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "", container={"command": ["no-such-program"]}, restart_policy="Never"))
-    state = terminated(cluster, "job-master-0")
-    assert (state["exitCode"], state["reason"]) == (128, "StartError")
-
-
-def test_what_the_main_process_leaves_behind_dies_with_it(cluster: Cluster, create: Create) -> None:
-    create(pytorch_job("job", "setsid sleep 60 & sleep 0.2"))
-    cluster.wait_for("job", "Succeeded")
+@cluster_test
+def test_masters_success_ends_the_job_and_the_workers_that_still_run(cluster):
+    cluster.add("pytorchjobs", pytorch_job("sleep 0.2", SLEEP, runPolicy={"cleanPodPolicy": "Running"}))
+    wait_for(cluster, "Succeeded")
+    assert conditions(cluster) == {"Created": "True", "Running": "False", "Succeeded": "True"}
+    cluster.wait_until(lambda: [pod["metadata"]["name"] for pod in cluster.pods()] == ["job-master-0"])
     assert cluster.processes() == []
 
 
-def test_leaving_the_cluster_kills_every_process(tmp_path: Path) -> None:
+@cluster_test
+def test_program_error_fails_the_job_with_the_last_lines_in_the_pods_status(cluster):
+    job = pytorch_job(
+        "seq 100; echo why >&2; exit 127", container={"terminationMessagePolicy": "FallbackToLogsOnError"}
+    )
+    cluster.add("pytorchjobs", job)
+    wait_for(cluster, "Failed")
+    ended = state_of_master(cluster)["terminated"]
+    assert (ended["exitCode"], ended["reason"]) == (127, "Error")
+    assert ended["message"].splitlines() == [str(number) for number in range(22, 101)] + ["why"]
+
+
+@cluster_test
+def test_signal_has_the_pod_recreated_and_restarting_takes_the_place_of_running(cluster):
+    cluster.add("pytorchjobs", pytorch_job(SLEEP))
+    wait_for(cluster, "Running")
+    (first,) = cluster.pods()
+    cluster.never_schedule()  # the new pod stays away, so that the state can be seen
+    cluster.kill_pod("job-master-0")
+    wait_for(cluster, "Restarting")
+    assert conditions(cluster) == {"Created": "True", "Restarting": "True"}
+    assert "Pod: kubeflow-user.job-master-0 exited with code 137" in [one["message"] for one in cluster.events()]
+    cluster.recover()
+    wait_for(cluster, "Running")
+    assert cluster.pods()[0]["metadata"]["uid"] != first["metadata"]["uid"]
+
+
+@cluster_test
+@pytest.mark.parametrize(("code", "condition"), [(0, "Succeeded"), (1, "Failed"), (143, "Running")])
+def test_drained_pod_is_judged_by_its_exit_code(code, condition, cluster, tmp_path):
+    ready = tmp_path / "ready"
+    cluster.add("pytorchjobs", pytorch_job(SLOW_TO_STOP.format(code=code, ready=ready)))
+    cluster.wait_until(ready.exists)
+    (first,) = cluster.pods()
+    cluster.delete_pod("job-master-0")
+    cluster.wait_until(lambda: first["metadata"]["uid"] not in [pod["metadata"]["uid"] for pod in cluster.pods()])
+    wait_for(cluster, condition)
+    assert len(cluster.pods()) == (condition == "Running")
+
+
+@cluster_test
+def test_deletion_in_the_foreground_shows_the_job_until_its_processes_are_gone(cluster, tmp_path):
+    """SIGTERM is for the main process only; all are killed after the grace period."""
+    child = f"trap 'touch {tmp_path}/child-was-told' TERM; touch {tmp_path}/ready; while true; do sleep 0.05; done"
+    main = f"sh -c \"{child}\" & trap 'touch {tmp_path}/main-was-told' TERM; while true; do sleep 0.05; done"
+    cluster.add("pytorchjobs", pytorch_job(main))
+    cluster.wait_until((tmp_path / "ready").exists)
+    cluster.delete("pytorchjobs", "job", propagation="Foreground")
+    began = time.monotonic()
+    while jobs := cluster.jobs():
+        assert "deletionTimestamp" in jobs[0]["metadata"]
+    assert 1.9 < time.monotonic() - began < 4  # the grace period is 2 s
+    assert cluster.pods() == []
+    assert cluster.processes() == []
+    assert (tmp_path / "main-was-told").exists()
+    assert not (tmp_path / "child-was-told").exists()
+
+
+@cluster_test
+def test_deletion_in_the_background_leaves_pods_for_which_those_of_a_new_job_wait(cluster, tmp_path):
+    ready = tmp_path / "ready"
+    cluster.add("pytorchjobs", pytorch_job(SLOW_TO_STOP.format(code=0, ready=ready)))
+    cluster.wait_until(ready.exists)
+    (old,) = cluster.pods()
+    cluster.delete("pytorchjobs", "job")
+    assert cluster.jobs() == []
+    cluster.add("pytorchjobs", pytorch_job(SLEEP))
+    time.sleep(0.1)
+    assert [pod["metadata"]["uid"] for pod in cluster.pods()] == [old["metadata"]["uid"]]
+    wait_for(cluster, "Running")
+
+
+@cluster_test
+def test_job_in_a_queue_is_suspended_until_it_is_admitted(cluster):
+    job = pytorch_job(SLEEP)
+    job["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "gpus"}
+    cluster.add("pytorchjobs", job)
+    wait_for(cluster, "Suspended")
+    assert cluster.pods() == []
+    cluster.admit("job")
+    wait_for(cluster, "Running")
+    assert conditions(cluster)["Suspended"] == "False"
+
+
+@cluster_test
+def test_leaving_the_cluster_kills_every_process(tmp_path: Path):
     with Cluster(tmp_path) as cluster:
-        cluster.add("pytorchjobs", pytorch_job("job", "trap '' TERM; setsid sleep 60 & sleep 60"))
-        processes = cluster.wait_until(lambda: len(cluster.processes()) == 3 and cluster.processes())
-    living = map(psutil.Process, filter(psutil.pid_exists, processes))
-    assert [found for found in living if found.status() != psutil.STATUS_ZOMBIE] == []
-
-
-def test_a_pod_without_the_container_runs_no_process(cluster: Cluster, core: CoreV1Api) -> None:
-    cluster.add_step_pod("step", "run", {"pipeline": "continual"})
-    cluster.wait_until(lambda: cluster.phase("step") == "Running")
-    pod = core.read_namespaced_pod("step", cluster.namespace)
-    assert (pod.metadata.owner_references[0].kind, pod.metadata.labels) == ("Workflow", {"pipeline": "continual"})
+        cluster.add("pytorchjobs", pytorch_job("trap '' TERM; setsid sleep 60 & sleep 60"))
+        cluster.wait_until(lambda: len(cluster.processes()) == 3)
     assert cluster.processes() == []

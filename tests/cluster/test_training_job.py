@@ -1,6 +1,7 @@
 """The PyTorchJob of a training run as it arrives on the cluster: whose it is, what it may, what stands in it."""
 
 import io
+import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -12,8 +13,7 @@ from osft.kubernetes.settings import PyTorchJobSettings
 from osft.kubernetes.training_job import training_job
 from osft.settings.training import TrainConfig
 from osft.training.job import run_job
-from tests.cluster.access import Call
-from tests.cluster.cluster import Cluster
+from tests.cluster.api_server import Call
 from tests.cluster.training_step import ROLE, STEP_POD, WORKFLOW
 
 pytestmark = pytest.mark.cluster
@@ -22,8 +22,7 @@ IMAGE = "registry.example/osft-training:0.1.0"
 
 
 @pytest.fixture(autouse=True)
-def in_the_step(cluster: Cluster, monkeypatch) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(cluster.kubeconfig))
+def in_the_step(monkeypatch) -> None:
     monkeypatch.setenv("KFP_POD_NAME", STEP_POD)
 
 
@@ -85,10 +84,16 @@ def test_labels_lead_from_job_and_pods_to_the_runs(cluster):
         labels = found["metadata"]["labels"]
         assert labels["osft/pipeline-run-id"] == "4f1c9f0e-53a8-4d0c-9f6e-0f8f4c1f2a77"
         assert labels["osft/mlflow-run-id"] == "0123456789abcdef"
+    (container,) = cluster.pods()[0]["spec"]["containers"]
+    told = {variable["name"]: variable.get("value") for variable in container["env"]}
+    assert told["OSFT_LOG_CONTEXT"] == "train-osft 0f8f4c1f2a77", "for the lines of its log"
 
 
 def test_launcher_uses_the_rights_of_the_role_and_no_others(cluster, tmp_path):
     """A whole life: created, waiting, failing, its log read, found again, deleted."""
+    (tmp_path / "osft").write_text("#!/bin/sh\nexit 2\n")
+    (tmp_path / "osft").chmod(0o755)
+    cluster.kubelet.image_environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     cluster.add_step_pod(STEP_POD, WORKFLOW)
     role = yaml.safe_load(ROLE.read_text())
     cluster.api.role = role
@@ -99,10 +104,9 @@ def test_launcher_uses_the_rights_of_the_role_and_no_others(cluster, tmp_path):
         pass
     cluster.recover()
     with redirect_stdout(io.StringIO()), pytest.raises(RuntimeError, match="ended with exit code 2"):
-        run_job(first, limits=PyTorchJobSettings().limits, output=tmp_path, poll_seconds=0.1)  # no such model
+        run_job(first, limits=PyTorchJobSettings().limits, output=tmp_path, poll_seconds=0.1)
     first.cancel()
     assert cluster.jobs() == []
-    used = {Call(*call) for call in cluster.calls}
     allowed = {
         Call(verb, group, resource)
         for rule in role["rules"]
@@ -110,7 +114,7 @@ def test_launcher_uses_the_rights_of_the_role_and_no_others(cluster, tmp_path):
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    assert used == allowed
+    assert set(cluster.calls) == allowed
 
 
 @pytest.mark.parametrize(

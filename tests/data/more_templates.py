@@ -10,11 +10,6 @@ PHI3 = """{% for m in messages %}{% if m.role == 'system' %}{{ '<|system|>\n' + 
 {{- '<|end|>\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
 
-# As Phi-4: separators of their own, nothing between the turns.
-PHI4 = """{% for m in messages %}
-{{- '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"""
-
 # As Granite 3: a system's turn that the template writes, the role between tokens, the end of the text closes turns.
 GRANITE = """{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}
 {%- else %}{% set system = 'You are Granite.' %}{% set rest = messages %}{% endif %}
@@ -147,7 +142,6 @@ MORE_SHAPES = {
         ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|call|>", "<|end|>"],
         [],
     ),
-    "phi4": (PHI4, "<|im_end|>", None, [*IM, "<|im_sep|>"], []),
     "granite": (GRANITE, "<|end_of_text|>", None, ["<|start_of_role|>", "<|end_of_role|>"], []),
     "instructlab": (
         INSTRUCTLAB,

@@ -26,24 +26,6 @@ def learned(record: Record, tokenizer, **options) -> str:
     return tokenizer.decode([label for label in sample.labels if label != IGNORE])
 
 
-@pytest.mark.parametrize(
-    ("record", "expected"),
-    [
-        (chat(("user", "hi"), ("assistant", "hello")), "hello<|im_end|>"),
-        (chat(("user", "yes or no?"), ("assistant", "no")), "no<|im_end|>"),
-        (chat(("user", "say assistant"), ("assistant", "assistant")), "assistant<|im_end|>"),
-        (chat(("user", "1"), ("assistant", "a"), ("user", "a"), ("assistant", "b")), "a<|im_end|>b<|im_end|>"),
-        (chat(("system", "be brief"), ("user", "ü€"), ("assistant", "日本 é")), "日本 é<|im_end|>"),
-        (chat(("user", "x"), ("assistant", "line one\nline two")), "line one\nline two<|im_end|>"),
-    ],
-)
-def test_assistant_tokens_and_nothing_else_count(record, expected, tokenizer):
-    assert learned(record, tokenizer) == expected
-    marked = byte_tokenizer()
-    marked.chat_template = MARKED
-    assert learned(record, marked) == expected, "the template's own markers say the same"
-
-
 def test_plain_text_counts_whole_and_is_cut(tokenizer):
     sample = tokenize(Record(source="f:1", text="x" * 100), tokenizer, max_text_tokens=10)
     assert sample.input_ids == sample.labels

@@ -1,7 +1,5 @@
 """Documents become one stream of tokens, cut into exact blocks."""
 
-import csv
-import gzip
 import json
 import random
 
@@ -68,11 +66,10 @@ def test_every_token_of_a_block_counts(model_folder, tmp_path):
     assert prepared.statistics["num_loss_tokens"] == 90
 
 
-def test_remainder_is_reported(model_folder, tmp_path):
+def test_remainder_is_reported(model_folder, tmp_path, caplog):
     file = write_jsonl(tmp_path / "a.jsonl", documents(20, 20))
-    lines: list[str] = []
-    prepare_documents(str(file), model_folder, tmp_path / "out", block_size=10, report=lines.append)
-    assert lines == [
+    prepare_documents(str(file), model_folder, tmp_path / "out", block_size=10)
+    assert caplog.messages == [
         "data: 2 documents in 4 training blocks of 10 tokens (40 tokens), 0 blocks held out; dropped the last "
         "2 tokens, which fill no block"
     ]
@@ -187,34 +184,6 @@ def test_settings_out_of_range_are_refused_by_name(model_folder, tmp_path, setti
     file = write_jsonl(tmp_path / "a.jsonl", documents(50))
     with pytest.raises(ValueError, match=next(iter(setting))):
         prepare_documents(str(file), model_folder, tmp_path, **({"block_size": 4} | setting))
-
-
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet", "folder", "saved"])
-def test_documents_of_every_format_are_the_same(model_folder, tmp_path, name):
-    records = [{"document": f'text "{number}",\n\tmore', "id": number} for number in range(9)]
-    path = tmp_path / name
-    if name == "a.json":
-        path.write_text(json.dumps(records, indent=1))
-    elif name == "a.jsonl.gz":
-        path.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode()))
-    elif path.suffix in (".csv", ".tsv"):
-        with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, ["id", "document"], delimiter="\t" if path.suffix == ".tsv" else ",")
-            table.writeheader()
-            table.writerows(records)
-    elif name == "saved":
-        Dataset.from_list(records).save_to_disk(path)
-    else:
-        (tmp_path / "folder").mkdir()
-        Dataset.from_list(records[:4]).to_parquet(tmp_path / "folder" / "0.parquet")
-        write_jsonl(tmp_path / "folder" / "1.jsonl", records[4:])
-        if name == "a.parquet":
-            Dataset.from_list(records).to_parquet(path)
-    prepared = prepare_documents(str(path), model_folder, tmp_path / "out", block_size=7)
-    expected = write_jsonl(tmp_path / "plain.jsonl", records)
-    assert blocks(prepared.folder) == blocks(
-        prepare_documents(str(expected), model_folder, tmp_path / "out", block_size=7).folder
-    )
 
 
 def test_a_row_without_the_column_is_refused_with_its_place(model_folder, tmp_path):

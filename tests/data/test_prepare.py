@@ -15,6 +15,8 @@ from osft.data.record_hashes import HASH, RECORDS_FILE, contains, read_hashes, r
 from osft.data.records import DataError, parse_record, read_records
 from tests.conftest import arithmetic, write_jsonl
 
+LONG = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
+
 
 def sources(folder) -> set[str]:
     return {row["source"] for row in load_from_disk(folder / "train")}
@@ -80,16 +82,6 @@ def test_second_run_reuses_and_changed_input_does_not(model_folder, tmp_path, ca
     assert not prepare(str(file), model_folder, tmp_path / "out", max_seq_len=50).reused
 
 
-def test_long_samples_are_dropped_and_counted(model_folder, tmp_path):
-    records = arithmetic(40)
-    long = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
-    file = write_jsonl(tmp_path / "a.jsonl", [*records, long])
-    statistics = prepare(str(file), model_folder, tmp_path / "out", max_seq_len=200).statistics
-    assert statistics["dropped_as_too_long"]["samples"] == 1
-    assert statistics["dropped_as_too_long"]["tokens"] > 300
-    assert statistics["longest_sample"] <= 200
-
-
 def test_maximum_is_a_choice_by_hash(chats, model_folder, tmp_path):
     few = prepare(str(chats), model_folder, tmp_path, max_train_samples=10, max_validation_samples=3)
     assert few.statistics["num_train_samples"] == 10
@@ -103,23 +95,20 @@ def has_taken(folder, records) -> list[bool]:
     return contains(read_hashes(folder / RECORDS_FILE), hashes).tolist()
 
 
-def test_records_that_are_left_out_are_not_among_those_that_it_took(model_folder, tmp_path):
-    long = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
-    file = write_jsonl(tmp_path / "a.jsonl", [*arithmetic(40), long])
-    lines: list[str] = []
+def test_records_that_are_left_out_are_not_among_those_that_it_took(model_folder, tmp_path, caplog):
+    file = write_jsonl(tmp_path / "a.jsonl", [*arithmetic(40), LONG])
     options = {"max_seq_len": 200, "max_train_samples": 10, "max_validation_samples": 2}
-    few = prepare(str(file), model_folder, tmp_path / "out", report=lines.append, **options)
+    few = prepare(str(file), model_folder, tmp_path / "out", **options)
     records = list(read_records(str(file)))
     used = [r.source in sources(few.folder) or r.to_dict() in held_out(few.folder) for r in records]
     assert has_taken(few.folder, records) == used
     assert len(read_hashes(few.folder / RECORDS_FILE)) == 12
     assert few.statistics["num_over_maximum"] == few.statistics["num_records"] - few.statistics["num_duplicates"] - 12
-    assert "records beyond max_train_samples or max_validation_samples were left out" in lines[0]
+    assert "records beyond max_train_samples or max_validation_samples were left out" in caplog.messages[0]
 
 
 def test_a_record_that_was_too_long_is_taken_where_there_is_room(model_folder, tmp_path):
-    long = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
-    file = write_jsonl(tmp_path / "a.jsonl", [*arithmetic(9), long])
+    file = write_jsonl(tmp_path / "a.jsonl", [*arithmetic(9), LONG])
     records = list(read_records(str(file)))
     for max_seq_len, fits in ((200, False), (400, True)):
         prepared = prepare(str(file), model_folder, tmp_path / "o", max_seq_len=max_seq_len, validation_fraction=0)
@@ -127,9 +116,8 @@ def test_a_record_that_was_too_long_is_taken_where_there_is_room(model_folder, t
 
 
 def test_a_held_out_record_that_is_too_long_is_taken_for_it_is_measured(model_folder, tmp_path):
-    long = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
     train = write_jsonl(tmp_path / "a.jsonl", arithmetic(9))
-    validation = write_jsonl(tmp_path / "b.jsonl", [*arithmetic(3, seed=5), long])
+    validation = write_jsonl(tmp_path / "b.jsonl", [*arithmetic(3, seed=5), LONG])
     options = {"validation_fraction": 0, "validation_data": str(validation), "max_seq_len": 200}
     prepared = prepare(str(train), model_folder, tmp_path / "out", **options)
     assert len(held_out(prepared.folder)) == 4
@@ -152,27 +140,15 @@ def test_refused_data_leaves_nothing_behind(model_folder, tmp_path, content, pro
     assert not (tmp_path / "out").exists()
 
 
-def test_report_says_how_much_was_dropped(model_folder, tmp_path):
-    long = {"messages": [{"role": "user", "content": "x" * 300}, {"role": "assistant", "content": "y"}]}
-    file = write_jsonl(tmp_path / "a.jsonl", [*arithmetic(9), long])
-    lines: list[str] = []
-    prepared = prepare(
-        str(file), model_folder, tmp_path / "out", max_seq_len=200, validation_fraction=0, report=lines.append
-    )
+def test_report_says_how_much_was_dropped(model_folder, tmp_path, caplog):
+    file = write_jsonl(tmp_path / "a.jsonl", [*arithmetic(9), LONG])
+    prepared = prepare(str(file), model_folder, tmp_path / "out", max_seq_len=200, validation_fraction=0)
     dropped, kept = prepared.statistics["dropped_as_too_long"], prepared.statistics["num_tokens"]
     assert dropped["share_of_tokens"] == dropped["tokens"] / (dropped["tokens"] + kept)
-    assert lines == [
+    assert caplog.messages == [
         f"data: 9 training samples ({kept} tokens, {prepared.statistics['num_loss_tokens']} with loss), 0 held out; "
         f"dropped 0 duplicates and 1 samples longer than 200 tokens ({dropped['share_of_tokens']:.1%} of all tokens)"
     ]
-
-
-def test_longest_sample_is_named(model_folder, tmp_path):
-    records = arithmetic(9)
-    records[4]["messages"][0]["content"] += "?" * 50
-    file = write_jsonl(tmp_path / "a.jsonl", records)
-    statistics = prepare(str(file), model_folder, tmp_path / "out", validation_fraction=0).statistics
-    assert statistics["longest_sample_source"] == f"{file}:5"
 
 
 def test_without_a_fraction_everything_trains(chats, model_folder, tmp_path):
@@ -215,19 +191,18 @@ def test_validation_data_is_held_out_whole_and_never_trains(model_folder, tmp_pa
     assert len(held_out(prepared.folder)) == prepared.statistics["num_validation_samples"] == 10
 
 
-def test_training_records_in_validation_data_are_dropped_unless_every_line_counts(model_folder, tmp_path):
+def test_training_records_in_validation_data_are_dropped_unless_every_line_counts(model_folder, tmp_path, caplog):
     records = arithmetic(20)
     train = write_jsonl(tmp_path / "train.jsonl", records)
     validation = write_jsonl(tmp_path / "validation.jsonl", records[15:])
     options = {"validation_fraction": 0, "validation_data": str(validation)}
-    lines: list[str] = []
-    prepared = prepare(str(train), model_folder, tmp_path / "out", **options, report=lines.append)
+    prepared = prepare(str(train), model_folder, tmp_path / "out", **options)
     assert sources(prepared.folder) == {f"{train}:{line}" for line in range(1, 16)}
-    all_lines = {"deduplicate": False, "report": lines.append}
+    all_lines = {"deduplicate": False}
     kept = prepare(str(train), model_folder, tmp_path / "out", **options, **all_lines).statistics
     assert (kept["num_train_samples"], kept["num_also_held_out"]) == (20, 5)
-    assert "5 training records that validation_data holds were dropped" in lines[0]
-    assert "5 training records that validation_data holds were kept" in lines[1]
+    assert "5 training records that validation_data holds were dropped" in caplog.messages[0]
+    assert "5 training records that validation_data holds were kept" in caplog.messages[1]
     with pytest.raises(DataError, match="validation_data='.*' holds all of its records"):
         prepare(str(validation), model_folder, tmp_path / "out", validation_fraction=0, validation_data=str(train))
 
@@ -248,7 +223,7 @@ def test_every_option_is_part_of_the_address(chats, model_folder, tmp_path, chan
     assert prepare(str(chats), model_folder, tmp_path, **change).folder != first.folder
 
 
-def test_changed_validation_data_is_prepared_anew(chats, model_folder, tmp_path):
+def test_changed_validation_data_is_prepared_again(chats, model_folder, tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", arithmetic(5, seed=7))
     options = {"validation_fraction": 0, "validation_data": str(file)}
     first = prepare(str(chats), model_folder, tmp_path / "out", **options)
@@ -256,7 +231,7 @@ def test_changed_validation_data_is_prepared_anew(chats, model_folder, tmp_path)
     assert prepare(str(chats), model_folder, tmp_path / "out", **options).folder != first.folder
 
 
-def test_changed_chat_template_is_prepared_anew(chats, model_folder, tmp_path):
+def test_changed_chat_template_is_prepared_again(chats, model_folder, tmp_path):
     first = prepare(str(chats), model_folder, tmp_path / "out")
     shutil.copytree(model_folder, tmp_path / "model")
     template = tmp_path / "model" / "chat_template.jinja"
@@ -300,28 +275,20 @@ def test_one_prompt_is_refused_where_one_must_be_measured(model_folder, tmp_path
         prepare(str(file), model_folder, tmp_path / "out", validation_fraction=0, hold_out_a_prompt=True)
 
 
-def test_conversions_are_counted_and_shown(model_folder, tmp_path):
+def test_conversions_are_counted_and_shown(model_folder, tmp_path, caplog):
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    records = [{"conversations": turns, "id": 1}, *arithmetic(3)]
-    records.append({"messages": [{"role": "developer", "content": "d"}, *records[1]["messages"]]})
-    lines: list[str] = []
+    records = [{"conversations": turns, "id": 1}, {"conversations": [*turns, *turns]}, *arithmetic(3)]
+    records.append({"messages": [{"role": "developer", "content": "d"}, *records[2]["messages"]]})
     file = write_jsonl(tmp_path / "a.jsonl", records)
-    options = {"validation_fraction": 0, "report": lines.append}
+    options = {"validation_fraction": 0}
     prepared = prepare(str(file), model_folder, tmp_path / "out", **options).statistics
     assert prepared["conversions"] == {
-        "converted from ShareGPT": 1,
+        "converted from ShareGPT": 2,
         "key 'id' ignored": 1,
         "role 'developer' taken as 'system'": 1,
     }
-    assert lines[1:] == [f"data: 1 record: {what}" for what in sorted(prepared["conversions"])]
-
-
-def test_a_key_that_the_template_does_not_read_is_refused(model_folder, tmp_path):
-    records = arithmetic(3)
-    records[1]["messages"][1]["thinking"] = "because"
-    file = write_jsonl(tmp_path / "a.jsonl", records)
-    with pytest.raises(DataError, match=r"a.jsonl:2: .*does not read messages\[1\].thinking"):
-        prepare(str(file), model_folder, tmp_path / "out", validation_fraction=0)
-    file = write_jsonl(tmp_path / "b.jsonl", [arithmetic(1)[0] | {"score": 0.5}])
-    with pytest.raises(DataError, match=r"b.jsonl:1: .*does not read score, .* below 'metadata'"):
-        prepare(str(file), model_folder, tmp_path / "out", validation_fraction=0)
+    assert caplog.messages[1:] == [
+        "data: 2 records: converted from ShareGPT",
+        "data: 1 record: key 'id' ignored",
+        "data: 1 record: role 'developer' taken as 'system'",
+    ]

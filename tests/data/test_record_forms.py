@@ -2,12 +2,11 @@
 
 import json
 import random
-from collections import Counter
 
 import pytest
 from datasets import Dataset
 
-from osft.data.records import DataError, Record, parse_record, read_records, report_lines
+from osft.data.records import DataError, Record, parse_record, read_records
 from tests.conftest import write_jsonl
 
 
@@ -293,20 +292,6 @@ def test_other_keys_are_kept_for_the_template():
 def test_reasoning_of_a_one_question_form_is_the_answers():
     record = read({"question": "hi", "reasoning": "because", "answer": "yo"})
     assert record.messages[1] == TELL | {"reasoning": "because"}
-
-
-def test_what_was_converted_and_ignored_is_counted(tmp_path):
-    rows = [{"conversations": [HUMAN, GPT], "id": n, "source": "s"} for n in range(3)] + [
-        {"prompt": "a", "completion": "b"}
-    ]
-    counts: Counter[str] = Counter()
-    assert len(list(read_records(str(write_jsonl(tmp_path / "a.jsonl", rows)), counts=counts))) == 4
-    assert report_lines(counts) == [
-        "3 records: converted from ShareGPT",
-        "1 record: converted from prompt/completion",
-        "3 records: key 'id' ignored",
-        "3 records: key 'source' ignored",
-    ]
 
 
 def two(**second: object) -> dict:

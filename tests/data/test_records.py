@@ -5,7 +5,6 @@ import json
 import pytest
 
 from osft.data.records import DataError, parse_record, read_records
-from tests.conftest import write_jsonl
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
@@ -13,16 +12,12 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"messages": [', "not valid JSON"),
-        ("[1, 2]", "must be a JSON object, this is a list"),
-        ('{"prompt": "a"}', "needs a non-empty list 'messages'.*this one has 'prompt'"),
         ('{"messages": []}', "needs a non-empty list 'messages'"),
         ('{"messages": ["hello"]}', r"messages\[0\] must be an object with a role"),
         ('{"messages": [{"role": 7, "content": "a"}]}', "role out of system, developer, user, .*; got 7"),
         ('{"messages": [{"role": "user", "content": 3}]}', r"messages\[0\] needs a string 'content'; got 3"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant message with text"),
         ('{"messages": [{"role": "assistant", "content": "  "}]}', "no assistant message with text"),
-        ('{"messages": [{"role": "assistant", "content": null}]}', "needs a string 'content'; got None"),
         (
             '{"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}',
             "'tool_calls', but its role",
@@ -30,10 +25,6 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         (
             '{"messages": [{"role": "user", "content": "a", "reasoning_content": "b"}]}',
             r"messages\[0\] has 'reasoning_content', but its role is 'user'",
-        ),
-        (
-            '{"messages": [{"role": "assistant", "content": "a", "reasoning_content": 1}]}',
-            r"messages\[0\]: 'reasoning_content' must be a string; got 1",
         ),
         (
             '{"messages": [{"role": "assistant", "tool_calls": {"name": "f"}}]}',
@@ -54,7 +45,6 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
         (CHAT[:-1] + ', "tools": "f"}', "'tools' must be a list of JSON schemas"),
         (CHAT[:-1] + ', "tools": [{"type": "function"}]}', "'tools' must be a list of JSON schemas"),
         (CHAT[:-1] + ', "unmask": "yes"}', "'unmask' must be true or false; got 'yes'"),
-        (CHAT[:-4] + '\\ud800"}]}', "an escape .* stands alone"),
         (CHAT[:-1] + ', "choices": "b"}', "'choices' must be a list"),
         (CHAT[:-1] + ', "choices": ["x", "y"]}', "must be the assistant's and one of the choices"),
     ],
@@ -64,34 +54,6 @@ def test_bad_line_is_refused_with_its_place(tmp_path, line, problem):
     file.write_text(f"{CHAT}\n\n{line}\n", encoding="utf-8")
     with pytest.raises(DataError, match=rf"data\.jsonl:3: .*{problem}"):
         list(read_records(str(file)))
-
-
-def test_empty_file_is_refused(tmp_path):
-    for name, content in (("empty.jsonl", ""), ("blank.jsonl", "\n \n")):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(DataError, match=rf"{name} holds no record"):
-            list(read_records(str(tmp_path / name)))
-
-
-def test_binary_file_is_refused(tmp_path):
-    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(DataError, match="data.jsonl is not UTF-8"):
-        list(read_records(str(tmp_path / "data.jsonl")))
-
-
-def test_file_folder_and_glob_give_the_same_records(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "assistant", "content": "1"}]}])
-    write_jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": "assistant", "content": "2"}]}])
-    in_folder = [record.content_hash for record in read_records(str(tmp_path))]
-    assert len(in_folder) == 2
-    assert in_folder == [record.content_hash for record in read_records(str(tmp_path / "*.jsonl"))]
-    assert in_folder[:1] == [record.content_hash for record in read_records(str(tmp_path / "a.jsonl"))]
-
-
-@pytest.mark.parametrize("uri", ["missing.jsonl", "missing/*.jsonl", "."])
-def test_missing_data_is_refused(tmp_path, uri):
-    with pytest.raises(FileNotFoundError, match="does not exist|holds no data file"):
-        list(read_records(str(tmp_path / uri)))
 
 
 def test_plain_text_is_for_evaluation_only():

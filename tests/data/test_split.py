@@ -11,8 +11,8 @@ def prompts(count: int) -> list[str]:
     return [hashlib.sha256(str(number).encode()).hexdigest() for number in range(count)]
 
 
-@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("count", [2, 3, 10, 100])
+@pytest.mark.parametrize("fraction", [0.001, 0.5, 0.999])
+@pytest.mark.parametrize("count", [2, 3, 100])
 def test_both_sides_have_a_prompt(fraction, count):
     chosen = held_out_prompts(prompts(count) * 3, fraction)
     assert 0 < len(chosen) < count

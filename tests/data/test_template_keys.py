@@ -85,10 +85,10 @@ def test_tools_must_be_read():
     assert unread_keys("{{ tools | tojson }}", chat(tools=({"name": "f"},))) == []
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_names_of_what_a_result_answers_need_not_be_rendered(shape):
+def test_names_of_what_a_result_answers_need_not_be_rendered():
     result = {"role": "tool", "content": "1", "tool_call_id": "x", "name": "f"}
-    assert unread_keys(SHAPES[shape][0], chat(ASKS, result, answers())) == []
+    for template, *_ in SHAPES.values():
+        assert unread_keys(template, chat(ASKS, result, answers())) == []
     assert unread_keys(CHATML, chat(ASKS | {"name": "Ann"}, answers())) == ["messages[0].name"]
 
 

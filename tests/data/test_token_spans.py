@@ -111,7 +111,7 @@ COLONS = "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor 
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 TEMPLATES = {"ChatML": CHATML, "Vicuna": VICUNA, "colons": COLONS}
-ANSWERS = ["No.", "hello", "日本 e\u0301é no", " no \n", "\n\nhello.\n\n", "hello hello", ":no"]
+ANSWERS = ["No.", "日本 e\u0301é no", " no \n", "\n\nhello.\n\n", "hello hello", ":no"]
 
 
 def bare(text: str) -> str:

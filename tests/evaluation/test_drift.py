@@ -15,7 +15,7 @@ from osft.data.records import Record
 from osft.evaluation.drift import RecordDrift, dtype_that_fits, measure_drift
 from osft.evaluation.evaluate import EvaluationSet, evaluate, load_set
 from osft.settings.subspace import SubspaceConfig
-from osft.training.inputs import compute_factors
+from osft.training.factors import compute_factors
 from osft.training.statistics import self_written_text
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama
 

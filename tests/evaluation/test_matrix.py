@@ -39,10 +39,6 @@ def test_learning_accuracy_is_the_mean_of_the_diagonal():
     assert matrix.average_accuracy(R) == pytest.approx(identity)
 
 
-def test_anchor_drift_is_against_the_base_model():
-    assert matrix.anchor_drift([0.5, None, 0.25], 0.5) == -0.25
-
-
 def test_the_lower_triangle_is_enough_for_all_but_forward_transfer():
     names = ("average_accuracy", "backward_transfer", "forgetting", "average_forgetting", "learning_accuracy")
     for name in names:
@@ -57,7 +53,6 @@ def test_losses_are_negated_and_keep_their_meaning():
     assert matrix.average_accuracy(scores) == -1.75
     assert matrix.backward_transfer(scores) == -0.5, "the loss of task 0 rose by 0.5"
     assert matrix.forgetting(scores) == [0.5]
-    assert matrix.anchor_drift([-3.0], -2.5) == -0.5
     assert matrix.negated([[None, 2.0]]) == [[None, -2.0]]
 
 
@@ -102,8 +97,6 @@ def test_what_is_no_matrix_is_refused():
         matrix.forward_transfer(R, [0.1, 0.2])
     with pytest.raises(ValueError, match="base model on task 2 is None"):
         matrix.forward_transfer(R, [0.1, 0.2, None])
-    with pytest.raises(ValueError, match="not measured after round 1"):
-        matrix.anchor_drift([0.5, None], 0.5)
 
 
 ROUNDS = [("first", 1), ("second", 4), ("third", None)]

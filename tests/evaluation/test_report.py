@@ -9,7 +9,7 @@ from osft.data.packing import Batching
 from osft.evaluation.report.formats import format_duration, format_number, format_percent
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace.factor_set import FactorSet
-from osft.training.inputs import compute_factors
+from osft.training.factors import compute_factors
 from tests.evaluation.html_page import Page
 from tests.evaluation.round_report import (
     COST,

@@ -14,6 +14,7 @@ from osft.subspace import select_targets
 from osft.subspace.calibration import measure
 from osft.subspace.factor_set import FactorSet
 from osft.subspace.factor_store import precompute_by_inputs
+from tests.conftest import feeding
 from tests.evaluation.round_report import a_summary, new_training
 
 
@@ -21,7 +22,7 @@ from tests.evaluation.round_report import a_summary, new_training
 def factors(model_folder: Path, tmp_path_factory) -> FactorSet:
     model: Any = load_model(model_folder, dtype=torch.float32)
     sample = Sample(list(range(40)), list(range(40)))
-    statistics = measure(model, select_targets(model), [sample], device="cpu")
+    statistics = measure(model, select_targets(model), [sample], feeding=feeding())
     subspace = SubspaceConfig(unfreeze_rank_ratio=0.25, protect="activations")
     store = tmp_path_factory.mktemp("store")
     return precompute_by_inputs(model_folder, store, subspace, statistics, statistics_file="statistics/k.json")

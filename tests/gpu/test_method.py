@@ -5,10 +5,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from osft.data.packing import Feeding
 from osft.subspace import OSFTLinear, decompose, select_targets
 from osft.subspace.calibration import measure
 from osft.subspace.decomposition import Factors, split_by_inputs
 from osft.subspace.second_moment import SecondMoment
+from tests.conftest import feeding
 from tests.gpu.models import FAMILIES, build, texts
 from tests.subspace.test_linear import frozen_directions
 
@@ -114,8 +116,8 @@ def test_output_on_frozen_inputs_is_unchanged(device, transposed):
 def test_statistics_are_those_of_the_cpu(device, family):
     model, samples = build(family), texts()
     targets = select_targets(model)
-    expected = measure(model, targets, samples, device="cpu")
-    found = measure(model.to(device), targets, samples, device=device)
+    expected = measure(model, targets, samples, feeding=feeding())
+    found = measure(model.to(device), targets, samples, feeding=Feeding(max_tokens=2048, device=device))
     assert found.unit == pytest.approx(expected.unit, rel=1e-2)
     for mine, other in zip(found.inputs(), expected.inputs(), strict=True):
         assert (mine.targets, mine.transposed) == (other.targets, other.transposed)

@@ -1,7 +1,6 @@
 """Steps of the real training loop on CUDA: the losses of the CPU, and the memory of the dry run."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -19,7 +18,7 @@ from osft.training.liger import apply_liger
 from osft.training.loop import make_optimizer, train_step
 from osft.training.plan import plan
 from osft.training.sharded_model import load_sharded
-from tests.conftest import tiny_llama, write_jsonl
+from tests.conftest import feeding, tiny_llama, write_jsonl
 from tests.gpu.models import FAMILIES, build, texts
 
 pytestmark = pytest.mark.gpu
@@ -55,7 +54,7 @@ def settings(tmp_path_factory) -> Callable[[str, str], TrainConfig]:
         if protect == "weights":
             factors = factor_store.precompute(folder, config=config.subspace, **store)
         else:
-            statistics = measure(model, select_targets(model), texts(seed=2), device="cpu")
+            statistics = measure(model, select_targets(model), texts(seed=2), feeding=feeding())
             factors = factor_store.precompute_by_inputs(
                 folder, config=config.subspace, statistics=statistics, statistics_file="", **store
             )
@@ -110,7 +109,7 @@ def test_liger_changes_nothing_but_the_time(settings, device, monkeypatch, dtype
         pytest.skip("Liger's kernels need CUDA")
     from transformers.models.llama import modeling_llama
 
-    config = replace(settings("llama", "weights"), dtype=dtype)
+    config = settings("llama", "weights").replace(dtype=dtype)
     without = losses(config, device)
     for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # which Liger replaces for the whole process
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
@@ -159,9 +158,7 @@ def test_peak_memory_is_that_of_the_dry_run(device, tmp_path, gradient_checkpoin
     )
     (estimate,) = [each for each in plan(config).memory if each.gpus == 1]
     lines = {line.name: line.bytes for line in estimate.lines if line.name != "allowance"}  # what tensors take
-    factors = factor_store.precompute(
-        folder, tmp_path / "factors", config.subspace, device=device.type, report=lambda _: None
-    ).path
+    factors = factor_store.precompute(folder, tmp_path / "factors", config.subspace, device=device.type).path
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     loaded, _ = load_sharded(config, folder, factors, device=device)
     optimizer = make_optimizer(loaded.train(), config, fused=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from osft.kubernetes.log_position import LogPosition
+from osft.kubernetes.pods import LogPosition
 
 LINES = [
     "2026-11-22T10:00:00.1Z a",

@@ -29,22 +29,20 @@ def test_token_file_is_read_again_for_each_request(server, token_file):
     assert sent(server, "authorization")[-2:] == [f"Bearer {SECRET}", "Bearer renewed"]
 
 
-def test_token_of_the_environment(server, monkeypatch):
-    monkeypatch.setenv("KFP_EXISTING_TOKEN", SECRET)
-    newest_runs(connect(server.address))
-    assert sent(server, "authorization")[-1] == f"Bearer {SECRET}"
-
-
-def test_token_that_the_cluster_mounts(server, token_file, monkeypatch):
-    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(token_file))
-    newest_runs(connect(server.address))
-    assert sent(server, "authorization")[-1] == f"Bearer {SECRET}"
-
-
-def test_token_file_goes_before_the_environment(server, token_file, monkeypatch):
-    monkeypatch.setenv("KFP_EXISTING_TOKEN", "another")
-    newest_runs(connect(server.address, token_file=token_file))
-    assert sent(server, "authorization")[-1] == f"Bearer {SECRET}"
+@pytest.mark.parametrize(
+    ("environment", "given", "token"),
+    [
+        ({"KFP_EXISTING_TOKEN": "of-the-environment"}, False, "of-the-environment"),
+        ({"KF_PIPELINES_SA_TOKEN_PATH": "mounted"}, False, SECRET),
+        ({"KFP_EXISTING_TOKEN": "of-the-environment"}, True, SECRET),
+    ],
+    ids=["environment", "mounted by the cluster", "file before environment"],
+)
+def test_token_that_is_sent(server, token_file, monkeypatch, environment, given, token):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(token_file) if value == "mounted" else value)
+    newest_runs(connect(server.address, token_file=token_file if given else None))
+    assert sent(server, "authorization")[-1] == f"Bearer {token}"
 
 
 def test_cookies(server):

@@ -178,9 +178,9 @@ def test_finished_run_is_not_returned_for_other_data_under_the_same_name(call, t
 @pytest.mark.covers("save_state_minutes")
 def test_state_is_saved_by_the_clock(call, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(worker.Outputs, "state", lambda self, optimizer, position: saved.append(position.step))
+    monkeypatch.setattr(worker.Checkpointer, "state", lambda self, optimizer, position: saved.append(position.step))
     call(save_state_minutes=1e-9)
-    assert saved == [1, 2, 3], "after the last step there is nothing to go on with"
+    assert saved == [1, 2, 3], "after the last step there is nothing to resume"
     saved.clear()
     call(save_state_minutes=0)
     assert saved == []

@@ -7,8 +7,8 @@ from osft.data.dataset_folder import load_split
 from osft.data.packing import Feeding
 from osft.data.samples import SubsetOfSamples
 from osft.data.selection import select
+from osft.models.likelihood import mean_nll
 from osft.models.loading import load_model
-from osft.training.held_out import mean_nll
 from osft.training.own_text import read_own_text
 from tests.conftest import arithmetic, write_jsonl
 from tests.parameters.conftest import losses

@@ -20,9 +20,8 @@ Answer = tuple[int, Any]
 
 TIMES = {"start_time", "end_time"}
 CONFIG = {"parameters", "pipeline_root"}
-REFERENCE = {"pipeline_id", "pipeline_version_id"}
-SOURCE = {"pipeline_spec", "pipeline_version_reference"}
-RUN = {"display_name", "description", "runtime_config", "service_account", "experiment_id", *SOURCE}
+NEEDED = {"display_name", "experiment_id", "runtime_config", "pipeline_version_reference"}
+RUN = {*NEEDED, "description", "service_account"}
 RECURRING = {*RUN, "max_concurrency", "trigger", "mode", "no_catchup", "namespace"}
 
 
@@ -76,7 +75,7 @@ class KfpServer:
         return [f"{method} {path}" for method, path in plain]
 
     def answer(self, method: str, path: str, query: dict[str, str], headers: Message, body: bytes) -> Answer:
-        upload = path.startswith("/pipelines/upload")
+        upload = path == "/pipelines/upload_version"
         content = json.loads(body) if body and not upload else None
         failure = self.fail(method, path)
         self.requests.append((method, path, content))
@@ -85,7 +84,7 @@ class KfpServer:
             return failure, {"message": "the server is not well"}
         try:
             if upload:
-                value = self.upload(path, query, headers, body)
+                value = self.upload(query, headers, body)
             else:
                 value = {"GET": self.get, "POST": self.create, "DELETE": self.delete}[method](path, query, content)
         except Refused as refused:
@@ -118,7 +117,7 @@ class KfpServer:
                 return found
         raise Refused(f"no such path {path}", 404)
 
-    def upload(self, path: str, query: dict[str, str], headers: Message, body: bytes) -> Any:
+    def upload(self, query: dict[str, str], headers: Message, body: bytes) -> Any:
         boundary = headers.get_param("boundary")
         if headers.get_content_type() != "multipart/form-data" or not boundary:
             raise Refused("an upload is multipart/form-data")
@@ -131,13 +130,8 @@ class KfpServer:
             spec = parse_spec(content.decode())
         except (yaml.YAMLError, json_format.ParseError, ValueError) as error:
             raise Refused(f"not a pipeline: {error}") from None
-        if path == "/pipelines/upload_version":
-            pipeline = _one(self.pipelines, query["pipelineid"])
-            return self._new_version(pipeline, query["name"], spec, query.get("description", ""))
-        name = query.get("name") or spec["pipeline_spec"]["pipelineInfo"]["name"]
-        pipeline = self._new_pipeline({"display_name": name})
-        self._new_version(pipeline, name, spec, "")
-        return pipeline
+        pipeline = _one(self.pipelines, query["pipelineid"])
+        return self._new_version(pipeline, query["name"], spec, query["description"])
 
     def create(self, path: str, query: dict[str, str], body: Any) -> Any:
         run = re.fullmatch(r"/runs/([^/]+):terminate", path)
@@ -157,11 +151,11 @@ class KfpServer:
             _check(body, {"display_name"}, {"display_name", "description", "namespace"})
             return self._keep(self.experiments, "experiment_id", body)
         if path == "/runs":
-            _check(body, {"display_name", "experiment_id", "runtime_config"}, RUN)
+            _check(body, NEEDED, RUN)
             self._check_source(body)
             return self._keep(self.runs, "run_id", {**body, "state": "PENDING"})
         if path == "/recurringruns":
-            _check(body, {"display_name", "experiment_id", "runtime_config", "trigger", "max_concurrency"}, RECURRING)
+            _check(body, {*NEEDED, "trigger", "max_concurrency"}, RECURRING)
             self._check_source(body)
             _check_trigger(body["trigger"])
             if not 1 <= int(body["max_concurrency"]) <= 10:
@@ -183,21 +177,15 @@ class KfpServer:
     def _check_source(self, body: dict[str, Any]) -> None:
         if body["experiment_id"] not in self.experiments:
             raise Refused("there is no such experiment")
-        if len(SOURCE & set(body)) != 1:
-            raise Refused(f"one of {sorted(SOURCE)} is needed")
         _check(body["runtime_config"], set(), CONFIG)
-        if "pipeline_spec" in body:
-            spec = body["pipeline_spec"].get("pipeline_spec") or body["pipeline_spec"]
-        else:
-            reference = body["pipeline_version_reference"]
-            _check(reference, {"pipeline_id"}, REFERENCE)
-            _one(self.pipelines, reference["pipeline_id"])
-            own = [one for one in self.versions.values() if one["pipeline_id"] == reference["pipeline_id"]]
-            wanted = reference.get("pipeline_version_id")
-            matching = [one for one in own if wanted in (None, one["pipeline_version_id"])]
-            if not matching:
-                raise Refused("there is no such version", 404)
-            spec = matching[-1]["pipeline_spec"]["pipeline_spec"]
+        reference = body["pipeline_version_reference"]
+        _check(reference, {"pipeline_id"}, {"pipeline_id", "pipeline_version_id"})
+        own = [one for one in self.versions.values() if one["pipeline_id"] == reference["pipeline_id"]]
+        wanted = reference.get("pipeline_version_id")
+        matching = [one for one in own if wanted in (None, one["pipeline_version_id"])]
+        if not matching:
+            raise Refused("there is no such version", 404)
+        spec = matching[-1]["pipeline_spec"]["pipeline_spec"]
         known = spec["root"].get("inputDefinitions", {}).get("parameters", {})
         unknown = set(body["runtime_config"].get("parameters", {})) - set(known)
         if unknown:

@@ -5,21 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kfp
 import pytest
 import yaml
-from kfp import compiler
-from kfp.components import load_component_from_file
-from kfp_server_api import ApiException
 
 from components import readme
 from components.precompute_svd.component import precompute_svd
 from components.train_osft.component import train_osft
 from osft.evaluation.gate import GateRules
+from osft.orchestration import CompiledPipeline, connect, submit, upload
 from osft.settings.base import default, read_file, type_text
 from osft.settings.training import TrainConfig
 from pipelines.continual_learning.parameters import SUBSPACE, TRAINING, PipelineParameters
-from pipelines.continual_learning.pipeline import YAML, YAML_S3
+from pipelines.continual_learning.pipeline import YAML, YAML_S3, main
 from tests.pipelines.kfp_server import KfpServer, parse_spec
 
 
@@ -28,30 +25,14 @@ def spec() -> dict:
     return parse_spec(YAML.read_text())["pipeline_spec"]
 
 
-def check(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipelines.continual_learning.pipeline", "--check", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=YAML.parents[2])
-
-
-def test_yaml_is_what_the_pipeline_compiles_to():
-    found = check(YAML.parent)
-    assert found.returncode == 0, found.stderr
-
-
-def test_stale_yaml_is_noticed(tmp_path):
+def test_yaml_is_what_the_pipeline_compiles_to_and_a_stale_one_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", "--check"])
+    main()
     shutil.copy(YAML, tmp_path)
     (tmp_path / YAML_S3.name).write_text(YAML_S3.read_text().replace("defaultValue: 0.25", "defaultValue: 0.3"))
-    stale = check(tmp_path)
-    assert stale.returncode == 1
-    assert f"{YAML_S3.name} is stale: run `make compile`" in stale.stderr
-
-
-def test_yaml_loads_and_compiles_to_itself(tmp_path):
-    loaded = load_component_from_file(str(YAML))
-    assert loaded.name == "osft-continual-learning"
-    compiler.Compiler().compile(loaded, str(tmp_path / "again.yaml"))
-    again = list(yaml.safe_load_all((tmp_path / "again.yaml").read_text()))
-    assert again == list(yaml.safe_load_all(YAML.read_text()))
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", "--check", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"{YAML_S3.name} is stale: run `make compile`"):
+        main()
 
 
 def test_every_parameter_has_a_description_and_all_but_two_a_default(spec):
@@ -89,8 +70,13 @@ def test_production_has_nothing_of_the_demonstration(spec):
     assert all(value != form[name].get("defaultValue") for name, value in demonstration.items())
 
 
+def platform_of(file: Path) -> dict:
+    """What kfp-kubernetes adds to each step."""
+    return parse_spec(file.read_text())["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+
 def test_every_step_mounts_the_claim_that_the_parameter_names():
-    platform = parse_spec(YAML.read_text())["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    platform = platform_of(YAML)
     assert len(platform) == 7
     for executor in platform.values():
         (mount,) = executor["pvcMount"]
@@ -99,18 +85,14 @@ def test_every_step_mounts_the_claim_that_the_parameter_names():
 
 
 def test_without_a_claim_nothing_is_mounted_and_parameters_are_the_same(spec):
-    with_claim, without = parse_spec(YAML.read_text()), parse_spec(YAML_S3.read_text())
-    assert (
-        without["pipeline_spec"]["root"]["inputDefinitions"] == with_claim["pipeline_spec"]["root"]["inputDefinitions"]
-    )
-    assert without["pipeline_spec"]["deploymentSpec"] == with_claim["pipeline_spec"]["deploymentSpec"]
-    for executor in without["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
-        assert "pvcMount" not in executor
+    without = parse_spec(YAML_S3.read_text())["pipeline_spec"]
+    assert without["root"]["inputDefinitions"] == spec["root"]["inputDefinitions"]
+    assert without["deploymentSpec"] == spec["deploymentSpec"]
+    assert not any("pvcMount" in executor for executor in platform_of(YAML_S3).values())
 
 
 def test_credentials_come_from_secrets_that_need_not_exist():
-    platform = parse_spec(YAML.read_text())["platform_spec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-    for executor in platform.values():
+    for executor in platform_of(YAML).values():
         variables = {entry["envVar"] for secret in executor["secretAsEnv"] for entry in secret["keyToEnv"]}
         assert {"HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY"} <= variables
         assert all(secret["optional"] for secret in executor["secretAsEnv"])
@@ -181,30 +163,15 @@ def test_images_of_all_steps_are_set_in_one_place(tmp_path):
     assert pods["runtimeValue"]["constant"] == images["OSFT_TRAINING_IMAGE"]
 
 
-def test_client_uploads_and_runs_the_yaml():
+def test_server_takes_the_yaml_and_a_run_of_it():
     with KfpServer() as server:
-        client = kfp.Client(host=server.address)
-        uploaded = client.upload_pipeline(str(YAML), pipeline_name="continual learning")
-        assert server.pipelines[uploaded.pipeline_id]["display_name"] == "continual learning"
-        (version,) = server.versions.values()
-        assert version["pipeline_spec"]["pipeline_spec"] == next(yaml.safe_load_all(YAML.read_text()))
-        assert version["pipeline_spec"]["platform_spec"] is not None
-
+        client = connect(server.address)
         given = {"base_model": "org/model", "data_uri": "org/data", "num_epochs": 2}
-        run = client.create_run_from_pipeline_package(str(YAML), arguments=given, experiment_name="rounds")
-        body = server.runs[run.run_id]
-        assert body["runtime_config"]["parameters"] == given
-        with pytest.raises(ApiException, match="unknown parameters"):
-            client.create_run_from_pipeline_package(str(YAML), arguments={"no_such": 1}, experiment_name="rounds")
-
-
-def test_server_refuses_what_is_not_a_pipeline(tmp_path):
-    (tmp_path / "not.yaml").write_text("hello: world\n")
-    with KfpServer() as server:
-        client = kfp.Client(host=server.address)
-        with pytest.raises(ApiException, match="not a pipeline"):
-            client.upload_pipeline(str(tmp_path / "not.yaml"), pipeline_name="x")
-        assert not server.pipelines
+        submit(client, upload(client, CompiledPipeline.read(YAML)), given)
+        (version,) = server.versions.values()
+        assert version["pipeline_spec"] == parse_spec(YAML.read_text())
+        (run,) = server.runs.values()
+        assert run["runtime_config"]["parameters"] == given
 
 
 def test_every_component_is_described_and_its_readme_is_current():

@@ -19,7 +19,6 @@ from kfp import compiler, dsl
 from rich.console import Console
 
 from pipelines import run_local
-from pipelines.local_console import StepLines
 from pipelines.local_process import new_log
 
 ROOT = Path(__file__).parents[2]
@@ -157,14 +156,6 @@ def test_steps_end_with_the_command_that_started_them(waiting, tmp_path, signum)
     waiting.send_signal(signum)
     waiting.communicate(timeout=60)
     wait_for(lambda: processes_of(kfp_root) == [], 20)
-
-
-def test_display_that_fails_loses_neither_the_run_nor_its_log(printed, tmp_path, monkeypatch):
-    monkeypatch.setattr(StepLines, "update", lambda self, log, now: 1 / 0)
-    folder = run_local.run({"behaviour": "end"}, tmp_path)
-    assert folder.name in log_of(tmp_path)
-    assert "noise 29" in log_of(tmp_path)
-    assert "ZeroDivisionError" in log_of(tmp_path)
 
 
 def test_runs_at_the_same_time_have_logs_and_rounds_of_their_own(printed, tmp_path):

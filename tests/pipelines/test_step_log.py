@@ -28,6 +28,17 @@ def test_every_step_of_a_run_has_its_result():
     assert list(steps) == list(RESULTS), "in the order in which they ran"
 
 
+def test_what_lines_of_the_log_begin_with_changes_nothing():
+    """The recorded run is of a release whose lines had the message only."""
+    text = recorded("run")
+    for own in ("round", "data", "factors", "train", "gate", "registry", "step 1/8 ", "step 8/8 ", "statistics"):
+        text = text.replace(f"    {own}", f"    2026-11-26T10:53:10Z [a-step 0f27b3 rank 0] {own}")
+    assert text.count("Z [a-step") > 10
+    plain, log = replay(recorded("run")), replay(text)
+    assert {name: step.result() for name, step in log.steps.items()} == RESULTS
+    assert log.steps == plain.steps
+
+
 def test_times_are_those_that_kfp_has_written_down():
     steps = replay(recorded("run")).steps
     assert {name: round(step.seconds(0.0)) for name, step in steps.items()} == {

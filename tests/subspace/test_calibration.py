@@ -8,31 +8,22 @@ import torch
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from osft.data.chat import Sample
 from osft.data.packing import Batching
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace import calibration, inject, select_targets
 from osft.subspace.calibration import measure, sample_tokens
+from tests import conftest
+from tests.conftest import feeding
 
 VOCABULARY = 48
 LENGTHS = (9, 14, 6, 11, 9)
 
 
 def tiny_llama() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return conftest.tiny_llama(vocab_size=VOCABULARY, tie_word_embeddings=False).eval()
 
 
 def tiny_gpt2() -> torch.nn.Module:
@@ -49,8 +40,9 @@ def texts(lengths=LENGTHS, seed=1) -> list[Sample]:
     return [Sample(row, row) for row in rows]
 
 
-def measured(model, samples=None, **settings):
-    return measure(model, select_targets(model), samples or texts(), device="cpu", **settings)
+def measured(model, samples=None, max_tokens=2048, batching=Batching.PACKED, **settings):
+    how = feeding(max_tokens, batching=batching)
+    return measure(model, select_targets(model), samples or texts(), feeding=how, **settings)
 
 
 def moments(statistics):
@@ -130,7 +122,7 @@ def test_layers_in_training_have_the_statistics_of_plain_ones():
     plain = moments(measured(model))
     targets = select_targets(model)
     inject(model, SubspaceConfig(unfreeze_rank_ratio=0.5)).train()
-    in_training = moments(measure(model, targets, texts(), device="cpu"))
+    in_training = moments(measure(model, targets, texts(), feeding=feeding()))
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert any(parameter.requires_grad for parameter in model.parameters())
@@ -154,7 +146,7 @@ def test_tokens_are_drawn_with_the_models_probabilities():
 
 def test_no_sample_is_refused():
     with pytest.raises(ValueError, match="no sample"):
-        measure(tiny_llama(), select_targets(tiny_llama()), [], device="cpu")
+        measure(tiny_llama(), select_targets(tiny_llama()), [], feeding=feeding())
 
 
 def test_predicted_drift_of_each_layer_is_the_measured_one():
@@ -185,7 +177,7 @@ def _rank(rank: int, folder: Path, sharded: bool) -> None:
         for block in model.model.layers:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    statistics = measure(model, targets, texts(), device="cpu", max_tokens=15, rank=rank, world_size=2)
+    statistics = measure(model, targets, texts(), feeding=feeding(15, rank=rank, world_size=2))
     assert all(parameter.grad is None for parameter in model.parameters())
     torch.save((moments(statistics), statistics.parts[0]), folder / f"{rank}.pt")
     distributed.destroy_process_group()

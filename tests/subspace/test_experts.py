@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace import OSFTExperts, decompose, inject, merge, osft_layers, select_targets
+from tests.architectures import small_config
 from tests.subspace.test_linear import SHAPES, SUBSPACES, frozen_directions
 
 NUM_EXPERTS, RANK = 3, 6
@@ -95,17 +96,7 @@ def test_parameter_is_itself_again_after_a_forward_pass_that_failed():
 
 
 def test_targets_of_a_mixture_are_its_experts_and_not_its_routers():
-    config = Qwen3MoeConfig(
-        vocab_size=16,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_experts=NUM_EXPERTS,
-        num_experts_per_tok=2,
-        moe_intermediate_size=24,
-    )
-    model = Qwen3MoeForCausalLM(config)
+    model = Qwen3MoeForCausalLM(small_config("qwen3_moe", num_hidden_layers=1))
     targets = {target.name: target.shape for target in select_targets(model, ["mlp"])}
     assert targets == {
         "model.layers.0.mlp.experts.gate_up_proj": (NUM_EXPERTS, 48, 32),

@@ -2,11 +2,8 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,8 @@ from osft.storage.sealed import DamagedFile
 from osft.subspace import decomposition, factor_store, select_targets
 from osft.subspace.factor_set import FactorsMismatchError, check_settings, check_weights, load_factor_set
 from osft.subspace.factor_store import precompute
-from tests.conftest import byte_tokenizer, tiny_llama
+from tests.conftest import tiny_llama
+from tests.damage import cut, emptied, flipped
 from tests.test_families import save_model
 
 QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25)
@@ -65,7 +63,7 @@ def test_singular_values_of_stacked_experts_carry_their_whole_energy(tmp_path):
     assert values.norm().item() == pytest.approx(weight.norm().item(), rel=1e-5)
 
 
-def test_one_changed_weight_is_the_only_one_computed_anew(model_folder, tmp_path):
+def test_one_changed_weight_is_the_only_one_recomputed(model_folder, tmp_path):
     precompute(model_folder, tmp_path / "store", QUARTER)
     changed = tiny_llama()
     with torch.no_grad():
@@ -104,20 +102,6 @@ def test_missing_factors_are_named(model_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"factors of model.layers.0.mlp.up_proj .* are missing"):
         load_factor_set(factors.path)
     assert precompute(model_folder, tmp_path, QUARTER).computed == 1
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 8)
-
-
-def emptied(file: Path) -> None:
-    os.truncate(file, 0)
-
-
-def flipped(file: Path, at: int = -20) -> None:
-    content = bytearray(file.read_bytes())
-    content[at] ^= 1
-    file.write_bytes(content)
 
 
 def header(file: Path) -> None:
@@ -215,26 +199,28 @@ def test_two_runs_that_compute_one_weight_both_use_the_file_that_came_first(mode
     assert precompute(model_folder, tmp_path, QUARTER).bases_sha256 == other.bases_sha256
 
 
-def test_killed_run_leaves_whole_files_only_and_is_continued(tmp_path):
-    model = tmp_path / "model"
-    tiny_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=12).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
-    store = tmp_path / "store"
-    code = "import sys; from osft import SubspaceConfig; from osft.subspace.factor_store import precompute; "
-    code += "precompute(sys.argv[1], sys.argv[2], SubspaceConfig(unfreeze_rank_ratio=0.25))"
-    process = subprocess.Popen([sys.executable, "-c", code, str(model), str(store)], stderr=subprocess.DEVNULL)
-    while len(list(store.glob("weights/*.safetensors"))) < 5:
-        time.sleep(0.002)
-        assert process.poll() is None, "it ended before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (store / "sets").exists(), "the manifest is written last"
-    complete = list(store.glob("weights/*.safetensors"))
-    for file in complete:
-        assert "singular_values" in load_file(file)
-    factors = precompute(model, store, QUARTER)
-    assert factors.computed == 12 * 7 - len(complete)
-    assert json.loads(Path(factors.path).read_text())["weights"].keys() == factors.weights.keys()
+def test_run_that_dies_leaves_whole_files_only_and_is_continued(model_folder, tmp_path, monkeypatch):
+    """In the middle of the sixth file; `tests/test_atomic.py` kills a process there."""
+    written, write = [], factor_store.save_file
+
+    def dies(tensors, path, metadata):
+        written.append(path)
+        if len(written) == 6:
+            Path(path).write_bytes(b"half")
+            os._exit(9)
+        write(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(factor_store, "save_file", dies)
+    process = multiprocessing.get_context("fork").Process(target=precompute, args=(model_folder, tmp_path, QUARTER))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    monkeypatch.undo()
+    assert not (tmp_path / "sets").exists(), "the manifest is written last"
+    complete = list(tmp_path.glob("weights/*.safetensors"))
+    assert len(complete) == 5
+    assert all("singular_values" in load_file(file) for file in complete)
+    assert precompute(model_folder, tmp_path, QUARTER).computed == 14 - 5
 
 
 def test_incomplete_model_is_refused_before_anything_is_written(model_folder, tmp_path):

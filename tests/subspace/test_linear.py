@@ -41,11 +41,10 @@ def frozen_directions(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, to
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("free_subspace", SUBSPACES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_update_stays_orthogonal_to_frozen_directions(shape, free_subspace, kind, weight_decay):
+def test_update_stays_orthogonal_to_frozen_directions(shape, free_subspace, kind):
     layer = make_layer(shape, free_subspace, kind=kind)
     base = layer.weight.clone()
-    optimizer = torch.optim.AdamW([layer.coefficients], lr=1e-2, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW([layer.coefficients], lr=1e-2, weight_decay=0.1)
     for _ in range(50):
         layer(torch.randn(8, shape[0] if kind == "transposed" else shape[1])).square().mean().backward()
         optimizer.step()

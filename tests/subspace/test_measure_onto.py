@@ -14,6 +14,7 @@ from osft.subspace.second_moment import SecondMoment
 from osft.subspace.statistics import InputStatistics, Statistics
 from osft.subspace.statistics_store import load_statistics, save_statistics
 from osft.subspace.targets import select_targets
+from tests.conftest import feeding
 from tests.subspace.test_calibration import measured, moments, texts, tiny_gpt2, tiny_llama
 from tests.subspace.test_watching import build
 
@@ -124,7 +125,7 @@ def test_experts_add_up_each_with_its_own(family, directions, monkeypatch):
         for target in both.targets:
             energy = sum(part.moment.trace() * part.gradient_energies[target] for part in parts)
             torch.testing.assert_close(both.moment.trace() * both.gradient_energies[target], energy, rtol=1e-4, atol=0)
-    assert stacks == 2
+    assert stacks == 4
 
 
 def test_gradients_that_one_text_was_measured_without_leave_no_output_moment():
@@ -143,7 +144,7 @@ def test_statistics_of_other_targets_or_shapes_are_refused_by_name():
     refused = {
         f"only one of them has {key}": others,
         f"{query}, {key}, {value} share an input": [replace(first, targets=(query, value, key)), *others],
-        rf"inputs of {query} are of different shapes: \(10,\).*\(24,\)": [replace(first, moment=other_size), *others],
+        rf"inputs of {query} are of different shapes: \(10,\).*\(32,\)": [replace(first, moment=other_size), *others],
         rf"inputs of {query} .*\(in, out\) and .*\(out, in\)": [replace(first, transposed=True), *others],
     }
     for message, inputs in refused.items():
@@ -175,5 +176,5 @@ def test_only_the_first_process_decomposes(monkeypatch):
     model = tiny_llama()
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *given, **settings: None)
     monkeypatch.setattr(SecondMoment, "of", None)
-    other = measure(model, select_targets(model), TASK, device="cpu", rank=1, world_size=2)
+    other = measure(model, select_targets(model), TASK, feeding=feeding(rank=1, world_size=2))
     assert not list(other.inputs())

@@ -1,7 +1,5 @@
 """How many directions each block freezes: the paper's formula by hand, and what follows from it in the store."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,7 @@ from osft.subspace import allocate_ranks, select_targets
 from osft.subspace.factor_set import FactorsMismatchError, check_settings
 from osft.subspace.factor_store import precompute
 from osft.subspace.rank_allocation import layer_importance, measure_importance, retention_ratios
-from tests.conftest import tiny_llama
+from tests.conftest import feeding, tiny_llama
 from tests.test_families import load, make_samples, train_config
 
 BLOCKS = ("model.layers.0", "model.layers.1")
@@ -82,7 +80,7 @@ def test_measured_importance_is_that_of_each_block_over_all_tokens(tmp_path):
         model.model.layers[1].mlp.down_proj.weight.zero_()
     model.save_pretrained(tmp_path)
     samples = make_samples(4)
-    measured = measure_importance(tmp_path, samples, device="cpu", max_tokens=30)
+    measured = measure_importance(tmp_path, samples, feeding=feeding(30))
     assert measured["model.layers.1"] == pytest.approx(1)
 
     cosines = []
@@ -99,7 +97,7 @@ def test_model_takes_the_ranks_of_its_factor_set(tmp_path):
     tiny_llama().save_pretrained(folder)
     factors = precompute(folder, tmp_path / "factors", adaptive(), importance=importance(0.9, 0.3))
     assert factors.importance == importance(0.9, 0.3)
-    model, _ = load(train_config(folder, factors=factors.path, **asdict(adaptive())))
+    model, _ = load(train_config(folder, factors=factors.path, **adaptive().to_dict()))
     assert [model.get_submodule(f"{block}.self_attn.q_proj").rank for block in BLOCKS] == [10, 22]
 
 

@@ -22,22 +22,6 @@ def test_directions_are_orthonormal_and_descend():
     assert torch.equal(moment.energies, moment.energies.sort(descending=True).values)
 
 
-def test_leading_directions_keep_the_trace_and_err_by_no_more_than_the_next_energy():
-    whole, leading = SecondMoment.of(matrix()), SecondMoment.of(matrix(), 5)
-    torch.testing.assert_close(leading.trace(), matrix().trace())
-    error = torch.linalg.matrix_norm(matrix() - leading.dense(), 2)
-    assert error <= whole.energies[5] * (1 + 1e-5)
-
-
-def test_experts_are_moments_each_of_its_own():
-    both = torch.stack([matrix(seed=0), matrix(seed=1)])
-    moment = SecondMoment.of(both, 4)
-    for index in range(2):
-        alone = SecondMoment.of(both[index], 4)
-        torch.testing.assert_close(moment.dense()[index], alone.dense())
-        torch.testing.assert_close(moment.trace()[index], alone.trace())
-
-
 def test_nan_is_refused():
     with pytest.raises(ValueError, match="NaN"):
         SecondMoment.of(matrix() * torch.nan)

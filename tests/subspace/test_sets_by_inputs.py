@@ -15,6 +15,7 @@ from osft.subspace.factor_set import FactorsMismatchError, load_factor_set
 from osft.subspace.factor_store import precompute_by_inputs
 from osft.subspace.statistics import Statistics
 from osft.subspace.targets import select_targets
+from tests.conftest import feeding
 
 QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25, protect="activations")
 
@@ -22,7 +23,7 @@ QUARTER = SubspaceConfig(unfreeze_rank_ratio=0.25, protect="activations")
 @pytest.fixture(scope="module")
 def statistics(model_folder: Path) -> Statistics:
     model = load_model(model_folder, dtype=torch.float32)
-    return measure(model, select_targets(model), [Sample(list(range(40)), list(range(40)))], device="cpu")
+    return measure(model, select_targets(model), [Sample(list(range(40)), list(range(40)))], feeding=feeding())
 
 
 def test_set_of_more_parts_has_its_own_key_and_curvature_and_the_same_bases(statistics, model_folder, tmp_path):

@@ -1,6 +1,5 @@
 """Statistics: in which unit, stored, found again. `test_measure_onto.py` adds them up."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from osft.storage.sealed import DamagedFile
 from osft.subspace.second_moment import SecondMoment
 from osft.subspace.statistics import InputStatistics, Part, Statistics
 from osft.subspace.statistics_store import find_statistics, load_statistics, save_statistics, statistics_key
+from tests.damage import cut, flipped
 from tests.subspace.test_second_moment import matrix
 
 
@@ -50,16 +50,6 @@ def test_hash_is_of_the_content():
     assert statistics().sha256 != statistics("other").sha256
 
 
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 8)
-
-
-def changed(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-
-
 def test_stored_statistics_are_those_that_were_measured(tmp_path):
     before = Statistics([part("base"), part("task")], list(statistics().inputs()))
     after = load_statistics(save_statistics(before, tmp_path))
@@ -96,7 +86,7 @@ def test_statistics_are_found_by_what_they_are_made_of(tmp_path):
     assert find_statistics(tmp_path, key) == path
 
 
-@pytest.mark.parametrize("damage", [cut, changed])
+@pytest.mark.parametrize("damage", [cut, flipped])
 def test_damaged_moments_are_named_when_they_are_read(tmp_path, damage):
     path = save_statistics(statistics(), tmp_path)
     (file,) = (tmp_path / "moments").iterdir()
@@ -114,7 +104,7 @@ def test_missing_moments_are_named(tmp_path):
     assert find_statistics(tmp_path, "key") is None
 
 
-@pytest.mark.parametrize("damage", [cut, changed])
+@pytest.mark.parametrize("damage", [cut, flipped])
 def test_damaged_manifest_is_named(tmp_path, damage):
     path = save_statistics(statistics(), tmp_path, "key")
     damage(Path(path))

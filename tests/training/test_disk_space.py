@@ -1,6 +1,5 @@
 """A run that will not fit is refused with its numbers before the first step, and the numbers are those of the files."""
 
-import dataclasses
 import errno
 import shutil
 from pathlib import Path
@@ -46,7 +45,7 @@ def measured(folder, pattern: str) -> int:
 @pytest.mark.parametrize("save_dtype", ["auto", "bfloat16"])
 def test_sizes_are_those_of_the_written_files(save_dtype, settings, tmp_path, monkeypatch):
     run_in_process(monkeypatch)
-    run = dataclasses.replace(settings, ckpt_output_dir=str(tmp_path / "out"), save_dtype=save_dtype)
+    run = settings.replace(ckpt_output_dir=str(tmp_path / "out"), save_dtype=save_dtype)
     result = train(run)
     quarter = SubspaceConfig(unfreeze_rank_ratio=0.25)
     factors = factor_store.precompute(run.model_path, f"{run.data_output_dir}/factors", quarter)
@@ -60,8 +59,7 @@ def test_sizes_are_those_of_the_written_files(save_dtype, settings, tmp_path, mo
 
 def test_size_of_the_statistics_is_that_of_what_a_run_adds(settings, tmp_path, monkeypatch):
     run_in_process(monkeypatch)
-    run = dataclasses.replace(
-        settings,
+    run = settings.replace(
         ckpt_output_dir=str(tmp_path / "out"),
         data_output_dir=str(tmp_path / "data"),
         protect="activations",
@@ -77,14 +75,14 @@ def test_size_of_the_statistics_is_that_of_what_a_run_adds(settings, tmp_path, m
 
 def test_run_that_does_not_fit_is_refused_with_numbers_and_nothing_is_removed(settings, tmp_path, monkeypatch):
     run_in_process(monkeypatch)
-    run = dataclasses.replace(settings, ckpt_output_dir=str(tmp_path / "out"))
+    run = settings.replace(ckpt_output_dir=str(tmp_path / "out"))
     first = train(run)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(loop, "train_step", lambda *arguments, **options: pytest.fail("it trains"))
     epochs = {"num_epochs": 50, "max_steps": None, "checkpoint_at_epoch": True}
     with pytest.raises(OSError, match=r"room for .* GB, and the run writes .*50 models of .* GB") as found:
-        train(dataclasses.replace(run, resume="off", **epochs))
+        train(run.replace(resume="off", **epochs))
     assert found.value.errno == errno.ENOSPC
     assert (first.checkpoint / "config.json").is_file()
     assert train(run).reused, "a finished run needs no room"

@@ -7,15 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from osft.data.chat import Sample
-from osft.data.packing import Batching, Feeding
+from osft.data.packing import Batching
 from osft.data.samples import SampleList
 from osft.settings.training import TrainConfig
 from osft.subspace.model import inject, osft_layers
 from osft.training.distillation import Distillation
 from osft.training.loop import StepMetrics, make_optimizer, run, train_step
-from tests.conftest import tiny_llama
-
-CPU = torch.device("cpu")
+from tests.conftest import feeding, tiny_llama
 
 
 def random_texts(count: int, seed: int, longest: int = 40) -> SampleList:
@@ -45,9 +43,10 @@ def settings(**changes) -> TrainConfig:
     return TrainConfig(**(given | changes))
 
 
-def trained(config: TrainConfig, **options) -> tuple[torch.nn.Module, list[StepMetrics]]:
+def trained(config: TrainConfig, batching=Batching.PACKED) -> tuple[torch.nn.Module, list[StepMetrics]]:
     model, steps = inject(tiny_llama(), config.subspace), []
-    run(model, DATA, config, device=CPU, on_step=steps.append, text=TEXT, **options)
+    how = feeding(config.max_tokens_per_gpu, batching=batching)
+    run(model, DATA, config, feeding=how, on_step=steps.append, text=TEXT)
     return model, steps
 
 
@@ -64,9 +63,8 @@ def mean_divergence(model: torch.nn.Module, texts: SampleList) -> float:
 
 def test_gradient_of_a_step_is_that_of_both_losses():
     config = settings(distill_weight=3.0, distill_tokens=64, max_grad_norm=0.0)
-    feeding = Feeding(max_tokens=200, device=CPU)
     model = inject(tiny_llama(), config.subspace)
-    distilled = Distillation(config, model, TEXT, feeding).of_step(1)
+    distilled = Distillation(config, model, TEXT, feeding(200)).of_step(1)
     layers = [layer for _, layer in osft_layers(model)]
     with torch.no_grad():  # away from the start, where the divergence has no gradient
         for layer in layers:
@@ -92,7 +90,7 @@ def test_gradient_of_a_step_is_that_of_both_losses():
     expected = [layer.coefficients.grad.clone() for layer in layers]
     model.zero_grad()
 
-    batches = [batch for _, batch in feeding.batches(DATA, range(4))]
+    batches = [batch for _, batch in feeding(200).batches(DATA, range(4))]
     sums = train_step(model, optimizer, batches, num_loss_tokens=sum(DATA.num_loss_tokens[:4]), distilled=distilled)
     for found, wanted in zip(gradients, expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
@@ -132,7 +130,7 @@ def test_distillation_keeps_the_model_closer_to_its_start():
 def test_steps_go_through_the_whole_text_before_they_begin_again():
     config = settings()
     model = inject(tiny_llama(), config.subspace)
-    distillation = Distillation(config, model, TEXT, Feeding(max_tokens=200, device=CPU))
+    distillation = Distillation(config, model, TEXT, feeding(200))
 
     def tokens(step: int) -> list[int]:
         return [t for taught in distillation.of_step(step).batches for t in taught.batch.input_ids[0].tolist()]
@@ -155,13 +153,13 @@ def test_resumed_run_is_taught_by_the_start():
     class Keeping:
         """Keeps the state of step 4 in memory."""
 
-        def wanted(self) -> int:
+        def request(self) -> int:
             return 0
 
         def is_uploading(self) -> bool:
             return False
 
-        def go_on_uploading(self) -> None: ...
+        def continue_upload(self) -> None: ...
 
         def settle(self) -> None: ...
 
@@ -175,7 +173,7 @@ def test_resumed_run_is_taught_by_the_start():
 
     halves = settings(save_state_steps=4, save_final_checkpoint=False)
     model = inject(tiny_llama(), config.subspace)
-    run(model, DATA, halves, device=CPU, on_step=lambda _: None, text=TEXT, saving=Keeping())
+    run(model, DATA, halves, feeding=feeding(200), on_step=lambda _: None, text=TEXT, checkpointer=Keeping())
 
     from osft.training.loop import Position
 
@@ -188,7 +186,9 @@ def test_resumed_run_is_taught_by_the_start():
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["moments"]})
 
     position = Position.of(state["position"])
-    run(resumed, DATA, halves, device=CPU, on_step=steps.append, text=TEXT, position=position, restore=restore)
+    run(
+        resumed, DATA, halves, feeding=feeding(200), on_step=steps.append, text=TEXT, position=position, restore=restore
+    )
     assert [step.distillation_loss for step in steps] == [step.distillation_loss for step in expected[4:]]
     for (_, mine), (_, wanted) in zip(osft_layers(resumed), osft_layers(whole), strict=True):
         assert torch.equal(mine.coefficients, wanted.coefficients)

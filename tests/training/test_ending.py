@@ -14,7 +14,7 @@ import pytest
 
 from osft.settings.training import TrainConfig
 from osft.storage.lock import exclusive
-from osft.training.command import train_arguments
+from osft.training.job import train_arguments
 
 ROOT = Path(__file__).parents[2]
 UNSHARE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")

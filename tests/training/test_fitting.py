@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from osft.data.packing import Feeding
 from osft.data.samples import SubsetOfSamples
 from osft.models.likelihood import token_nll
 from osft.subspace.model import inject, osft_layers
 from osft.training.fitting import TriedScale, choose, fit_step
 from osft.training.loop import run
-from tests.conftest import tiny_llama
-from tests.training.test_distillation import CPU, TEXT, mean_divergence, random_texts, settings
+from tests.conftest import feeding, tiny_llama
+from tests.training.test_distillation import TEXT, mean_divergence, random_texts, settings
 
 DATA = random_texts(24, seed=2)
 TRAIN, SELECTION = SubsetOfSamples(DATA, range(8)), SubsetOfSamples(DATA, range(8, 24))
@@ -21,19 +20,18 @@ def over_driven(**changes) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """A model that learned its eight texts by heart, and its whole update."""
     config = settings(distill_weight=0.0, learning_rate=3e-2, max_steps=12, **changes)
     model = inject(tiny_llama(), config.subspace)
-    run(model, TRAIN, config, device=CPU, on_step=lambda _: None)
+    run(model, TRAIN, config, feeding=feeding(200), on_step=lambda _: None)
     return model, {name: layer.update().clone() for name, layer in osft_layers(model)}
 
 
 def loss(model: torch.nn.Module) -> float:
-    feeding = Feeding(max_tokens=60, device=CPU)
     with torch.no_grad():
-        total = sum(token_nll(model, batch).sum().item() for _, batch in feeding.batches(SELECTION))
+        total = sum(token_nll(model, batch).sum().item() for _, batch in feeding(60).batches(SELECTION))
     return total / sum(SELECTION.num_loss_tokens)
 
 
 def fitted(model: torch.nn.Module, max_tokens: int = 200, **changes):
-    return fit_step(model, settings(**changes), SELECTION, TEXT, Feeding(max_tokens=max_tokens, device=CPU))
+    return fit_step(model, settings(**changes), SELECTION, TEXT, feeding(max_tokens))
 
 
 def test_each_scale_is_measured_on_the_scaled_update():
@@ -133,7 +131,7 @@ def test_line_says_why(max_drift, reason):
 def test_run_scales_its_update_once_at_the_end():
     config = settings(distill_weight=0.0, learning_rate=3e-2, max_steps=12, fit_step=True, max_step_drift=100.0)
     model, steps = inject(tiny_llama(), config.subspace), []
-    found = run(model, TRAIN, config, device=CPU, on_step=steps.append, text=TEXT, selection=SELECTION)
+    found = run(model, TRAIN, config, feeding=feeding(200), on_step=steps.append, text=TEXT, selection=SELECTION)
     whole, _ = over_driven()
     assert found == fitted(whole, max_step_drift=100.0)
     assert [step.step_scale for step in steps] == [None] * 11 + [found.scale]

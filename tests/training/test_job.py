@@ -15,8 +15,7 @@ import pytest
 
 from osft.settings.training import TrainConfig
 from osft.training import job as jobs
-from osft.training.command import train_arguments
-from osft.training.job import JobFailed, JobStatus, Limits, Phase, run_job
+from osft.training.job import JobFailed, JobStatus, Limits, Phase, run_job, train_arguments
 from osft.training.local_job import LocalJob
 
 

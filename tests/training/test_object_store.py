@@ -1,6 +1,5 @@
 """Training from and to an object store: what a run needs and leaves is there, whatever became of the machine."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -45,8 +44,7 @@ def remote(config: TrainConfig, bucket: str, object_store) -> TrainConfig:
     """The same run with all of its paths in the store."""
     for location in (config.model_path, config.data_path):
         object_store.files.put(location, f"{bucket}/inputs/{Path(location).name}", recursive=True)
-    return dataclasses.replace(
-        config,
+    return config.replace(
         model_path=f"{bucket}/inputs/{Path(config.model_path).name}",
         data_path=f"{bucket}/inputs/{Path(config.data_path).name}",
         data_output_dir=f"{bucket}/prepared",
@@ -87,7 +85,7 @@ def kill_all(launcher: subprocess.Popen) -> str:
 
 @pytest.mark.slow
 def test_two_processes_train_from_and_to_uris_as_one_does_with_paths(config, remote, bucket, object_store, monkeypatch):
-    result = train(dataclasses.replace(remote, nproc_per_node=2, save_state_steps=3))
+    result = train(remote.replace(nproc_per_node=2, save_state_steps=3))
     assert result.summary.world_size == 2
     assert result.uri == f"{bucket}/run"
     assert result.checkpoint_uri == f"{bucket}/run/hf_format/samples_{12 * STEPS}.0"
@@ -123,18 +121,18 @@ def test_nothing_is_prepared_or_trained_twice_with_an_empty_scratch_folder(remot
     assert not [path for method, path in object_store.requests if method == "PUT"]
     lose_scratch()
     capsys.readouterr()
-    third = train(dataclasses.replace(remote, ckpt_output_dir=f"{remote.ckpt_output_dir}-2"))
+    third = train(remote.replace(ckpt_output_dir=f"{remote.ckpt_output_dir}-2"))
     assert "factors: computed 0, reused 14 of 14" in capsys.readouterr().out
     assert losses(third) == expected
     with pytest.raises(ValueError, match="holds a finished run with other settings"):
-        train(dataclasses.replace(remote, seed=1))
+        train(remote.replace(seed=1))
 
 
 @pytest.mark.slow
 @pytest.mark.covers("process_group_timeout_minutes")
 def test_store_that_is_slower_than_the_timeout_of_collectives_does_not_end_training(remote, bucket, object_store):
     """Every state's second shard takes 20 s, where a process waits for another one for 12 s at most."""
-    run = dataclasses.replace(remote, nproc_per_node=2, save_state_steps=4, process_group_timeout_minutes=0.2)
+    run = remote.replace(nproc_per_node=2, save_state_steps=4, process_group_timeout_minutes=0.2)
 
     def slow(method: str, path: str) -> None:
         if method == "PUT" and path.endswith("__1_0.distcp"):
@@ -151,7 +149,7 @@ def test_killed_run_goes_on_from_the_store_with_an_empty_scratch_folder(
     config, remote, bucket, object_store, tmp_path, monkeypatch
 ):
     length = {"max_steps": 20, "num_epochs": 2}
-    run = dataclasses.replace(remote, save_state_steps=1, nproc_per_node=2, **length)
+    run = remote.replace(save_state_steps=1, nproc_per_node=2, **length)
     launcher = start(run, tmp_path)
     while not any(name.endswith("position.json") for name in object_store.names(f"{bucket}/run")):
         assert launcher.poll() is None, launcher.stdout.read()
@@ -164,7 +162,7 @@ def test_killed_run_goes_on_from_the_store_with_an_empty_scratch_folder(
     done = []
     original = loop.train_step
     monkeypatch.setattr(loop, "train_step", lambda *args, **options: done.append(1) or original(*args, **options))
-    resumed = train(dataclasses.replace(run, nproc_per_node=1, save_state_steps=None))
+    resumed = train(run.replace(nproc_per_node=1, save_state_steps=None))
     assert len(resumed.history) == 20
     assert 0 < len(done) < 20, f"the steps before are not repeated\n{output}"
     assert losses(resumed) == pytest.approx(expected, rel=1e-4)
@@ -173,7 +171,7 @@ def test_killed_run_goes_on_from_the_store_with_an_empty_scratch_folder(
 
 def test_state_that_was_uploaded_in_part_does_not_count(config, remote, bucket, object_store, monkeypatch):
     run_in_process(monkeypatch)
-    run = dataclasses.replace(remote, save_state_steps=2)
+    run = remote.replace(save_state_steps=2)
 
     def refuses_the_second_state(method: str, path: str) -> int | None:
         return 403 if method == "PUT" and path.endswith("step-4/.metadata") else None
@@ -209,12 +207,12 @@ def test_model_is_read_only_when_it_is_complete(remote, bucket, object_store, mo
     assert {f"{model}/config.json", "training.json"} <= object_store.names(f"{bucket}/run")
 
 
-def test_run_begins_anew_in_the_store_too(remote, bucket, object_store, monkeypatch):
+def test_run_starts_over_in_the_store_too(remote, bucket, object_store, monkeypatch):
     run_in_process(monkeypatch)
-    run = dataclasses.replace(remote, data_output_dir=None, factors=None)
-    train(dataclasses.replace(run, save_state_steps=4))
+    run = remote.replace(data_output_dir=None, factors=None)
+    train(run.replace(save_state_steps=4))
     lose_scratch()
-    replaced = train(dataclasses.replace(run, max_steps=2, resume="off"))
+    replaced = train(run.replace(max_steps=2, resume="off"))
     assert not replaced.reused
     names = object_store.names(f"{bucket}/run")
     assert any(name.startswith("_internal_data_processing/factors/sets/") for name in names)
@@ -236,11 +234,11 @@ def test_resume_takes_the_uri_of_a_state(config, remote, bucket, monkeypatch):
 
     monkeypatch.setattr(loop, "train_step", dies_in_step_seven)
     with pytest.raises(MemoryError):
-        train(dataclasses.replace(remote, save_state_steps=5))
+        train(remote.replace(save_state_steps=5))
     lose_scratch()
     with pytest.raises(FileNotFoundError, match="run/state/step-4 is not a complete training state"):
-        train(dataclasses.replace(remote, resume=f"{bucket}/run/state/step-4"))
-    assert losses(train(dataclasses.replace(remote, resume=f"{bucket}/run/state/step-5"))) == expected
+        train(remote.replace(resume=f"{bucket}/run/state/step-4"))
+    assert losses(train(remote.replace(resume=f"{bucket}/run/state/step-5"))) == expected
     assert len(done) == 7 + 3
 
 
@@ -265,7 +263,7 @@ def test_run_is_followed_and_stopped_from_elsewhere(remote, bucket, monkeypatch)
     monkeypatch.setattr(mirror, "INTERVAL_SECONDS", 0.05)
     seen = Recorder(stop_after=3)
     with Follower(f"{bucket}/run", [seen], after=0, interval_seconds=0.05):
-        result = train(dataclasses.replace(remote, max_steps=10_000, num_epochs=1_000))
+        result = train(remote.replace(max_steps=10_000, num_epochs=1_000))
     assert 3 <= result.num_steps < 10_000
     assert seen.steps == list(range(1, result.num_steps + 1))
     assert seen.saved == [result.checkpoint_uri]
@@ -287,7 +285,7 @@ def test_follower_of_a_uri_waits_for_what_is_not_there_yet(bucket, object_store)
 
 def test_no_credential_is_written_down(remote, bucket, object_store, tmp_path, monkeypatch):
     run_in_process(monkeypatch)
-    train(dataclasses.replace(remote, save_state_steps=4))
+    train(remote.replace(save_state_steps=4))
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert written
     assert not [file for file in written if SECRET.encode() in file.read_bytes()]
@@ -307,9 +305,9 @@ def test_two_nodes_with_scratch_folders_of_their_own_go_on_from_one_store(
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-        run = dataclasses.replace(remote, nnodes=2, rdzv_endpoint=endpoint, save_state_steps=save_state_steps, **length)
+        run = remote.replace(nnodes=2, rdzv_endpoint=endpoint, save_state_steps=save_state_steps, **length)
         return [
-            start(dataclasses.replace(run, node_rank=rank), tmp_path, OSFT_SCRATCH=str(tmp_path / f"{attempt}-{rank}"))
+            start(run.replace(node_rank=rank), tmp_path, OSFT_SCRATCH=str(tmp_path / f"{attempt}-{rank}"))
             for rank in range(2)
         ]
 

@@ -2,7 +2,6 @@
 
 import socket
 import time
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from osft.process.exit_codes import CONNECTION_LOST
 from osft.settings.training import TrainConfig
 from osft.subspace.factor_set import FactorSet
-from osft.training import inputs, launch, own_process, train, worker
+from osft.training import factors, launch, own_process, train, worker
 
 
 @pytest.fixture
@@ -55,10 +54,10 @@ def test_launching_process_does_not_touch_the_gpu(config, gpu, monkeypatch):
 
     def elsewhere(module, work):
         asked.append(module)
-        factors = inputs.compute_factors_here(work, device="cpu")
-        return {"path": str(factors.path), "computed": factors.computed}
+        found = factors.compute_factors_here(work, device="cpu")
+        return {"path": str(found.path), "computed": found.computed}
 
-    monkeypatch.setattr(inputs, "in_own_process", elsewhere)
+    monkeypatch.setattr(factors, "in_own_process", elsewhere)
     with pytest.raises(Reached):
         train(config)
     assert asked == ["osft.training.factors"]
@@ -73,7 +72,7 @@ def test_factors_of_another_process_are_those_of_this_one(config, gpu, tmp_path,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Reached) as here:
         train(config.replace(ckpt_output_dir=str(tmp_path / "other")))
-    found: list[FactorSet] = [inputs.load_factor_set(str(reached.value)) for reached in (elsewhere, here)]
+    found: list[FactorSet] = [factors.load_factor_set(str(reached.value)) for reached in (elsewhere, here)]
     assert found[0].path != found[1].path
     assert found[0].weights == found[1].weights
     assert found[0].importance == found[1].importance is not None
@@ -95,7 +94,7 @@ answer(step)
 @pytest.fixture
 def step(tmp_path, monkeypatch) -> str:
     (tmp_path / "a_step.py").write_text(STEP)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{inputs.__file__.partition('/osft/')[0]}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{factors.__file__.partition('/osft/')[0]}")
     return "a_step"
 
 
@@ -137,8 +136,7 @@ def test_node_does_not_wait_for_the_others_for_ever(config, node_rank):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    alone = replace(
-        config,
+    alone = config.replace(
         nnodes=2,
         node_rank=node_rank,
         rdzv_endpoint=endpoint,

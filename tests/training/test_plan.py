@@ -22,11 +22,12 @@ from osft.subspace.model import inject_empty
 from osft.subspace.rank_allocation import allocate_ranks
 from osft.subspace.targets import select_targets
 from osft.training import data_counts
-from osft.training.inputs import prepare_training_data
 from osft.training.loop import train_step
 from osft.training.memory import count_activations, use_counted_attention
 from osft.training.plan import TrainingPlan, plan
+from osft.training.prepare import prepare_training_data
 from osft.training.sharded_model import load_sharded
+from tests.architectures import small_config
 from tests.conftest import byte_tokenizer, tiny_llama, write_jsonl
 
 LLAMA_8B = Path(__file__).parents[1] / "data_llama_8b"
@@ -92,7 +93,7 @@ def test_static_lines_are_the_bytes_of_the_loaded_model(model_folder, chats, tmp
         free_subspace=free_subspace,
     )
     subspace = settings.subspace
-    factors = precompute(model_folder, tmp_path / "factors", subspace, report=lambda _: None).path
+    factors = precompute(model_folder, tmp_path / "factors", subspace).path
     planned = bytes_by_name(plan(settings), world_size)
     loaded = loaded_bytes(settings, factors, world_size)
     assert {name: planned[name] for name in loaded} == loaded
@@ -165,6 +166,24 @@ def test_gradient_checkpointing_leaves_the_inputs_of_the_blocks_and_one_block(mo
     assert counted.blocks == counted.block_inputs + 2 * counted.largest_block - tables - first_norm
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "afmoe", "mamba2", "modernbert-decoder"])
+def test_other_architectures_are_counted_too(kind, chats, tmp_path):
+    small_config(kind).save_pretrained(tmp_path)
+    planned = plan(config(tmp_path, chats))
+    assert planned.activations_counted
+    assert bytes_by_name(planned, 1)["activations"] > 0
+
+
+def test_what_cannot_be_computed_on_shapes_is_planned_without_activations_and_says_so(chats, tmp_path):
+    small_config("falcon").save_pretrained(tmp_path)
+    planned = plan(config(tmp_path, chats))
+    assert not planned.activations_counted
+    assert bytes_by_name(planned, 1)["activations"] == 0
+    assert "FalconForCausalLM cannot be computed on shapes alone" in planned.notes[0]
+    assert "without the activations" in planned.verdict()
+    assert all(estimate.bytes for estimate in planned.memory)
+
+
 def test_flash_attention_keeps_no_mask(model_folder, chats):
     tokens = 128
     sdpa, flash = (
@@ -209,14 +228,14 @@ def test_processed_data_is_counted_as_it_is_taken_over(model_folder, tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     settings = config(model_folder, data, data_output_dir=str(tmp_path / "prepared"), use_processed_dataset=True)
     assert_as_prepared(settings, model_folder)
-    prepared = prepare_training_data(settings, model_folder, report=lambda _: None)
+    prepared = prepare_training_data(settings, model_folder)
     again = config(model_folder, prepared.folder, use_processed_dataset=True)
     assert plan(again).data.tokens == plan(settings).data.tokens
 
 
 def assert_as_prepared(settings: TrainConfig, model: Path) -> None:
     counted = data_counts.count_data(settings, model)
-    written = prepare_training_data(settings, model, report=lambda _: None).statistics
+    written = prepare_training_data(settings, model).statistics
     assert counted.exact
     assert counted.samples == written["num_train_samples"]
     assert counted.tokens == written["num_tokens"]
@@ -246,7 +265,8 @@ def test_steps_follow_epochs_batches_and_max_steps(model_folder, chats):
 
 
 def test_smallest_number_of_gpus_is_the_first_that_fits(chats):
-    settings = config(LLAMA_8B, chats, max_tokens_per_gpu=2048, max_seq_len=2048)
+    tokens = {"max_tokens_per_gpu": 2048, "max_seq_len": 2048}
+    settings = config(LLAMA_8B, chats, **tokens)
     for memory in (24.0, 48.0, 80.0):
         planned = plan(settings, gpu_memory_gib=memory)
         fits = planned.smallest_fit
@@ -254,9 +274,8 @@ def test_smallest_number_of_gpus_is_the_first_that_fits(chats):
         (estimate,) = [e for e in planned.memory if e.gpus == fits]
         assert estimate.bytes <= memory * GIB
         if fits > 1:
-            settings.nproc_per_node, half = fits // 2, None
-            half = plan(settings, gpu_memory_gib=memory).memory[0]
-            settings.nproc_per_node = "auto"
+            halved = config(LLAMA_8B, chats, **tokens, nproc_per_node=fits // 2)
+            half = plan(halved, gpu_memory_gib=memory).memory[0]
             assert half.gpus == fits // 2
             assert half.bytes > memory * GIB
 

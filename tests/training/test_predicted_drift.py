@@ -11,7 +11,7 @@ from osft.subspace.statistics import Statistics
 from osft.subspace.targets import select_targets
 from osft.training import predicted_drift
 from osft.training.predicted_drift import DriftPrediction
-from tests.conftest import tiny_llama
+from tests.conftest import feeding, tiny_llama
 from tests.training.test_distillation import mean_divergence, random_texts
 
 TEXT = random_texts(150, seed=5)
@@ -25,7 +25,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
 
 
 def measured(model: torch.nn.Module, samples=SAMPLES, onto: Statistics | None = None) -> Statistics:
-    return measure(model, select_targets(model, None), samples, device="cpu", onto=onto)
+    return measure(model, select_targets(model, None), samples, feeding=feeding(), onto=onto)
 
 
 def moved(model: torch.nn.Module, statistics: Statistics, size: float, ratio: float = 0.5) -> torch.nn.Module:
@@ -83,7 +83,7 @@ def test_model_that_has_not_moved_has_no_drift():
 
 def test_without_gradients_all_directions_of_the_output_count_alike():
     model = tiny_llama()
-    statistics = measure(model, select_targets(model, None), SAMPLES, device="cpu", gradients=False)
+    statistics = measure(model, select_targets(model, None), SAMPLES, feeding=feeding(), gradients=False)
     model = moved(tiny_llama(), statistics, size=0.1)
     found = prediction(model, statistics).by_target()
     layers = dict(osft_layers(model))

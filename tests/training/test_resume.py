@@ -51,7 +51,7 @@ def runs(settings: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> dic
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         run_in_process(patch)
-        train(dataclasses.replace(settings, ckpt_output_dir=str(root / "finished")))
+        train(settings.replace(ckpt_output_dir=str(root / "finished")))
         original, done = loop.train_step, []
 
         def dies(*arguments, **options):
@@ -62,7 +62,7 @@ def runs(settings: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> dic
 
         patch.setattr(loop, "train_step", dies)
         with pytest.raises(MemoryError):
-            train(dataclasses.replace(settings, ckpt_output_dir=str(root / "unfinished")))
+            train(settings.replace(ckpt_output_dir=str(root / "unfinished")))
     return {folder.name: folder for folder in root.iterdir()}
 
 
@@ -75,7 +75,7 @@ def again(settings: TrainConfig, runs: dict[str, Path], tmp_path: Path) -> Calla
         if not output.exists():
             shutil.copytree(runs[kind], output)
         change(output)
-        return train(dataclasses.replace(settings, ckpt_output_dir=str(output), **others))
+        return train(settings.replace(ckpt_output_dir=str(output), **others))
 
     return call
 
@@ -179,7 +179,7 @@ def test_without_a_state_everything_is_trained_again(again, runs, steps):
 
 def test_state_is_of_no_use_without_the_models_that_came_before_it(settings, tmp_path, steps):
     epochs = {"num_epochs": 2, "max_steps": None, "effective_batch_size": 60, "checkpoint_at_epoch": True}
-    run = dataclasses.replace(settings, ckpt_output_dir=str(tmp_path / "out"), save_state_steps=3, **epochs)
+    run = settings.replace(ckpt_output_dir=str(tmp_path / "out"), save_state_steps=3, **epochs)
     first = train(run)
     shutil.rmtree(first.checkpoints[0])
     steps.clear()
@@ -410,7 +410,7 @@ def test_weights_are_read_once_in_a_process(copied_model, monkeypatch):
     for file in copied_model.iterdir():
         os.utime(file, (1, 1))
     first = model_contents(copied_model)
-    monkeypatch.setattr(hashes.hashlib, "sha256", None)
+    monkeypatch.setattr(hashes.hashlib, "file_digest", None)
     assert hashes.file_sha256(copied_model / "model.safetensors")
     monkeypatch.undo()
     assert model_contents(copied_model) == first

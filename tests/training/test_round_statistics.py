@@ -18,7 +18,7 @@ from osft.models.likelihood import token_nll
 from osft.models.origin import read_origin
 from osft.storage.sealed import DamagedFile
 from osft.subspace.statistics_store import load_statistics
-from tests.conftest import byte_tokenizer, tiny_llama, write_jsonl
+from tests.conftest import byte_tokenizer, feeding, tiny_llama, write_jsonl
 from tests.training.in_process import run_in_process
 
 
@@ -96,7 +96,7 @@ def without_memory(model: Path) -> Path:
 
 
 def test_second_round_keeps_what_the_first_one_learned_and_only_with_its_statistics(learn, base, tasks):
-    """A learned update is small, and lies in small singular directions: split by the weights anew, it is free again."""
+    """A learned update is small, in small singular directions: split once more by the weights, it is free again."""
     first, second = tasks
     one = {protect: learn(base, first, protect=protect) for protect in ("weights", "activations")}
     start = {"weights": one["weights"], "memory": one["activations"], "no memory": without_memory(one["activations"])}
@@ -128,7 +128,7 @@ def test_model_names_what_it_started_from_and_what_it_learned_added_up(learn, ba
     tuned = AutoModelForCausalLM.from_pretrained(one)
     samples = some_of(load_split(dataset, "train"), 512, seed=42)
     assert 512 <= sum(len(sample.input_ids) for sample in samples) < 600
-    learned = measure(tuned, select_targets(tuned), samples, device="cpu", seed=42)
+    learned = measure(tuned, select_targets(tuned), samples, feeding=feeding(), seed=42)
     for added, *parts in zip(total.inputs(), start.inputs(), learned.inputs(), strict=True):
         expected = sum(part.moment.dense() for part in parts)
         assert torch.allclose(added.moment.dense(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -162,15 +162,15 @@ def test_model_of_the_published_method_carries_nothing_and_that_is_said(learn, b
     assert [part.name for part in load_statistics(read_origin(two).statistics.address).parts] == ["base", "letters"]
 
 
-def test_statistics_that_are_gone_are_named_and_measured_anew(learn, base, tasks, capsys):
+def test_statistics_that_are_gone_are_named_and_measured_again(learn, base, tasks, caplog):
     one = learn(base, tasks[0], max_steps=1)
     address = read_origin(one).statistics.address
     Path(address).unlink()
-    capsys.readouterr()
+    caplog.clear()
     learn(one, tasks[1], max_steps=1)
-    said = capsys.readouterr().out
-    assert f"statistics: WARNING: {address}, which {one} carries, is not there any more" in said
-    assert "statistics: measured base" in said
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"statistics: {address}, which {one} carries, is not there any more")
+    assert "statistics: measured base" in caplog.text
 
 
 def test_statistics_are_found_in_the_store_that_was_moved(learn, base, tasks, tmp_path, capsys):

@@ -16,7 +16,7 @@ from osft.subspace.model import inject, osft_layers, refresh
 from osft.subspace.targets import select_targets
 from osft.training.predicted_drift import DriftPrediction
 from osft.training.sampled_drift import DRAWS, FEWEST_DRAWS, TRAINED_FOR_ONE, affordable_draws, sampled_drift
-from tests.conftest import tiny_llama
+from tests.conftest import feeding, tiny_llama
 
 FEEDING = Feeding(max_tokens=64, device=torch.device("cpu"))
 LENGTH = 16
@@ -62,7 +62,7 @@ def own_text(count: int) -> SampleList:
 def trained(text: SampleList) -> tuple[LlamaForCausalLM, dict[str, float]]:
     """The start after five steps of counting by threes or fours, and the drift of each weight by the Kronecker form."""
     model = start()
-    statistics = measure(model, select_targets(model), [text[i] for i in range(24)], device="cpu")
+    statistics = measure(model, select_targets(model), [text[i] for i in range(24)], feeding=feeding())
     config = SubspaceConfig(unfreeze_rank_ratio=0.5, protect="activations")
     inject(model, config, statistics=statistics, stiffness=100.0)
     optimizer = torch.optim.AdamW([layer.coefficients for _, layer in osft_layers(model)], lr=1e-3)

@@ -14,7 +14,7 @@ from osft.cli import app
 from osft.evaluation.evaluate import evaluate, load_set
 from osft.models.checkpoint import EXACT, CheckpointReader
 from osft.models.origin import read_origin
-from osft.training import calibration, loop
+from osft.training import block_moments, loop
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama, write_jsonl
 from tests.training.in_process import run_in_process
 
@@ -256,9 +256,9 @@ def test_stochastic_rounding_keeps_the_update_on_average_and_repeats(train, base
 @pytest.mark.covers("save_rounding", "calibration_samples")
 def test_compensated_rounding_keeps_more_of_what_layers_compute_than_nearest(train, bases, monkeypatch):
     counted = []
-    original = calibration.measure_inputs
+    original = block_moments.measure_inputs
     monkeypatch.setattr(
-        calibration, "measure_inputs", lambda *given, **named: counted.append(1) or original(*given, **named)
+        block_moments, "measure_inputs", lambda *given, **named: counted.append(1) or original(*given, **named)
     )
     settings = {"data_path": str(bases["data"]), "learning_rate": 2e-5, "calibration_samples": 6}
     nearest = train("bfloat16", save_rounding="nearest", **settings)

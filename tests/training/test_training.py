@@ -207,10 +207,10 @@ def running(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.covers("resume", "save_state_steps")
-def test_killed_process_ends_the_run_which_goes_on_with_other_processes(config, one_process, tmp_path, monkeypatch):
-    """One of two processes is killed; the next call goes on in one, and repeats the uninterrupted run's losses."""
-    run = dataclasses.replace(
-        config, ckpt_output_dir=str(tmp_path / "run"), nproc_per_node=2, save_state_steps=1, max_tokens_per_gpu=100
+def test_killed_process_ends_the_run_which_resumes_with_other_processes(config, one_process, tmp_path, monkeypatch):
+    """One of two processes is killed; the next call resumes in one, and repeats the uninterrupted run's losses."""
+    run = config.replace(
+        ckpt_output_dir=str(tmp_path / "run"), nproc_per_node=2, save_state_steps=1, max_tokens_per_gpu=100
     )
     launcher = start(run, tmp_path)
     workers = psutil.Process(launcher.pid).children()
@@ -226,7 +226,7 @@ def test_killed_process_ends_the_run_which_goes_on_with_other_processes(config, 
     assert not (tmp_path / "run" / "training.json").exists()
 
     run_in_process(monkeypatch)
-    assert_same_training(train(dataclasses.replace(run, nproc_per_node=1)), one_process)
+    assert_same_training(train(run.replace(nproc_per_node=1)), one_process)
 
 
 @pytest.mark.covers("resume", "save_state_minutes")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from osft.subspace.effective_rank import effective_rank
+from osft.models.low_rank import effective_rank
 
 
 def with_singular_values(values: list[float], shape: tuple[int, int]) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """What the layers of the model in training are fed, measured when it is saved."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 
 from osft.data.chat import Sample
-from osft.data.packing import Batching
+from osft.data.packing import Batching, Feeding
 from osft.subspace.calibration import measure_inputs
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.model import osft_layers
@@ -21,8 +22,11 @@ class BlockMoments:
     Every process runs its share of the samples, so call it on all of them alike.
     """
 
-    def __init__(self, model: PreTrainedModel, samples: Sequence[Sample], device: torch.device) -> None:
-        self._model, self._samples, self._device = model, samples, device
+    def __init__(self, model: PreTrainedModel, samples: Sequence[Sample], feeding: Feeding) -> None:
+        self._model, self._samples = model, samples
+        longest = max(len(sample.input_ids) for sample in samples)
+        # A row for each sample is right for every model.
+        self._feeding = replace(feeding, max_tokens=longest, batching=Batching.PADDED)
         stack, blocks = transformer_blocks(model)
         self._blocks = [f"{stack}.{number}." for number in range(len(blocks))]
         self._targets = [
@@ -43,16 +47,5 @@ class BlockMoments:
         return self._moments[target]
 
     def _measured(self, targets: Sequence[Target]) -> dict[str, torch.Tensor]:
-        distributed = torch.distributed.is_initialized()
-        measured = measure_inputs(
-            self._model,
-            targets,
-            self._samples,
-            device=self._device,
-            max_tokens=max(len(sample.input_ids) for sample in self._samples),
-            batching=Batching.PADDED,  # right for every model
-            gradients=False,
-            rank=torch.distributed.get_rank() if distributed else 0,
-            world_size=torch.distributed.get_world_size() if distributed else 1,
-        )
+        measured = measure_inputs(self._model, targets, self._samples, feeding=self._feeding, gradients=False)
         return {name: sums.inputs for sums in measured for name in sums.targets if sums.inputs is not None}

@@ -1,45 +1,25 @@
-"""From what the user names to what a training process reads: a model folder, a prepared dataset, a factor set.
+"""What is done before a run trains: its model is tried, and the data that its settings name is prepared.
 
 Everything is found by content if it was there before, so that a call that was killed repeats nothing, and several
 nodes may do the same work side by side on one shared folder or each on its own.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import AutoConfig
 
 from osft import storage
-from osft.data.packing import Batching
-from osft.models.checkpoint import CheckpointReader
-from osft.models.loading import model_folder
-from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
-from osft.subspace.factor_set import FactorSet, load_factor_set
-from osft.subspace.factor_store import precompute, precompute_by_inputs
 from osft.subspace.preflight import Preflight, check_data, preflight
-from osft.subspace.rank_allocation import measure_importance
-from osft.subspace.statistics_store import load_statistics
-from osft.training.own_process import in_own_process
-from osft.training.statistics import calibrated
 
 if TYPE_CHECKING:
     from osft.data.dataset_folder import PreparedData
 
 
-def local_model(config: TrainConfig) -> Path:
-    """The folder of the model, downloaded if need be. Raises FileNotFoundError if it is incomplete."""
-    return CheckpointReader(model_folder(config.model_path)).folder
-
-
-def check_model(config: TrainConfig, model: Path, report: Callable[[str], None] = print) -> Preflight:
-    """What the model does with several samples at once, reported in a line. Raises as `preflight`."""
-    found = preflight(model, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code)
-    report(found.line())
-    return found
+def check_model(config: TrainConfig, model: Path) -> Preflight:
+    """What the model does with several samples at once. Raises as `preflight`."""
+    return preflight(model, attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code)
 
 
 def data_folder(config: TrainConfig) -> str:
@@ -47,7 +27,7 @@ def data_folder(config: TrainConfig) -> str:
     return config.data_output_dir or storage.join(config.ckpt_output_dir, "_internal_data_processing")
 
 
-def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[str], None] = print) -> "PreparedData":
+def prepare_training_data(config: TrainConfig, model: Path) -> "PreparedData":
     """The prepared dataset, checked against `max_tokens_per_gpu`.
 
     Raises ValueError that names the sample if one is longer, and where no held-out sample is left to validate on.
@@ -56,7 +36,6 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
         config,
         config.data_path,
         model,
-        report,
         validation_fraction=config.validation_split,
         validation_data=config.validation_data_path,
     )
@@ -69,9 +48,7 @@ def prepare_training_data(config: TrainConfig, model: Path, report: Callable[[st
     return prepared
 
 
-def prepare_replay(
-    config: TrainConfig, model: Path, data: "PreparedData", report: Callable[[str], None] = print
-) -> "PreparedData | None":
+def prepare_replay(config: TrainConfig, model: Path, data: "PreparedData") -> "PreparedData | None":
     """The samples of `config.replay_data` that train beside `data`; None where none is asked for, or there is none.
 
     Data that is not a prepared dataset is prepared as data_path is, and what validation_split would hold out of it is
@@ -87,7 +64,7 @@ def prepare_replay(
         how: dict[str, Any] = {"validation_fraction": config.validation_split}
         if is_dataset(path):
             how = {"validation_fraction": 0.0, "is_processed": True}  # it has a held-out side of its own
-        earlier.append(_prepared(config, path, model, report, **how))
+        earlier.append(_prepared(config, path, model, **how))
     drawn = draw_replay(
         data,
         earlier,
@@ -95,7 +72,6 @@ def prepare_replay(
         ratio=config.replay_ratio,
         seed=config.seed,
         max_seq_len=config.max_seq_len,
-        report=report,
     )
     if drawn:
         check_lengths(drawn.statistics, config)
@@ -106,7 +82,6 @@ def _prepared(
     config: TrainConfig,
     data_path: str,
     model: Path,
-    report: Callable[[str], None],
     *,
     validation_fraction: float,
     validation_data: str | None = None,
@@ -121,7 +96,6 @@ def _prepared(
     common: dict[str, Any] = {
         "validation_fraction": validation_fraction,
         "validation_data": validation_data,
-        "report": report,
     }
     if config.use_processed_dataset or is_processed:
         return import_processed(  # which checks rows against the vocabulary
@@ -193,103 +167,3 @@ def vocabulary_size(model: Path, *, trust_remote_code: bool = False) -> int:
     """Number of token ids of a model."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     return int(config.get_text_config().vocab_size)
-
-
-def factor_set(config: TrainConfig, model: Path, data: "PreparedData", batching: Batching) -> FactorSet:
-    """The factor set that is named, or the one that the store holds or gets."""
-    if named := _named_factor_set(config):
-        return named
-    return compute_factors(
-        model,
-        data.folder,
-        factor_store(config),
-        config.subspace,
-        batching=batching,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
-def factor_store(config: TrainConfig) -> str:
-    """The path or URI of the store that the factors are in, or go to."""
-    if config.factors and _names_a_set(config.factors):
-        if storage.is_remote(config.factors):
-            return config.factors.rsplit("/", 2)[0]
-        return str(Path(config.factors).absolute().parents[1])
-    return config.factors or storage.join(data_folder(config), "factors")
-
-
-def _names_a_set(factors: str) -> bool:
-    return Path(factors).is_file() or factors.endswith(".json")
-
-
-def named_factors(config: TrainConfig) -> dict[str, str]:
-    """What the run is made of by a factor set that is named in the settings; nothing if it is found or computed."""
-    named = _named_factor_set(config)
-    return {"factors": named.bases_sha256} if named else {}
-
-
-def _named_factor_set(config: TrainConfig) -> FactorSet | None:
-    if not config.factors or not _names_a_set(config.factors):
-        return None
-    if storage.find(config.factors) is None:
-        raise FileNotFoundError(f"there is no factor set {config.factors}. Leave `factors` out to have it computed")
-    return load_factor_set(config.factors)
-
-
-def compute_factors(
-    model: Path,
-    data: str | Path,
-    store: str | Path,
-    subspace: SubspaceConfig,
-    *,
-    batching: Batching,
-    trust_remote_code: bool = False,
-) -> FactorSet:
-    """Split what `store` does not hold yet.
-
-    With adaptive ranks, the layers' importance is measured on `data` first. With protect="activations" their inputs
-    are, on other text, unless the model carries its statistics (`osft.training.statistics`).
-
-    With a GPU, that is done in a process of its own, which ends: a CUDA context would keep several 100 MB of the GPU
-    from the training processes for as long as this one waits for them. Raises what the other process raised.
-    """
-    work = {
-        "model": str(model),
-        "data": str(data),
-        "store": str(store),
-        "subspace": subspace.to_dict(),
-        "batching": batching.value,
-        "trust_remote_code": trust_remote_code,
-    }
-    if not torch.cuda.is_available():
-        return compute_factors_here(work, device="cpu")
-    found = in_own_process("osft.training.factors", work)
-    return replace(load_factor_set(found["path"]), computed=found["computed"])
-
-
-def compute_factors_here(work: dict[str, Any], *, device: str) -> FactorSet:
-    """`compute_factors` in this process."""
-    model, subspace = Path(work["model"]), SubspaceConfig(**work["subspace"])
-    common: dict[str, Any] = {"device": device, "trust_remote_code": work["trust_remote_code"]}
-    if subspace.protect == "activations":
-        batching = Batching(work["batching"])
-        address = calibrated(model, work["store"], subspace, batching=batching, **common)
-        file = address.removeprefix(f"{work['store']}/")
-        return precompute_by_inputs(
-            model, work["store"], subspace, load_statistics(address), statistics_file=file, **common
-        )
-    importance = None
-    if subspace.rank_allocation == "adaptive":
-        from osft.data.dataset_folder import load_split
-
-        train = load_split(storage.fetch(work["data"]), "train")
-        samples = [train[i] for i in range(min(subspace.calibration_samples, len(train)))]
-        importance = measure_importance(
-            model,
-            samples,
-            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
-            batching=Batching(work["batching"]),
-            **common,
-        )
-    return precompute(model, work["store"], subspace, importance=importance, **common)

@@ -9,6 +9,7 @@ A process that receives SIGTERM (a preempted pod, a stopped or killed launcher) 
 the run saves its state and ends. All processes agree on that: each step's requests are reduced over the ranks.
 """
 
+import logging
 import signal
 import time
 from dataclasses import asdict, fields
@@ -19,24 +20,27 @@ import torch
 from transformers import PreTrainedModel
 
 from osft.data.dataset_folder import open_dataset
+from osft.data.packing import Feeding
 from osft.data.samples import Samples
 from osft.models.conversion import ModelWeights
 from osft.models.model_card import model_card
 from osft.models.origin import MODEL_CARD, ORIGIN, Origin, base_of
 from osft.settings.training import TrainConfig
-from osft.training.calibration import BlockMoments
+from osft.training.block_moments import BlockMoments
+from osft.training.callbacks import Request
 from osft.training.identity import MADE_OF
 from osft.training.loop import Position, StepMetrics, WrittenModel
 from osft.training.mirror import METRICS, MODELS, STOP_FILE, Mirror
-from osft.training.requests import Request
 from osft.training.resume import metrics_sha256
 from osft.training.round_statistics import RoundStatistics
 from osft.training.saving import SavedModel, save_merged
 from osft.training.state import save_state
 
+logger = logging.getLogger(__name__)
 
-class Outputs:
-    """Writes models and training states; `Saving` of `osft.training.loop`."""
+
+class Checkpointer:
+    """Writes models and training states when `osft.training.loop` asks for it. All ranks call it alike."""
 
     def __init__(
         self,
@@ -50,13 +54,13 @@ class Outputs:
         replay: Path | None,
         statistics: RoundStatistics | None = None,
         made_of: dict[str, str],
-        rank: int,
+        feeding: Feeding,
     ) -> None:
         """`statistics` measures what was learned before a model is written, which then names it."""
         self._made_of, self._statistics = made_of, statistics
         self._config, self._samples, self._dataset, self._replay = config, samples, dataset, replay
         self._folder, self._mirror = mirror.folder, mirror
-        self._model, self._stored, self._rank = model, stored, rank
+        self._model, self._stored, self._feeding, self._rank = model, stored, feeding, feeding.rank
         self._interval = config.save_state_minutes * 60
         self._last_state = time.monotonic()
         self._terminated = self._told = False
@@ -68,7 +72,7 @@ class Outputs:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self._terminated = True
 
-    def wanted(self) -> int:
+    def request(self) -> int:
         """This rank's request after a step."""
         asked = self._asked_by_file() if self._rank == 0 else Request.NOTHING
         if self._terminated:
@@ -84,7 +88,7 @@ class Outputs:
         """Whether this rank uploads a state. Raises what went wrong while it did."""
         return self._mirror.state_upload.is_busy
 
-    def go_on_uploading(self) -> None:
+    def continue_upload(self) -> None:
         """No rank is uploading: do what is next."""
         self._mirror.state_upload.go_on()
 
@@ -102,7 +106,7 @@ class Outputs:
             return Request.NOTHING
         except (OSError, ValueError) as error:
             if not self._told:
-                print(f"train: {self._folder / STOP_FILE} cannot be read, trying again: {error}", flush=True)
+                logger.warning(f"train: {self._folder / STOP_FILE} cannot be read, trying again: {error}")
             self._told = True
             return Request.NOTHING
         return request if request in (Request.INTERRUPT, Request.STOP) else Request.NOTHING
@@ -156,7 +160,7 @@ class Outputs:
 
     def _moments(self) -> BlockMoments:
         samples = [self._samples[i] for i in range(min(self._config.calibration_samples, len(self._samples.lengths)))]
-        return BlockMoments(self._model, samples, next(self._model.parameters()).device)
+        return BlockMoments(self._model, samples, self._feeding)
 
     def state(self, optimizer: torch.optim.Optimizer, position: Position) -> None:
         """Write the training state."""
