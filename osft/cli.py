@@ -173,7 +173,7 @@ def evaluate(
             num_examples=0,
             trust_remote_code=trust_remote_code,
         )
-        decision = decide(found.to_dict(), rules) if rules else None
+        decision = decide(found, rules) if rules else None
     table = Table("data", "role", "loss before", "after", "change", "accuracy before", "after", "KL")
     for name, described in found.sets.items():
         before, after = (found.results[model][name] for model in ("base", "candidate"))
@@ -192,7 +192,7 @@ def evaluate(
             table.add_row(name, task.metric, *(f"{value:.4f}" for value in values))
         output.print(table)
     if decision:
-        output.print(Text("gate: promote" if decision["promote"] else f"gate: refuse: {decision['reason']}"))
+        output.print(Text("gate: promote" if decision.promote else f"gate: refuse: {decision.reason}"))
 
 
 def read_parameters(config_file: Path | None, settings: list[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from osft.evaluation.record import Decision, Evaluation, RuleOutcome
 from osft.settings.base import Settings
 from osft.settings.values import Boolean, Number, boolean
 
@@ -159,15 +160,11 @@ class _Before(NamedTuple):
     """Standard error of the candidate's value minus this one."""
 
 
-def decide(
-    evaluation: Mapping[str, Any], rules: GateRules, *, history: Sequence[MeasuredVersion] = ()
-) -> dict[str, Any]:
-    """The decision record: `promote`, `reason` (one line, empty if promoted) and `rules`.
+def decide(evaluation: Evaluation, rules: GateRules, *, history: Sequence[MeasuredVersion] = ()) -> Decision:
+    """Whether the candidate is promoted, with the numbers of each rule on each set or benchmark.
 
-    evaluation: of `evaluate`. history: the versions that the champion comes from, the oldest first, it itself the last
-    (which counts as measured now). Each of `rules` holds the numbers of one rule on one set or benchmark: `rule`,
-    `subject`, `metric`, `against`, `before` and `after` (a drift is 0 before), `value` (gained or lost, a share or
-    absolute), `stderr` (of `value`), `standard_errors`, `relative`, `bound`, `comparison` and `passed`.
+    history: the versions that the champion comes from, the oldest first, it itself the last (which counts as measured
+    now).
 
     An earlier task is compared with each version since it was learned; the one against which the candidate lost most,
     less the standard errors, is reported. The reference is measured on the same records now, so its standard error is
@@ -176,20 +173,18 @@ def decide(
 
     Raises ValueError for a rule on an accuracy or a drift that was not measured.
     """
-    outcomes = list(_outcomes(evaluation, rules, history))
-    failed = [outcome for outcome in outcomes if not outcome["passed"]]
-    return {"promote": not failed, "reason": "; ".join(map(_sentence, failed)), "rules": outcomes}
+    outcomes = tuple(_outcomes(evaluation, rules, history))
+    failed = [outcome for outcome in outcomes if not outcome.passed]
+    return Decision(promote=not failed, reason="; ".join(map(_sentence, failed)), rules=outcomes)
 
 
-def _outcomes(
-    evaluation: Mapping[str, Any], rules: GateRules, history: Sequence[MeasuredVersion]
-) -> Iterator[dict[str, Any]]:
-    reference = evaluation["reference"]
+def _outcomes(evaluation: Evaluation, rules: GateRules, history: Sequence[MeasuredVersion]) -> Iterator[RuleOutcome]:
+    reference = evaluation.reference
     if reference == "champion":
         history = history[:-1]
     names: dict[str, list[str]] = {}
-    for name, described in evaluation["sets"].items():
-        names.setdefault(described["role"], []).append(name)
+    for name, described in evaluation.sets.items():
+        names.setdefault(described.role, []).append(name)
     if rules.min_gain:
         for name in names.get("new task", []):
             before = _measured_now(evaluation, "min_gain", rules.min_gain, name, reference)
@@ -205,26 +200,24 @@ def _outcomes(
             yield max(compared, key=_certain_loss)
     if rules.max_drift:
         yield from _drift_outcomes(evaluation, rules.max_drift, names)
-    if rules.max_benchmark_regression and evaluation.get("benchmarks"):
-        results = evaluation["benchmarks"]["results"]
-        for name, task in evaluation["benchmarks"]["tasks"].items():
+    if rules.max_benchmark_regression and evaluation.benchmarks:
+        results = evaluation.benchmarks.results
+        for name, task in evaluation.benchmarks.tasks.items():
             was, now = results[reference][name], results["candidate"][name]
-            bound = rules.max_benchmark_regression
-            before = _Before(reference, was["value"], _root_of_squares(was["stderr"], now["stderr"]))
             yield _outcome(
                 "max_benchmark_regression",
-                bound,
-                task["metric"],
+                rules.max_benchmark_regression,
+                task.metric,
                 name,
-                before,
-                now["value"],
-                higher=bool(task["higher_is_better"]),
+                _Before(reference, was.value, _root_of_squares(was.stderr, now.stderr)),
+                now.value,
+                higher=task.higher_is_better,
             )
 
 
 def _drift_outcomes(
-    evaluation: Mapping[str, Any], rule: MaxDrift, names: Mapping[str, Sequence[str]]
-) -> Iterator[dict[str, Any]]:
+    evaluation: Evaluation, rule: MaxDrift, names: Mapping[str, Sequence[str]]
+) -> Iterator[RuleOutcome]:
     """The rule max_drift on the sets that it applies to; `names` of these by role."""
     if rule.metric != KL:
         for name in names.get("anchor", []):
@@ -232,32 +225,32 @@ def _drift_outcomes(
             yield _outcome("max_drift", rule, rule.metric, name, before, _after(evaluation, rule, name))
         return
     for name in (*names.get("anchor", []), *names.get("self-written", [])):
-        drift = evaluation.get("drift", {}).get("base", {}).get(name)
+        drift = evaluation.drift.get("base", {}).get(name)
         if drift is None:
             raise ValueError(
                 f"the gate's rule max_drift is on the KL of {name}, which was not measured: base and candidate read it "
                 "as different tokens, or an earlier release evaluated them. Give max_drift the metric 'loss'"
             )
-        yield _outcome("max_drift", rule, KL, name, _Before("base", 0.0, drift["stderr"]), drift["kl"])
+        yield _outcome("max_drift", rule, KL, name, _Before("base", 0.0, drift.stderr), drift.kl)
 
 
-def _measured_now(evaluation: Mapping[str, Any], name: str, rule: _OnScores, subject: str, model: str) -> _Before:
+def _measured_now(evaluation: Evaluation, name: str, rule: _OnScores, subject: str, model: str) -> _Before:
     """A model of this evaluation on a set."""
-    change = evaluation["changes"][model][subject][rule.metric]
+    change = getattr(evaluation.changes[model][subject], rule.metric)
     if change is None:
         raise ValueError(
             f"the gate's rule {name} is on the {rule.metric} of {subject}, which has none: its records need choices, "
             f"or short answers. Give {name} the metric 'loss', or other records"
         )
-    return _Before(model, evaluation["results"][model][subject][rule.metric], change["stderr"])
+    return _Before(model, getattr(evaluation.results[model][subject], rule.metric), change.stderr)
 
 
 def _measured_then(
-    evaluation: Mapping[str, Any], rule: _OnScores, subject: str, history: Sequence[MeasuredVersion]
+    evaluation: Evaluation, rule: _OnScores, subject: str, history: Sequence[MeasuredVersion]
 ) -> Iterator[_Before]:
     """The versions on a set, from the one on that learned it."""
     stderr = f"{rule.metric}_stderr"
-    now = evaluation["results"]["candidate"][subject][stderr]
+    now = getattr(evaluation.results["candidate"][subject], stderr)
     learned = False
     for version, task, scores in history:
         learned = learned or task == subject
@@ -267,14 +260,14 @@ def _measured_then(
             yield _Before(f"version {version}", value, error)
 
 
-def _after(evaluation: Mapping[str, Any], rule: _OnScores, subject: str) -> float:
-    value: float = evaluation["results"]["candidate"][subject][rule.metric]
+def _after(evaluation: Evaluation, rule: _OnScores, subject: str) -> float:
+    value: float = getattr(evaluation.results["candidate"][subject], rule.metric)
     return value
 
 
 def _outcome(
     name: str, rule: Bound, metric: str, subject: str, before: _Before, after: float, *, higher: bool | None = None
-) -> dict[str, Any]:
+) -> RuleOutcome:
     """One rule's numbers and whether they pass."""
     higher = metric == "accuracy" if higher is None else higher
     is_gain = name == "min_gain"
@@ -283,41 +276,40 @@ def _outcome(
     if rule.relative:
         whole = abs(before.value)
         value, stderr = _share(value, whole), None if stderr is None or not whole else stderr / whole
-    outcome = {
-        "rule": name,
-        "subject": subject,
-        "metric": metric,
-        "against": before.against,
-        "before": before.value,
-        "after": after,
-        "value": value,
-        "stderr": stderr,
-        "standard_errors": rule.standard_errors,
-        "relative": rule.relative,
-        "bound": rule.bound,
-        "comparison": "at most" if not is_gain else "at least" if rule.bound else "more than",
-    }
-    certain = _certain(outcome)
+    certain = _certain(name, value, stderr, rule.standard_errors)
     if is_gain:
         passed = certain >= rule.bound - _ROUNDING if rule.bound else certain > _ROUNDING
     else:
         passed = certain <= rule.bound + _ROUNDING
-    return outcome | {"passed": passed}  # a NaN compares false
+    return RuleOutcome(
+        rule=name,
+        subject=subject,
+        metric=metric,
+        against=before.against,
+        before=before.value,
+        after=after,
+        value=value,
+        stderr=stderr,
+        standard_errors=rule.standard_errors,
+        relative=rule.relative,
+        bound=rule.bound,
+        comparison="at most" if not is_gain else "at least" if rule.bound else "more than",
+        passed=passed,  # a NaN compares false
+    )
 
 
-def _certain(outcome: Mapping[str, Any]) -> float:
+def _certain(rule: str, value: float, stderr: float | None, standard_errors: float) -> float:
     """What was gained or lost, less its standard errors."""
-    value, stderr, factor = (outcome[key] for key in ("value", "stderr", "standard_errors"))
-    if not factor:
-        return float(value)
+    if not standard_errors:
+        return value
     if stderr is None:
-        return -math.inf if outcome["rule"] == "min_gain" else float(value)
-    return float(value - factor * stderr)
+        return -math.inf if rule == "min_gain" else value
+    return value - standard_errors * stderr
 
 
-def _certain_loss(outcome: Mapping[str, Any]) -> float:
+def _certain_loss(outcome: RuleOutcome) -> float:
     """`_certain` as a sorting key, by which a NaN is the greatest."""
-    certain = _certain(outcome)
+    certain = _certain(outcome.rule, outcome.value, outcome.stderr, outcome.standard_errors)
     return math.inf if math.isnan(certain) else certain
 
 
@@ -334,27 +326,27 @@ def _root_of_squares(*stderrs: float | None) -> float | None:
     return math.hypot(*known) if len(known) == len(stderrs) else None
 
 
-def _sentence(outcome: Mapping[str, Any]) -> str:
+def _sentence(outcome: RuleOutcome) -> str:
     """Why a rule failed."""
-    unit = "{:.2%}" if outcome["relative"] else "{:.4g}"
-    rule, subject, against, value = (outcome[key] for key in ("rule", "subject", "against", "value"))
+    unit = "{:.2%}" if outcome.relative else "{:.4g}"
+    rule, subject, against, value = outcome.rule, outcome.subject, outcome.against, outcome.value
     errors = ""
-    if outcome["standard_errors"]:
-        stderr = "unknown" if outcome["stderr"] is None else unit.format(outcome["stderr"])
-        errors = f" + {outcome['standard_errors']:g} x {stderr} (standard error)"
-    bound = f"{outcome['comparison']} {unit.format(outcome['bound'])}{errors}"
-    if outcome["metric"] == KL:
+    if outcome.standard_errors:
+        stderr = "unknown" if outcome.stderr is None else unit.format(outcome.stderr)
+        errors = f" + {outcome.standard_errors:g} x {stderr} (standard error)"
+    bound = f"{outcome.comparison} {unit.format(outcome.bound)}{errors}"
+    if outcome.metric == KL:
         return f"{rule}: {subject} moved by {unit.format(value)} nats per token (KL) from {against}, {bound}"
     verb = "lost" if (rule == "min_gain") == (value < 0) else "gained"
-    measured = f"{subject} {verb} {unit.format(abs(value))} in {outcome['metric']} against {against}"
-    if rule == "min_gain" and not outcome["bound"] and not math.isnan(value):
+    measured = f"{subject} {verb} {unit.format(abs(value))} in {outcome.metric} against {against}"
+    if rule == "min_gain" and not outcome.bound and not math.isnan(value):
         return f"{rule}: {_without_gain(outcome)}: {measured}, {bound}"
     return f"{rule}: {measured}, {bound}"
 
 
-def _without_gain(outcome: Mapping[str, Any]) -> str:
+def _without_gain(outcome: RuleOutcome) -> str:
     """Why the gain on the new task is not one."""
-    if outcome["standard_errors"] and outcome["stderr"] is None:
+    if outcome.standard_errors and outcome.stderr is None:
         return "one record cannot tell a gain from chance"
-    lost_more = -outcome["value"] > outcome["standard_errors"] * (outcome["stderr"] or 0.0)
+    lost_more = -outcome.value > outcome.standard_errors * (outcome.stderr or 0.0)
     return "nothing more to learn at this learning rate" if lost_more else "nothing more to learn"

@@ -90,7 +90,7 @@ def evaluate_model(
             evaluation = evaluation.replace(models=evaluation.models | {"champion": champion})
         known = zip(versions, parent.rows, strict=True) if parent else ()
         earlier_versions = [MeasuredVersion(version, row.task, row.scores) for version, row in known]
-        decision = Decision.from_plain(decide(evaluation.to_dict(), rules, history=earlier_versions))
+        decision = decide(evaluation, rules, history=earlier_versions)
         evaluation = evaluation.replace(matrix=_matrix(evaluation, parent, versions), decision=decision)
         evaluation_file = run.write_record(EVALUATION_FILE, evaluation)
         logger.info(f"gate: {_outcome(evaluation, decision)}")

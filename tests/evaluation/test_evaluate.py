@@ -1,6 +1,5 @@
 """One evaluation of three models: what it holds, and what it does not measure twice."""
 
-import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 from osft.data.records import DataError, Record
 from osft.evaluation.evaluate import EvaluationSet, evaluate, load_set
 from osft.evaluation.gate import GateRules, decide
-from osft.evaluation.record import BenchmarkTask, EvaluatedModel
+from osft.evaluation.record import BenchmarkTask, EvaluatedModel, Evaluation
 from osft.evaluation.scoring import changes, generate, score_records
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama, write_jsonl
 
@@ -113,8 +112,8 @@ def test_what_was_evaluated_is_described(evaluation, models):
 
 
 def test_evaluation_is_json_and_can_be_decided_on(evaluation):
-    decision = decide(json.loads(evaluation.to_json()), GateRules())
-    assert [rule["rule"] for rule in decision["rules"]] == ["min_gain", "max_forgetting", "max_drift"]
+    decision = decide(Evaluation.from_json(evaluation.to_json(), "it"), GateRules())
+    assert [rule.rule for rule in decision.rules] == ["min_gain", "max_forgetting", "max_drift"]
 
 
 def test_examples_show_the_new_and_the_earlier_tasks_with_every_models_answer(evaluation):
@@ -238,8 +237,8 @@ def test_benchmarks_are_measured_once_and_compared(models, loaded, tmp_path):
     assert list(found.benchmarks.results) == list(models)
     assert evaluate(models, SETS, **settings).benchmarks == found.benchmarks
     assert len(loaded) == 6
-    (rule,) = [rule for rule in decide(found.to_dict(), GateRules())["rules"] if rule["subject"] == "larger"]
-    assert rule["after"] == found.benchmarks.results["candidate"]["larger"].value
+    (rule,) = [rule for rule in decide(found, GateRules()).rules if rule.subject == "larger"]
+    assert rule.after == found.benchmarks.results["candidate"]["larger"].value
 
 
 def test_benchmark_that_cannot_run_is_refused_before_a_model_is_looked_for(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from osft.evaluation.gate import GateRules, MeasuredVersion, decide
+from osft.evaluation.record import Evaluation
 
 NAN = float("nan")
 OFF = dict.fromkeys(("min_gain", "max_forgetting", "max_drift", "max_benchmark_regression"))
@@ -35,7 +36,9 @@ def evaluation(
 
     def change(model: str, name: str, metric: str) -> dict[str, float | None] | None:
         before, after = results[model][name][metric], candidate[name][metric]
-        return None if before is None or after is None else {"change": after - before, "stderr": stderr}
+        return (
+            None if before is None or after is None else {"change": after - before, "relative": None, "stderr": stderr}
+        )
 
     return {
         "reference": "champion" if champion else "base",
@@ -48,14 +51,41 @@ def evaluation(
             for model in results
             if model != "candidate"
         },
-        "drift": {"base": {name: {"kl": value, "stderr": stderr, "num_tokens": 9} for name, value in moved.items()}},
+        "drift": {
+            "base": {
+                name: {"kl": value, "stderr": stderr, "num_tokens": 9, "dtype": "float32"}
+                for name, value in moved.items()
+            }
+        },
         "benchmarks": None,
     }
 
 
+def decided(found: dict[str, Any], rules: GateRules, **more: Any) -> dict[str, Any]:
+    """What the gate decides of numbers that `evaluation` gave, as plain values."""
+    of_a_score = {"perplexity": 1.0, "num_loss_tokens": 9, "num_samples": 9, "accuracy_kind": None}
+    of_a_set = {"source": "", "num_samples": 9, "notes": []}
+    whole = {
+        "task": "new",
+        "created": "",
+        "models": {},
+        "exact": None,
+        "examples": [],
+        "matrix": None,
+        "decision": None,
+        **found,
+        "sets": {name: of_a_set | described for name, described in found["sets"].items()},
+        "results": {
+            model: {name: of_a_score | scores for name, scores in of_sets.items()}
+            for model, of_sets in found["results"].items()
+        },
+    }
+    return decide(Evaluation.from_plain(whole), rules, **more).to_dict()
+
+
 def outcome(found: dict[str, Any], rules: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The one rule that is not off."""
-    (only,) = decide(found, GateRules.from_parameters(OFF | rules), **more)["rules"]
+    (only,) = decided(found, GateRules.from_parameters(OFF | rules), **more)["rules"]
     return only
 
 
@@ -127,9 +157,9 @@ def test_self_written_text_counts_by_its_divergence_only():
     found = evaluation(
         base={"anchor": score(2.0)}, candidate={"anchor": score(2.0)}, kl={"anchor": 0.01, "written": 0.2}
     )
-    rules = decide(found, GateRules())["rules"]
+    rules = decided(found, GateRules())["rules"]
     assert [(rule["subject"], rule["passed"]) for rule in rules] == [("anchor", True), ("written", False)]
-    rules = decide(found, GateRules.from_parameters({"max_drift": {"metric": "loss"}}))["rules"]
+    rules = decided(found, GateRules.from_parameters({"max_drift": {"metric": "loss"}}))["rules"]
     assert [rule["subject"] for rule in rules] == ["anchor"]
 
 
@@ -143,7 +173,7 @@ def test_divergence_cannot_be_hidden_by_a_loss_that_fell():
 def test_divergence_that_was_not_measured_is_refused_with_the_remedy(missing):
     found = evaluation(base={"anchor": score(2.0)}, candidate={"anchor": score(2.0)}) | missing
     with pytest.raises(ValueError, match="max_drift is on the KL of anchor, which was not.*Give max_drift the metric"):
-        decide(found, GateRules())
+        decided(found, GateRules())
 
 
 @pytest.mark.parametrize(
@@ -217,7 +247,7 @@ def test_gain_is_against_the_champion_and_drift_against_the_base_model():
         champion={"new": score(4.0), "anchor": score(4.0)},
         candidate={"new": score(3.0), "anchor": score(3.0)},
     )
-    learned, drifted = decide(found, GateRules.from_parameters({"max_drift": {"metric": "loss"}}))["rules"]
+    learned, drifted = decided(found, GateRules.from_parameters({"max_drift": {"metric": "loss"}}))["rules"]
     assert (learned["against"], learned["value"]) == ("champion", 0.25)
     assert (drifted["against"], drifted["value"]) == ("base", 0.5)
 
@@ -313,7 +343,7 @@ def test_benchmark_where_lower_is_better_regresses_upwards():
 def test_accuracy_of_a_set_without_one_is_refused_with_the_remedy():
     found = evaluation(base={"anchor": score(2.0)}, candidate={"anchor": score(2.0)})
     with pytest.raises(ValueError, match="max_drift is on the accuracy of anchor.*Give max_drift the metric 'loss'"):
-        decide(found, GateRules.from_parameters({"max_drift": {"metric": "accuracy"}}))
+        decided(found, GateRules.from_parameters({"max_drift": {"metric": "accuracy"}}))
 
 
 def test_promotion_needs_every_rule_on_every_set():
@@ -322,7 +352,7 @@ def test_promotion_needs_every_rule_on_every_set():
     def promoted(new: float = 3.0, **moved: float) -> bool:
         after = {"new": score(new), "anchor one": score(2.0), "anchor two": score(2.0)}
         kl = {name.replace("_", " "): value for name, value in moved.items()}
-        return decide(evaluation(base=before, candidate=after, kl=kl), GateRules())["promote"]
+        return decided(evaluation(base=before, candidate=after, kl=kl), GateRules())["promote"]
 
     assert promoted()
     assert not promoted(new=3.95)
@@ -334,11 +364,11 @@ def test_reason_names_what_failed_in_one_line():
     before = {"new": score(4.0), "anchor": score(2.0)}
     after = {"new": score(3.0), "anchor": score(2.1)}
     by_loss = GateRules.from_parameters({"max_drift": {"metric": "loss"}})
-    found = decide(evaluation(base=before, candidate=after), by_loss)
+    found = decided(evaluation(base=before, candidate=after), by_loss)
     assert found["reason"] == "max_drift: anchor lost 5.00% in loss against base, at most 2.00%"
-    found = decide(evaluation(base=before, candidate=after, kl={"anchor": 0.0712}), GateRules())
+    found = decided(evaluation(base=before, candidate=after, kl={"anchor": 0.0712}), GateRules())
     assert found["reason"] == "max_drift: anchor moved by 0.0712 nats per token (KL) from base, at most 0.05"
-    assert decide(evaluation(base=before, candidate=after), GateRules())["reason"] == ""
+    assert decided(evaluation(base=before, candidate=after), GateRules())["reason"] == ""
 
 
 @pytest.mark.parametrize(
@@ -377,20 +407,20 @@ def test_reason_names_what_failed_in_one_line():
 )
 def test_reason_says_when_there_was_nothing_more_to_learn(after, stderr, reason):
     found = evaluation(base={"new": score(4.0)}, candidate={"new": score(after)}, stderr=stderr)
-    assert decide(found, GateRules())["reason"] == reason
+    assert decided(found, GateRules())["reason"] == reason
 
 
 def test_reason_says_what_the_standard_error_allows():
     found = evaluation(base={"earlier": score(2.0)}, candidate={"earlier": score(2.5)})
     reason = "max_forgetting: earlier lost 25.00% in loss against base, at most 1.00% + 1 x 5.00% (standard error)"
-    assert decide(found, GateRules())["reason"] == reason
+    assert decided(found, GateRules())["reason"] == reason
 
 
-def test_rules_that_are_off_do_not_decide():
+def test_rules_that_are_off_do_not_decided():
     found = evaluation(
         base={"new": score(1.0), "anchor": score(1.0)}, candidate={"new": score(9.0), "anchor": score(9.0)}
     )
-    assert decide(found, GateRules.from_parameters(OFF)) == {"promote": True, "reason": "", "rules": []}
+    assert decided(found, GateRules.from_parameters(OFF)) == {"promote": True, "reason": "", "rules": []}
 
 
 def test_parameters_go_over_the_defaults_key_by_key():
