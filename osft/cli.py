@@ -35,7 +35,7 @@ app = typer.Typer(
 
 
 class _TrainCommand(TyperCommand):
-    """`--help` goes on with the documentation of every parameter."""
+    """`--help` continues with the documentation of every parameter."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)

@@ -63,14 +63,14 @@ def evaluate_model(
 
     rounds.begin_step("evaluate-model", pipeline_run_id)
 
-    round = rounds.PipelineRun(
+    run = rounds.PipelineRun(
         storage_root=storage_root,
         pipeline_run_id=pipeline_run_id,
         mlflow_run_id=mlflow_run_id,
         mlflow_tracking_uri=mlflow_tracking_uri,
     )
     evaluation = rounds.evaluate_model(
-        round,
+        run,
         model_name=model_name,
         base_model_path=base_model_path,
         model_path=model_path,
@@ -96,5 +96,5 @@ def evaluate_model(
         for name, drift in of_sets.items():
             if drift is not None:
                 metrics.log_metric(f"drift/{model}/{name}", drift.kl)
-    shutil.copyfile(round.folder / "report.html", report.path)
+    shutil.copyfile(run.folder / "report.html", report.path)
     return evaluation.decided.promote

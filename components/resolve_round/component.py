@@ -1,4 +1,4 @@
-"""Registry and data -> what goes on, and what is new for it to learn."""
+"""Registry and data -> the model to train, and the records that are new to it."""
 
 from typing import NamedTuple
 

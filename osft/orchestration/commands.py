@@ -96,7 +96,7 @@ def _submit(
     experiment: Experiment = EXPERIMENT,
     run_name: Annotated[str | None, typer.Option(help="Else the pipeline's name and the time.")] = None,
     service_account: ServiceAccount = None,
-    follow_run: Annotated[bool, typer.Option("--follow", help="Go on as `osft status RUN --follow`.")] = False,
+    follow_run: Annotated[bool, typer.Option("--follow", help="Follow it as `osft status RUN --follow`.")] = False,
     dry_run: DryRun = False,
     host: Host = None,
     namespace: Namespace = None,
@@ -134,8 +134,8 @@ def _status(
 ) -> None:
     """Show a run's steps, or the newest runs.
 
-    Exit code 0: the run succeeded or goes on. Exit code 1: it failed or was cancelled. Exit code 130: --follow was
-    interrupted; the run continues.
+    Exit code 0: the run succeeded or is still running. Exit code 1: it failed or was cancelled. Exit code 130: --follow
+    was interrupted; the run continues.
     """
     with failures():
         client = _client(host, namespace, token_file, cookie_file)
@@ -253,7 +253,7 @@ def _named_command(verb: str, help_text: str, act: Callable[["kfp.Client", str],
 
 
 _named_command(
-    "pause", "Start no more runs; the one that runs goes on.", lambda client, name: pause_schedule(client, name).state
+    "pause", "Start no more runs; the one that runs continues.", lambda client, name: pause_schedule(client, name).state
 )
 _named_command("resume", "Start runs again.", lambda client, name: resume_schedule(client, name).state)
 _named_command(

@@ -34,7 +34,7 @@ def follow_in_terminal(client: "kfp.Client", run_id: str, interval: float) -> Ru
 
 
 class _Lines:
-    """Prints what is new since the last look."""
+    """Prints what has changed since the last look."""
 
     def __init__(self) -> None:
         self._printed: dict[str, str] = {}

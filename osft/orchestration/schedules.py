@@ -179,7 +179,7 @@ def list_schedules(client: "kfp.Client") -> list[Schedule]:
 
 
 def pause_schedule(client: "kfp.Client", name: str) -> Schedule:
-    """Start no more runs; the one that runs goes on. Raises ValueError if there is none, and as `api_errors`."""
+    """Start no more runs; the one that runs continues. Raises ValueError if there is none, and as `api_errors`."""
     return _switch(client, name, enabled=False)
 
 

@@ -1,4 +1,4 @@
-"""The first step of a round: which model goes on, and whether there is something for it to learn."""
+"""The first step of a round: which model is trained further, and whether there is something for it to learn."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -42,7 +42,7 @@ class ResolvedRound(Record):
     records: str
     """Path or URI of the new records, JSON lines; empty if there is nothing to learn."""
     nothing_to_learn: str
-    """Why the round ends here; empty if it goes on."""
+    """Why the round ends here; empty if it continues."""
     earlier_data: dict[str, str]
     """Earlier task -> path or URI of the dataset that its round learned, whether or not it is still there."""
     conversions: dict[str, int]
@@ -58,7 +58,7 @@ def resolve(
     storage_root: str,
     min_new_samples: int = 1,
 ) -> ResolvedRound:
-    """Read the registry and the data, and decide what is new to the champion's lineage.
+    """Read the registry and the data, and decide which records are new to the champion's lineage.
 
     A record is known if the champion or an ancestor took it, to learn or to be measured on. What only a refused
     version took is new. Given what is new, the file of it below `storage_root`/records is the same, whatever order and

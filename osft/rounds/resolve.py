@@ -30,7 +30,9 @@ def resolve_round(
     experiment: str,
     run_name: str,
 ) -> tuple[ResolvedRound, str]:
-    """Find the model that goes on and what is new for it; `round.json`. Returns that, and the pipeline's MLflow run.
+    """Find the model to train and the records that are new to it; `round.json`.
+
+    Returns that, and the pipeline's MLflow run.
 
     What would end the round later is refused here, before anything is fetched, converted or computed.
     """

@@ -18,7 +18,7 @@ from osft.storage.paths import expanded
 _HOST = re.compile(r"(localhost|\[[0-9a-fA-F:]+\]|[\w-]+(\.[\w-]+)*)(:\d{1,5})(/.*)?|localhost(/.*)?")
 _SQLITE = "sqlite:///"
 _FILE_STORE = "MLFLOW_ALLOW_FILE_STORE"
-"""MLflow's own way to go on with runs in files."""
+"""MLflow's own way to keep using runs in files."""
 
 
 def checked_address(uri: str, *, make: bool = True) -> str:

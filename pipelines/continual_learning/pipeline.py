@@ -54,7 +54,7 @@ _POLICIES = {
     "resolve-round": StepPolicy(timeout_hours=6, retries=2),
     # Fetches models.
     "prepare-data": StepPolicy(timeout_hours=12, retries=2),
-    # Goes on with the weights that are not in the store yet.
+    # Resumes with the weights that are not in the store yet.
     "precompute-svd": StepPolicy(timeout_hours=24, retries=2),
     # Its limits are the PyTorchJob's. A retry finds the running job, and does not repeat a program error.
     "train-osft": StepPolicy(timeout_hours=0, retries=2),

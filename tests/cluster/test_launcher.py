@@ -289,7 +289,7 @@ def test_program_error_is_not_repeated_by_a_retry_until_the_job_is_deleted(clust
     assert_only_job(cluster, "Failed")
 
 
-def test_killed_pod_is_made_anew(cluster, launch, tmp_path):
+def test_killed_pod_is_recreated(cluster, launch, tmp_path):
     script = f"if mkdir {tmp_path}/was-here-$RANK; then sleep 1; kill -9 $$; fi; echo second time"
     printed = launch(script).run()
     assert "ended with exit code 137" in printed
@@ -297,7 +297,7 @@ def test_killed_pod_is_made_anew(cluster, launch, tmp_path):
     assert_only_job(cluster, "Succeeded")
 
 
-def test_evicted_pod_is_made_anew(cluster, launch, tmp_path):
+def test_evicted_pod_is_recreated(cluster, launch, tmp_path):
     running = launch(f"if mkdir {tmp_path}/was-here-$RANK; then sleep 60; fi; echo second time", num_workers=1)
     running.launcher.submit()
     cluster.wait_until(cluster.processes)

@@ -36,7 +36,7 @@ def start(parameters: dict[str, object], log: Path) -> subprocess.Popen:
         )
 
 
-def test_run_that_is_killed_goes_on_learns_and_leaves_a_model(device, model_folder, chats, tmp_path):
+def test_run_that_is_killed_resumes_learns_and_leaves_a_model(device, model_folder, chats, tmp_path):
     output, log = tmp_path / "run", tmp_path / "log"
     parameters = {
         "model_path": str(model_folder),

@@ -20,7 +20,7 @@ def take(position, lines):
 
 @pytest.mark.parametrize("broken_at", range(len(LINES) + 1))
 @pytest.mark.parametrize("begins_again_at", [0, 1, 2, 3])
-def test_stream_that_breaks_anywhere_goes_on_without_a_line_twice(broken_at, begins_again_at):
+def test_stream_that_breaks_anywhere_is_resumed_without_a_line_twice(broken_at, begins_again_at):
     position = LogPosition()
     position.reopen()
     first = take(position, LINES[:broken_at])

@@ -133,7 +133,7 @@ def test_follow_in_a_terminal_is_a_table_that_changes_in_place(osft, server, run
     assert "learn: out of memory" in last
 
 
-def test_interrupted_follow_ends_with_130_and_the_run_goes_on(server, run_id):
+def test_interrupted_follow_ends_with_130_and_the_run_continues(server, run_id):
     server.runs[run_id] |= seen("RUNNING", task("learn", "RUNNING"))
     command = [sys.executable, "-m", "osft", "status", run_id, "--follow", "--interval", "0.1"]
     environment = os.environ | {"KFP_ENDPOINT": server.address, "PYTHONUNBUFFERED": "1"}

@@ -41,7 +41,7 @@ def test_same_content_is_uploaded_once(server, client, pipeline, yaml_file, tmp_
     assert len(server.pipelines) == len(server.versions) == 1
 
 
-def test_interrupted_upload_goes_on(server, client, yaml_file):
+def test_interrupted_upload_is_resumed(server, client, yaml_file):
     server.fail = lambda method, path: 503 if path == "/pipelines/upload_version" else None
     with pytest.raises(ConnectionError):
         upload(client, CompiledPipeline.read(yaml_file))

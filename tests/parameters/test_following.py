@@ -184,7 +184,7 @@ def test_run_is_logged_to_weights_and_biases(call, monkeypatch, by):
 
 
 @pytest.mark.covers("wandb_project")
-def test_training_goes_on_where_weights_and_biases_cannot_be_used(call, monkeypatch, capsys):
+def test_training_continues_where_weights_and_biases_cannot_be_used(call, monkeypatch, capsys):
     found = importlib.util.find_spec
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest))

@@ -138,7 +138,7 @@ class KfpServer:
         if run:
             found = _one(self.runs, run[1])
             if found["state"] not in ("PENDING", "RUNNING"):
-                raise Refused("only a run that goes on can be terminated")
+                raise Refused("only a run that is running can be terminated")
             return found.update(state="CANCELING") or {}
         switch = re.fullmatch(r"/recurringruns/([^/]+):(enable|disable)", path)
         if switch:

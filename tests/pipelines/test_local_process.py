@@ -187,7 +187,7 @@ def test_steps_of_the_committed_pipeline_in_their_order():
     ]
 
 
-def test_run_goes_on_when_nobody_reads_what_it_prints_any_more(waiting, tmp_path):
+def test_run_continues_when_nobody_reads_what_it_prints_any_more(waiting, tmp_path):
     waiting.stdout.close()
     waiting.send_signal(signal.SIGINT)  # has the command print
     assert waiting.wait(timeout=60) == 130

@@ -148,7 +148,7 @@ def test_mlflow_has_a_run_a_step_and_a_champion(promoted, storage):
 
 
 @pytest.mark.slow
-def test_second_run_on_the_same_data_has_nothing_to_learn_and_one_with_more_goes_on(
+def test_second_run_on_the_same_data_has_nothing_to_learn_and_one_with_more_trains_the_champion(
     promoted, arguments, storage, chats, tmp_path
 ):
     again = run_local(*arguments)

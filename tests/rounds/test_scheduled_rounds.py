@@ -117,7 +117,7 @@ def test_five_scheduled_rounds(night):
     assert night.registry() == {"champion": 1, "candidate": 1, "challenger": None, "versions": 1}
     assert lineage.read(night.mlflow, MODEL, 1).parent_version is None
 
-    # More of it: the champion goes on.
+    # More of it: the champion is trained further.
     night.arrive("pears", questions("pears", 60))
     night.fire()
     assert night.registry() == {"champion": 2, "candidate": 2, "challenger": None, "versions": 2}

@@ -95,7 +95,7 @@ def test_version_is_registered_promoted_and_read_back(address, server, tmp_path)
     assert stored.read_text() == "{}"
 
 
-def test_step_goes_on_after_its_database_was_away(address, server):
+def test_step_continues_after_its_database_was_away(address, server):
     mlflow = runs.client(address, "")
     parent = pipeline_run(mlflow, "database")
     server.stop_database()

@@ -145,7 +145,7 @@ def test_store_that_is_slower_than_the_timeout_of_collectives_does_not_end_train
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_from_the_store_with_an_empty_scratch_folder(
+def test_killed_run_resumes_from_the_store_with_an_empty_scratch_folder(
     config, remote, bucket, object_store, tmp_path, monkeypatch
 ):
     length = {"max_steps": 20, "num_epochs": 2}

@@ -153,7 +153,7 @@ def test_round_from_a_folder_without_the_residual_starts_from_rounded_weights_an
     assert rounded.history[0]["loss"] != exact.history[0]["loss"]
 
 
-def test_resumed_run_goes_on_from_exact_weights(train, tmp_path, monkeypatch):
+def test_resumed_run_continues_from_exact_weights(train, tmp_path, monkeypatch):
     first = train("bfloat16", learning_rate=1e-4).checkpoint
     whole = train(first)
     original = loop.train_step
