@@ -168,8 +168,9 @@ def cancel(
     if found.ended:
         return found
     try:
-        with api_errors():
-            client.terminate_run(run_id)
+        if found.state != "CANCELING":  # the server refuses to terminate a run twice
+            with api_errors():
+                client.terminate_run(run_id)
     except (ValueError, ConnectionError):
         found = status(client, run_id)
         if not found.ended:  # else it ended between the two requests

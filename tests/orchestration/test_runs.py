@@ -107,6 +107,13 @@ def test_cancel_waits_for_the_end(server, client, run_id, end):
     assert server.changes()[-1] == "POST /runs/ID:terminate"
 
 
+def test_cancel_of_a_run_that_is_being_cancelled_waits_for_its_end(server, client, run_id):
+    cancel(client, run_id, wait=False)
+    server.progress[run_id] = [{}, {}, {"state": "CANCELED"}]
+    assert cancel(client, run_id, interval=0).state == "CANCELED"
+    assert server.changes().count("POST /runs/ID:terminate") == 1
+
+
 def test_cancel_without_waiting(server, client, run_id):
     assert cancel(client, run_id, wait=False).state == "CANCELING"
 
