@@ -124,7 +124,6 @@ def prepare(folder: Path, settings: Settings) -> dict[str, float]:
         store: dict[str, Any] = {
             "store": folder / "factors" / method,
             "device": settings.device,
-            "report": lambda _: None,
         }
         with _timed(seconds, method, settings.device):
             if subspace.protect == "weights":
@@ -177,7 +176,7 @@ def train_config(folder: Path, method: str, settings: Settings, learning_rate: f
         learning_rate=learning_rate,
         dtype=settings.dtype,
         stiffness=STIFFNESS if method == "ours_activations" else 0.0,
-        **asdict(subspaces()[method]),
+        **subspaces()[method].to_dict(),
     )
 
 
