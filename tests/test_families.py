@@ -148,9 +148,7 @@ def factors_for(config: TrainConfig, folder: Path) -> Path:
         return precompute(folder, store, config.subspace).path
     model = load_model(folder, dtype=torch.float32)
     statistics = measure(model, select_targets(model), make_samples(), feeding=feeding())
-    return precompute_by_inputs(
-        folder, store, config.subspace, statistics, statistics_file="", report=lambda _: None
-    ).path
+    return precompute_by_inputs(folder, store, config.subspace, statistics, statistics_file="").path
 
 
 def load(config: TrainConfig, mesh: DeviceMesh | None = None) -> tuple[nn.Module, ModelWeights]:

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from osft.evaluation.benchmarks import Benchmarks
+from osft.evaluation.record import BenchmarkTask
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama, write_jsonl
 
 QUESTIONS = 12
@@ -86,7 +87,7 @@ def accuracy(model, tokenizer, *, seed: int, by_length: bool = False) -> float:
 
 def test_result_is_the_accuracy_of_the_most_probable_answer(folder, model, tokenizer):
     benchmarks = Benchmarks(["larger"], folder=str(folder))
-    assert benchmarks.described == {"larger": {"metric": "acc", "higher_is_better": True, "num_samples": QUESTIONS}}
+    assert benchmarks.described == {"larger": BenchmarkTask(metric="acc", higher_is_better=True, num_samples=QUESTIONS)}
     found = benchmarks.run(model, byte_tokenizer())["larger"]
     expected = accuracy(model, tokenizer, seed=0)
     assert 0 < expected < 1
@@ -97,17 +98,17 @@ def test_result_is_the_accuracy_of_the_most_probable_answer(folder, model, token
 def test_group_has_its_aggregate_and_one_without_its_tasks(folder, model, tokenizer):
     benchmarks = Benchmarks(["numbers"], folder=str(folder))
     described = {"metric": "acc_norm", "higher_is_better": True, "num_samples": 2 * QUESTIONS}
-    assert benchmarks.described == {"numbers": described}
+    assert benchmarks.described == {"numbers": BenchmarkTask(**described)}
     expected = [accuracy(model, tokenizer, seed=seed, by_length=True) for seed in (0, 1)]
-    assert benchmarks.run(model, byte_tokenizer())["numbers"]["value"] == pytest.approx(sum(expected) / 2)
+    assert benchmarks.run(model, byte_tokenizer())["numbers"].value == pytest.approx(sum(expected) / 2)
     assert Benchmarks(["plain"], folder=str(folder)).names == ["larger", "other"]
     assert Benchmarks(["numbers_tag"], folder=str(folder)).names == ["larger", "other"]
 
 
 def test_only_the_first_questions_are_asked(folder, model):
     benchmarks = Benchmarks(["larger"], folder=str(folder), max_samples=3)
-    assert benchmarks.described["larger"]["num_samples"] == 3
-    assert benchmarks.run(model, byte_tokenizer())["larger"]["value"] in (0.0, 1 / 3, 2 / 3, 1.0)
+    assert benchmarks.described["larger"].num_samples == 3
+    assert benchmarks.run(model, byte_tokenizer())["larger"].value in (0.0, 1 / 3, 2 / 3, 1.0)
 
 
 def test_content_hash_is_of_what_is_asked_and_not_of_where_it_lies(folder, tmp_path_factory):

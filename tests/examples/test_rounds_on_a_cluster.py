@@ -21,7 +21,12 @@ STORIES = (
     [{}, {}, {"state": "CANCELED"}],
 )
 """What the server says of the first run, of the second and of the third, at one look after the other."""
-PARAMETERS = {"model_name": "notebook", "num_epochs": 1}
+PARAMETERS = {
+    "model_name": "notebook",
+    "base_model": "example:smollm2-135m-instruct",
+    "data_uri": "example:sarcasm-headlines",
+    "max_train_samples": 384,
+}
 
 
 @pytest.fixture(scope="module")

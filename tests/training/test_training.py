@@ -1,6 +1,5 @@
 """Training in processes: invariance to how the work is cut, a checkpoint that opens, failures that speak."""
 
-import dataclasses
 import json
 import signal
 import subprocess
@@ -143,7 +142,7 @@ def test_bfloat16_model_in_several_shards_is_trained_and_stays_bfloat16(chats, t
             use_processed_dataset=True,
             factors=str(factor_store.precompute(folder, tmp_path / "factors", core).path),
             ckpt_output_dir=str(tmp_path / "run"),
-            **dataclasses.asdict(core),
+            **core.to_dict(),
             effective_batch_size=16,
             max_tokens_per_gpu=2048,
             max_seq_len=2048,
