@@ -32,7 +32,7 @@ def summarize(results: Results) -> list[dict[str, Any]]:
     """One record for each method: its reading at equal learning, averaged over the seeds that full fine-tuning has.
 
     gain        the best of any rate and scale, nats per token
-    drift       KL on each text where 80 % of full fine-tuning's best gain is reached, and its standard error
+    drift       KL on each text where 75 % of full fine-tuning's best gain is reached, and its standard error
     relative    that, to the same of each of the other methods, by name
     rates       those that were tried; `best`: that of the reading on web text, by seed; `at_edge`: it is the lowest or
                 the highest of several, so that a better one may lie beyond

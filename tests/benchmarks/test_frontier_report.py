@@ -85,7 +85,7 @@ def test_ratio_is_taken_at_equal_learning_and_surer_than_its_parts():
     ratio, error = lora["relative"][str(FULL)]["web"]
     assert ratio == pytest.approx(0.25)
     drift, drift_error = lora["drift"]["python"]
-    assert drift == pytest.approx(2 * 0.08 * 0.4**2)
+    assert drift == pytest.approx(2 * 0.08 * 0.375**2)
     assert error / ratio < 0.1 * drift_error / drift
 
 
@@ -148,7 +148,7 @@ def test_report_is_made_of_what_is_there_and_says_what_is_missing(tmp_path):
     missing = [made_run(LORA, 1e-2)]
     write_report({"screen": made, "whole": {}}, {"screen": missing, "whole": []}, tmp_path, "texts")
     text = (tmp_path / "frontier_cpu.md").read_text()
-    assert "| LoRA, rank 16 | 0.800 | 0.01280 ±" in text
+    assert "| LoRA, rank 16 | 0.800 | 0.01125 ±" in text
     assert "Not run yet, 1 runs, the learning rates by seed:\n\n- LoRA, rank 16: seed 0: 0.01\n" in text
     assert EXPERIMENTS["whole"].title not in text
     assert "LoRA, rank 16" in (tmp_path / "frontier_cpu.svg").read_text()
