@@ -22,7 +22,7 @@ from osft.process.errors import ExhaustedError, UnusableError, explained, note_i
 from osft.process.mlflow_errors import TrackingRefused
 from osft.training.launch import TrainingFailed
 from tests.test_cli import invoke
-from tests.test_config import REQUIRED
+from tests.test_settings import REQUIRED
 
 
 def raised(cause) -> BaseException:

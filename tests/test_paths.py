@@ -14,7 +14,7 @@ from osft.storage.paths import check_writable, expanded
 from pipelines.run_local import local_arguments
 from tests.conftest import arithmetic, write_jsonl
 from tests.test_cli import invoke
-from tests.test_config import REQUIRED
+from tests.test_settings import REQUIRED
 
 
 @pytest.fixture
