@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def prepare(
     deduplicate: bool = True,
     unmask_messages: bool = False,
     trust_remote_code: bool = False,
+    report: Callable[[str], None] = logger.info,
 ) -> PreparedData:
     """Prepare `data_uri` (as in `osft.data.files.data_files`) for the model at `model_path`.
 
@@ -58,7 +60,8 @@ def prepare(
     loss on all messages but the system's. Samples longer than `max_seq_len` tokens are dropped and counted
     (`validation.jsonl` keeps them). A maximum of 0 uses all records; otherwise those with the smallest hashes are
     used, a sample that does not depend on their order. What is left out of training either way is not among the
-    records that the dataset says it took, and so is new to a later round.
+    records that the dataset says it took, and so is new to a later round. `report` gets the lines that say what was
+    found; by default they are logged.
 
     Raises FileNotFoundError for missing paths, DataError (a ValueError, with file and line) for bad records, for a
     side of the split that remains empty, and ValueError for settings out of range.
@@ -83,7 +86,7 @@ def prepare(
     contents = [sorted(files.values()), sorted(validation_files.values())]
     address = content_address(output_root, "chats", contents, hash_tokenizer(model_path), settings)
     if found := find_dataset(address):
-        logger.info(f"data: reused {address}")
+        report(f"data: reused {address}")
         return found
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 
@@ -152,14 +155,14 @@ def prepare(
         overlap = f"; {num_also_held_out} training records that validation_data holds were {done}"
     if num_left_out:
         overlap += f"; {num_left_out} records beyond max_train_samples or max_validation_samples were left out"
-    logger.info(
+    report(
         f"data: {statistics['num_train_samples']} training samples ({statistics['num_tokens']} tokens, "
         f"{statistics['num_loss_tokens']} with loss), {len(held_out)} held out; dropped {num_duplicates} duplicates "
         f"and {dropped['samples']} samples longer than {max_seq_len} tokens ({dropped['share_of_tokens']:.1%} of all "
         f"tokens){overlap}"
     )
     for line in report_lines(counts):
-        logger.info(f"data: {line}")
+        report(f"data: {line}")
     return publish_dataset(address, statistics)
 
 
