@@ -13,17 +13,8 @@ from osft.api import MiniTrainerBackend
 from osft.cli import read_parameters
 from osft.settings.compatibility import NAMES, RENAMED, SPECIAL, WITHOUT_EFFECT
 from osft.settings.training import TrainConfig
+from tests.test_settings import REQUIRED
 
-REQUIRED = {
-    "model_path": "m",
-    "data_path": "d",
-    "ckpt_output_dir": "o",
-    "unfreeze_rank_ratio": 0.25,
-    "effective_batch_size": 8,
-    "max_tokens_per_gpu": 512,
-    "max_seq_len": 256,
-    "learning_rate": 1e-4,
-}
 KEYWORDS = json.loads((Path(__file__).parent / "contract.json").read_text(encoding="utf-8"))["keywords"]
 
 
