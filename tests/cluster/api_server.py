@@ -145,8 +145,9 @@ class ApiServer:
                 items = [found for found in self.store.objects(plural) if _selected(found, query)]
                 return 200, {"kind": f"{KINDS[plural]}List", "items": json.loads(json.dumps(items))}
             if call.verb == "create":
+                created = json.loads(json.dumps(self.store.create(plural, body)))
                 _keep_manifest(body)
-                return 201, json.loads(json.dumps(self.store.create(plural, body)))
+                return 201, created
             found = self.store.get(plural, name)
             if call.verb == "delete":
                 uid = (body.get("preconditions") or {}).get("uid", "")
@@ -272,7 +273,7 @@ def _cut(connection: socket.socket) -> None:
 
 
 def _keep_manifest(job: Object) -> None:
-    """Write a job as it was posted to the folder OSFT_KEPT_MANIFESTS, for whoever wants to check it otherwise, too."""
+    """Write an accepted job as it was posted to the folder OSFT_KEPT_MANIFESTS, for another reading of the schema."""
     folder = os.environ.get("OSFT_KEPT_MANIFESTS")
     if folder:
         file = Path(folder) / f"{job['metadata']['name']}-{uuid.uuid4().hex[:8]}.json"
