@@ -37,6 +37,26 @@ def test_a_flash_kernel_knows_packed_samples_by_position_ids_which_not_every_mod
     assert preflight(folder, attn_implementation="flash_attention_2").batching is Batching.PADDED
 
 
+SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 512}
+BRANCHES = {
+    "llama": (LLAMA, True),
+    "opt": (SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32}, True),
+    "qwen2": (LLAMA | {"use_sliding_window": False, "sliding_window": 64}, True),
+    "mistral": (LLAMA | {"sliding_window": 512}, False),
+    "gemma3_text": (LLAMA | SLIDING | {"head_dim": 8}, False),
+    "bloom": (SMALL | {"n_layer": 2, "n_head": 4}, False),
+    "mamba": ({"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}, False),
+}
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_answers_share_their_prompt_where_the_attention_takes_any_mask_and_sees_all_of_a_row(kind, tmp_path):
+    settings, expected = BRANCHES[kind]
+    found = preflight(saved(AutoConfig.for_model(kind, **settings), tmp_path))
+    assert found.branches is expected
+    assert (found.batching_of_answers is Batching.BRANCHED) is expected
+
+
 REFUSED = {
     "an encoder-decoder": ("t5", {"d_model": 32, "num_layers": 1}, "is an encoder-decoder"),
     "an encoder-decoder that also has a decoder class": ("bart", {"d_model": 32}, "is an encoder-decoder"),
@@ -72,7 +92,7 @@ def test_folder_without_config_is_named(tmp_path):
 
 
 def test_result_passes_through_json():
-    found = Preflight(Batching.PADDED, "why")
+    found = Preflight(Batching.PADDED, "why", branches=True)
     assert Preflight.from_dict(found.to_dict()) == found
     assert found.line() == "model: one sample a row: why"
 

@@ -23,6 +23,8 @@ class Batching(StrEnum):
     """Head to tail in one row, kept apart by the attention mask and the position ids."""
     PADDED = "padded"
     """One sample a row."""
+    BRANCHED = "branched"
+    """As packed, and answers to one prompt share it (`osft.data.branches`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class MicroBatch:
     is_token: torch.Tensor
     """(R, T), bool: False where a row is filled up."""
     batching: Batching
+    branches: torch.Tensor | None = None
+    """(R, T), int64, where samples branch from one beginning, whose tokens have 0, and those of each a number of it."""
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same on `device`."""
@@ -53,6 +57,7 @@ class MicroBatch:
             self.sample_of_target.to(device),
             self.is_token.to(device),
             self.batching,
+            None if self.branches is None else self.branches.to(device),
         )
 
 

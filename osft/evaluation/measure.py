@@ -24,7 +24,7 @@ from osft.evaluation.scoring import (
 )
 from osft.models.conversion import fill_exact_
 from osft.models.loading import load_model
-from osft.subspace.preflight import preflight
+from osft.subspace.preflight import Preflight, preflight
 
 if TYPE_CHECKING:
     from osft.evaluation.benchmarks import Benchmarks
@@ -67,7 +67,7 @@ class MeasuredModel:
                 tokenizer,
                 records,
                 max_tokens=self._max_tokens,
-                batching=self._batching,
+                batching=self._preflight.batching_of_answers,
                 description=description,
             )
             return asdict(scores)
@@ -147,8 +147,12 @@ class MeasuredModel:
         return model.to(self._device), tokenizer
 
     @cached_property
+    def _preflight(self) -> Preflight:
+        return preflight(self._folder, trust_remote_code=self._trust_remote_code)
+
+    @property
     def _batching(self) -> Batching:
-        return preflight(self._folder, trust_remote_code=self._trust_remote_code).batching
+        return self._preflight.batching
 
     @cached_property
     def _model_hash(self) -> str:

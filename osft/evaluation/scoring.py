@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from osft.data.branches import collate_branches, num_tokens
 from osft.data.chat import Sample, tokenize
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.data.records import Record
@@ -119,7 +120,9 @@ def score_records(
                 samples.append(sample)
             of_record.append(position)
         answers.append(of_record)
-    nll, exact = _score_samples(model, samples, max_tokens, batching, description)
+    nll, exact = _score_samples(
+        model, samples, [list(dict.fromkeys(of_record)) for of_record in answers], max_tokens, batching, description
+    )
 
     right = [
         of_record[record.choices.index(record.messages[-1]["content"]) if record.choices else 0]
@@ -177,16 +180,27 @@ def _answered(record: Record, answer: str) -> Record:
 
 @torch.no_grad()
 def _score_samples(
-    model: PreTrainedModel, samples: Sequence[Sample], max_tokens: int, batching: Batching, description: str
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    groups: Sequence[Sequence[int]],
+    max_tokens: int,
+    batching: Batching,
+    description: str,
 ) -> tuple[list[float], list[bool]]:
     """Per sample: the sum of its targets' negative log-likelihoods, and whether each is more probable than any other.
 
-    A target that ties with another token is not: which of them greedy decoding takes is chance.
+    groups: which samples answer one prompt. A target that ties with another token is not more probable: which of them
+    greedy decoding takes is chance.
     """
     device = next(model.parameters()).device
     nll = torch.zeros(len(samples), dtype=torch.float64)
     wrong = torch.zeros(len(samples), dtype=torch.int64)
-    for batch, sample_of_target in micro_batches(samples, device, max_tokens, batching, description):
+    batches = (
+        _branched(samples, groups, device, max_tokens, description)
+        if batching is Batching.BRANCHED
+        else micro_batches(samples, device, max_tokens, batching, description)
+    )
+    for batch, sample_of_target in batches:
         logits = target_logits(model, batch)
         losses = cross_entropy(logits, batch.targets).double().cpu()
         as_probable = (logits >= logits.gather(1, batch.targets[:, None])).sum(-1)  # the target itself, too
@@ -210,6 +224,24 @@ def micro_batches(
             batch = collate([samples[position] for position in packed], batching)
             yield batch.to(device), torch.tensor(packed)[batch.sample_of_target]
             progress.update(int(batch.is_token.sum()))
+
+
+def _branched(
+    samples: Sequence[Sample],
+    groups: Sequence[Sequence[int]],
+    device: torch.device,
+    max_tokens: int,
+    description: str,
+) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
+    """As `micro_batches`, with one copy of what the samples of a group begin with."""
+    lengths = [num_tokens([samples[position] for position in group]) for group in groups]
+    (plan,) = plan_micro_batches(lengths, max(max_tokens, *lengths))
+    with tqdm(total=sum(lengths), desc=description, unit="token", mininterval=5.0) as progress:
+        for chosen in plan:
+            batch = collate_branches([[samples[position] for position in groups[index]] for index in chosen])
+            positions = torch.tensor([position for index in chosen for position in groups[index]])
+            yield batch.to(device), positions[batch.sample_of_target]
+            progress.update(batch.input_ids.numel())
 
 
 @torch.no_grad()

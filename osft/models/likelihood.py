@@ -43,7 +43,7 @@ def _inputs(model: Any, batch: MicroBatch) -> dict[str, Any]:
     One sample a row needs the tokens only: all else is a model's own default.
     """
     inputs: dict[str, Any] = {"use_cache": False}
-    if batch.batching is Batching.PACKED:
+    if batch.batching is not Batching.PADDED:
         inputs |= {"attention_mask": _attention_mask(model, batch), "position_ids": batch.position_ids}
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -61,9 +61,16 @@ def _attention_mask(model: Any, batch: MicroBatch) -> Any:
     embeddings = model.get_input_embeddings().weight
     # Only its shape, dtype and device are read.
     hidden_states = torch.empty(*batch.input_ids.shape, 0, dtype=embeddings.dtype, device=batch.input_ids.device)
-    return create_masks_for_generate(
-        model.config, hidden_states, attention_mask=None, past_key_values=None, position_ids=batch.position_ids
-    )
+    known: dict[str, Any] = {"attention_mask": None, "past_key_values": None}
+    if batch.branches is None:
+        return create_masks_for_generate(model.config, hidden_states, position_ids=batch.position_ids, **known)
+    branches, beginnings = batch.branches, (batch.position_ids == 0).cumsum(-1)
+
+    def visible(row: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        of_key = branches[row, key]
+        return (beginnings[row, query] == beginnings[row, key]) & ((of_key == 0) | (of_key == branches[row, query]))
+
+    return create_masks_for_generate(model.config, hidden_states, and_mask_function=visible, **known)
 
 
 def token_nll(model: nn.Module, batch: MicroBatch) -> torch.Tensor:

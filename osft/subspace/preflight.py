@@ -8,6 +8,8 @@ sample alone:
     as alone, packed in one row                 PACKED
     as alone only with a row for each sample    PADDED
     neither, or other without what follows      refused
+
+Where packed samples stay apart, answers that branch from one prompt are tried, too.
 """
 
 import math
@@ -21,7 +23,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
-from osft.data.chat import Sample
+from osft.data.branches import collate_branches
+from osft.data.chat import IGNORE, Sample
 from osft.data.packing import Batching, collate
 from osft.models.checkpoint import CheckpointReader
 from osft.models.likelihood import target_logits, token_nll
@@ -49,6 +52,13 @@ class Preflight:
     """How its samples are fed."""
     reason: str
     """Why, in a few words."""
+    branches: bool = False
+    """Whether answers to one prompt can share it: see `osft.data.branches`."""
+
+    @property
+    def batching_of_answers(self) -> Batching:
+        """How the answers that are compared of a record are fed."""
+        return Batching.BRANCHED if self.branches else self.batching
 
     def text(self) -> str:
         """Both, in a phrase."""
@@ -59,14 +69,14 @@ class Preflight:
         """For a log."""
         return f"model: {self.text()}"
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, str]) -> "Preflight":
+    def from_dict(cls, values: dict[str, Any]) -> "Preflight":
         """What `to_dict` gave."""
-        return cls(Batching(values["batching"]), values["reason"])
+        return cls(Batching(values["batching"]), values["reason"], values["branches"])
 
 
 def preflight(
@@ -214,7 +224,29 @@ def _try_packed(model: PreTrainedModel, samples: Sequence[Sample], rows: Sequenc
         return Preflight(
             Batching.PADDED, f"packed ones would change each other's logits, by {difference:.2g} standard deviations"
         )
-    return Preflight(Batching.PACKED, f"they do not change each other's logits (by {difference:.0e})")
+    reason = f"they do not change each other's logits (by {difference:.0e})"
+    return Preflight(Batching.PACKED, reason, branches=_try_branches(model, samples))
+
+
+@torch.no_grad()
+def _try_branches(model: PreTrainedModel, samples: Sequence[Sample]) -> bool:
+    """Whether `samples` that go on from one beginning have the logits that they have with one each.
+
+    Not tried where a layer sees a part of a row only: how far it is from a prompt to its last answer in a row says
+    nothing of how far it is in a sample.
+    """
+    config = model.config.get_text_config()
+    windows = {getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")} - {None}
+    if set(getattr(config, "layer_types", None) or ["sliding" if windows else "full_attention"]) != {"full_attention"}:
+        return False
+    beginning = samples[0].input_ids
+    answers = [Sample(beginning + sample.input_ids, [IGNORE] * len(beginning) + sample.labels) for sample in samples]
+    try:
+        branched = target_logits(model, collate_branches([answers, answers[:1]]).to(model.device))
+    except Exception:  # it takes no mask of this form
+        return False
+    packed = target_logits(model, collate([*answers, answers[0]]).to(model.device))
+    return _difference(branched.float(), packed.float()) <= TOLERANCE
 
 
 def _samples(model: PreTrainedModel) -> list[Sample]:

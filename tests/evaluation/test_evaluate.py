@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
+from osft.data.packing import Batching
 from osft.data.records import DataError, Record
 from osft.evaluation.evaluate import EvaluationSet, evaluate, load_set
 from osft.evaluation.gate import GateRules, decide
 from osft.evaluation.record import BenchmarkTask, EvaluatedModel, Evaluation
-from osft.evaluation.scoring import changes, generate, score_records
+from osft.evaluation.scoring import RecordScores, changes, generate, score_records
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama, write_jsonl
 
 SEEDS = {"base": 0, "champion": 1, "candidate": 2}
@@ -80,21 +81,23 @@ def loaded(monkeypatch: pytest.MonkeyPatch, in_memory: list[int]) -> list[str]:
     return folders
 
 
+def scores(seed: int, of: EvaluationSet) -> RecordScores:
+    return score_records(tiny_llama(seed).eval(), byte_tokenizer(), of.records, batching=Batching.BRANCHED)
+
+
 def test_results_are_each_models_scores(evaluation):
     assert list(evaluation.results) == list(SEEDS)
     for name, seed in SEEDS.items():
         for s in SETS:
-            expected = score_records(tiny_llama(seed).eval(), byte_tokenizer(), s.records).summary()
+            expected = scores(seed, s).summary()
             assert evaluation.results[name][s.name] == expected
 
 
 def test_changes_are_the_candidates_against_each_other_model(evaluation):
     assert list(evaluation.changes) == ["base", "champion"]
-    scores = {
-        name: score_records(tiny_llama(seed).eval(), byte_tokenizer(), SETS[1].records) for name, seed in SEEDS.items()
-    }
+    found = {name: scores(seed, SETS[1]) for name, seed in SEEDS.items()}
     for name in ("base", "champion"):
-        assert evaluation.changes[name]["new"] == changes(scores[name], scores["candidate"])
+        assert evaluation.changes[name]["new"] == changes(found[name], found["candidate"])
     assert evaluation.changes["base"]["text"].accuracy is None
 
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from osft.data.chat import tokenize
+from osft.data.branches import collate_branches, num_tokens
+from osft.data.chat import IGNORE, Sample, tokenize
+from osft.data.packing import Batching
 from osft.data.records import Record
 from osft.evaluation.scoring import RecordScores, changes, describe_accuracy, generate, score_records
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama
@@ -34,9 +36,10 @@ def nll(model, tokenizer, record: Record) -> tuple[float, int]:
     return loss.item() * sample.num_loss_tokens, sample.num_loss_tokens
 
 
+@pytest.mark.parametrize("batching", Batching)
 @pytest.mark.parametrize("max_tokens", [10, 100, 5000])
-def test_loss_is_per_answer_token_whatever_the_packing(model, tokenizer, max_tokens):
-    score = score_records(model, tokenizer, records(9), max_tokens=max_tokens).summary()
+def test_loss_is_per_answer_token_whatever_the_packing(model, tokenizer, max_tokens, batching):
+    score = score_records(model, tokenizer, records(9), max_tokens=max_tokens, batching=batching).summary()
     sums = [nll(model, tokenizer, record) for record in records(9)]
     assert score.num_loss_tokens == sum(count for _, count in sums)
     assert score.loss == pytest.approx(sum(value for value, _ in sums) / score.num_loss_tokens, rel=1e-5)
@@ -55,6 +58,33 @@ def test_choice_accuracy_picks_the_most_probable_answer(model, tokenizer):
     assert score.accuracy_kind == "choice"
     assert score.accuracy == correct / 12
     assert score.accuracy_stderr == pytest.approx(math.sqrt(score.accuracy * (1 - score.accuracy) / 12))
+
+
+CHOICES = {
+    "of other lengths": ("a", "abcdefgh", "xyz"),
+    "that begin alike": ("abc", "abd", "ab"),
+    "that are the same": ("abc", "abc", "x"),
+    "one": ("abc",),
+}
+
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+def test_answers_that_share_their_prompt_have_the_scores_that_they_have_alone(model, tokenizer, choices):
+    asked_for = [asked(answer, *choices) for answer in choices] + records(3) + [Record(source="t", text="One two.")]
+    found = score_records(model, tokenizer, asked_for, batching=Batching.BRANCHED)
+    assert found.nll == pytest.approx([nll(model, tokenizer, record)[0] for record in asked_for], rel=1e-5)
+    only = [record for record in asked_for if record.choices]
+    branched, alone = (score_records(model, tokenizer, only, batching=b) for b in (Batching.BRANCHED, Batching.PADDED))
+    assert (branched.correct, branched.num_ties) == (alone.correct, alone.num_ties)
+
+
+def test_a_prompt_is_computed_once_for_all_its_answers():
+    prompt, answers = list(range(50, 90)), ([7, 1], [7, 2, 3], [8, 9])
+    group = [Sample(prompt + answer, [IGNORE] * len(prompt) + answer) for answer in answers]
+    batch = collate_branches([group, group[:1]])
+    assert batch.input_ids.numel() == num_tokens(group) + num_tokens(group[:1]) == 40 + 7 + 42
+    assert batch.targets.tolist() == [7, 1, 7, 2, 3, 8, 9, 7, 1]
+    assert batch.sample_of_target.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3]
 
 
 def test_exact_match_of_a_model_that_has_learned_the_answer(tokenizer):
