@@ -22,7 +22,7 @@ from pipelines import run_local
 from pipelines.show_round import show_history, show_round
 
 PARAMETERS = Path(__file__).parents[1] / "examples" / "rounds.yaml"
-TASKS = ("film-reviews", "sarcasm-headlines", "science-questions")
+TASKS = ("film-reviews", "malicious-strings", "exam-languages")
 console = Console()
 app = typer.Typer(add_completion=False)
 

