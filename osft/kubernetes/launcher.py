@@ -14,6 +14,8 @@ this process dies                     The job keeps running. The retried step ha
 the step is cancelled                 SIGTERM: the job is deleted, with its pods, and the step ends when they are gone.
 the pipeline run is deleted           Kubernetes deletes what the run's workflow owns, the job too.
 a pod dies                            The operator recreates it (manifest.py), at most max_restarts times.
+the job is suspended                  Kueue needs its place: its pods are deleted, and other ones made when it resumes.
+                                      That is no restart, however often it happens.
 the log stream breaks                 It is opened again where it broke; a line is printed once.
 """
 
@@ -57,6 +59,8 @@ class PyTorchJobLauncher:
         self._name: str = manifest["metadata"]["name"]
         self._expected = sum(spec["replicas"] for spec in manifest["spec"]["pytorchReplicaSpecs"].values())
         self._pods_seen: dict[str, list[str]] = {}  # name -> uids, of which there is one more after each restart
+        self._resumed = ""  # when the job was last taken out of a suspension
+        self._earlier_restarts = 0  # those before that
         self._ends: dict[str, PodEnd] = {}  # uid -> how it ended; the operator deletes pods that it recreates
         self._ended = False
 
@@ -84,7 +88,7 @@ class PyTorchJobLauncher:
                 self._wait_until_gone(found["metadata"]["uid"])
                 continue
             self._check_same(found)
-            if _condition(found, "Failed") is None or self._program_error():
+            if _condition(found, "Failed") is None or self._program_error(found):
                 logger.info(f"train: found PyTorchJob {self._api.namespace}/{self._name}, watching it")
                 return
             logger.warning("train: the job of an earlier attempt has failed; it is recreated and resumes from there")
@@ -102,9 +106,9 @@ class PyTorchJobLauncher:
                 reason=f"the PyTorchJob {self._name} is gone: somebody has deleted it",
             )
         pods = self._api.pods(self._name)
-        self._remember(pods)
+        self._remember(job, pods)
         seen: dict[str, Any] = {
-            "restarts": max((len(uids) - 1 for uids in self._pods_seen.values()), default=0),
+            "restarts": self._restarts(),
             "failure": str(list(self._ends.values())[-1]) if self._ends else "",
         }
         for kind, phase in (("Succeeded", Phase.SUCCEEDED), ("Failed", Phase.FAILED)):
@@ -149,9 +153,9 @@ class PyTorchJobLauncher:
             logger.info(f"train: PyTorchJob {self._api.namespace}/{self._name} is deleted")
         self._ended = True
 
-    def _program_error(self) -> bool:
+    def _program_error(self, job: dict[str, Any]) -> bool:
         """Whether the job that is there failed by an error that it would meet again."""
-        self._remember(self._api.pods(self._name))
+        self._remember(job, self._api.pods(self._name))
         end = self._root_failure()
         return end is not None and end.exit_code is not None and end.exit_code < FIRST_RETRYABLE
 
@@ -180,9 +184,24 @@ class PyTorchJobLauncher:
                 "a new run"
             )
 
-    def _remember(self, pods: list[dict[str, Any]]) -> None:
-        """Note the pods, and how those ended that did, before the operator deletes them."""
+    def _restarts(self) -> int:
+        return self._earlier_restarts + max((len(uids) - 1 for uids in self._pods_seen.values()), default=0)
+
+    def _remember(self, job: dict[str, Any], pods: list[dict[str, Any]]) -> None:
+        """Note the pods, and how those ended that did, before the operator deletes them.
+
+        Those from before a suspension are being deleted for it: they have not failed, nor do others restart them.
+        """
+        if _condition(job, "Suspended"):
+            return
+        resumed = _condition(job, "Suspended", status="False")
+        if resumed and resumed["lastTransitionTime"] != self._resumed:
+            self._earlier_restarts = self._restarts()
+            self._resumed = resumed["lastTransitionTime"]
+            self._pods_seen.clear()
         for pod in pods:
+            if pod["metadata"]["creationTimestamp"] < self._resumed:
+                continue
             name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
             seen = self._pods_seen.setdefault(name, [])
             if uid not in seen:
@@ -213,15 +232,20 @@ class PyTorchJobLauncher:
         )
 
     def _queued_since(self, job: dict[str, Any]) -> datetime:
-        """Since the creation, or since the restart that it is in."""
-        restarting = _condition(job, "Restarting")
-        return moment((restarting or {}).get("lastTransitionTime") or job["metadata"].get("creationTimestamp"))
+        """Since the creation, the last restart, or the last time that it was suspended or resumed."""
+        found = (
+            _condition(job, "Restarting"),
+            _condition(job, "Suspended"),
+            _condition(job, "Suspended", status="False"),
+        )
+        times = [job["metadata"].get("creationTimestamp"), *(each.get("lastTransitionTime") for each in found if each)]
+        return moment(max(filter(None, times), default=None))
 
 
-def _condition(job: dict[str, Any], kind: str) -> dict[str, Any] | None:
-    """The condition of that type, if it is true."""
+def _condition(job: dict[str, Any], kind: str, *, status: str = "True") -> dict[str, Any] | None:
+    """The condition of that type, if it has that status."""
     for condition in job.get("status", {}).get("conditions", []):
-        if condition["type"] == kind and condition["status"] == "True":
+        if condition["type"] == kind and condition["status"] == status:
             found: dict[str, Any] = condition
             return found
     return None

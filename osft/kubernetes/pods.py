@@ -11,6 +11,7 @@ from kubeflow.training.constants import constants
 from osft.process.exit_codes import CONNECTION_LOST, INTERRUPTED
 
 _CONTAINER = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]["container"]
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 _STARTING = {"ContainerCreating", "PodInitializing"}
 
 
@@ -150,8 +151,13 @@ class LogPosition:
         return max(1, int(back.total_seconds()) + 10)  # some more, for clocks that differ
 
     def take(self, line: str) -> str | None:
-        """The text of a line that begins with its time, or None if it was taken before."""
+        """The text of a line that begins with its time, or None if it was taken before.
+
+        A line without one is not the container's but the kubelet's: it is text as it is, and no place to go on from.
+        """
         written, _, text = line.partition(" ")
+        if not _TIME.fullmatch(written):
+            return line
         seconds, _, fraction = written.rstrip("Z").partition(".")
         time = (seconds, fraction.ljust(9, "0"))  # RFC 3339 leaves out trailing zeros, which would not sort
         if time < self._last:

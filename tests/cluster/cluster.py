@@ -151,6 +151,11 @@ class Cluster:
         with self.store.lock:
             self.store.get("pytorchjobs", name)["spec"]["runPolicy"]["suspend"] = False
 
+    def preempt(self, name: str) -> None:
+        """What Kueue does when another job needs the place of this one."""
+        with self.store.lock:
+            self.store.get("pytorchjobs", name)["spec"]["runPolicy"]["suspend"] = True
+
     # Faults of pods. New pods wait until `recover()`.
 
     def never_schedule(self) -> None:

@@ -38,6 +38,10 @@ class Operator:
         if is_true(job, "Succeeded") or is_true(job, "Failed"):
             self._clean_up(job)
         elif job["spec"]["runPolicy"]["suspend"]:
+            for pod in self._store.owned_by(job):
+                self._delete(pod)
+            if is_true(job, "Running"):
+                _set_condition(job, "Running", value=False)
             _set_condition(job, "Suspended")
         else:
             if is_true(job, "Suspended"):

@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +349,29 @@ def test_queueing_does_not_count_as_running(cluster, launch):
     threading.Timer(4.0, lambda: cluster.admit(NAME)).start()
     assert "waits for Kueue to admit it to the queue research" in running.run()
     assert_only_job(cluster, "Succeeded")
+
+
+def test_preemption_is_no_restart_and_its_wait_is_counted_anew(cluster, launch):
+    running = launch("sleep 60", kueue_queue="research", max_restarts=0, max_queued_minutes=0.05)  # 3 s
+    running.launcher.submit()
+    for _ in range(3):
+        cluster.admit(NAME)
+        pods = {
+            pod["metadata"]["uid"] for pod in cluster.wait_until(lambda: len(cluster.pods()) == 2 and cluster.pods())
+        }
+        assert running.status(lambda status: status.phase is Phase.RUNNING).restarts == 0
+        time.sleep(1.1)  # times are in whole seconds
+        cluster.preempt(NAME)
+        queued = running.status(lambda status: "suspended" in status.reason)
+        assert (queued.restarts, queued.failure) == (0, "")
+        assert (datetime.now(UTC) - queued.since).total_seconds() < 2.5
+        cluster.wait_until(lambda: not cluster.pods())
+    cluster.admit(NAME)
+    assert running.status(lambda status: status.phase is Phase.RUNNING).restarts == 0
+    assert pods.isdisjoint(pod["metadata"]["uid"] for pod in cluster.pods())
+    (master,) = (pod for pod in cluster.pods() if "master" in pod["metadata"]["name"])
+    cluster.kill_pod(master["metadata"]["name"])
+    assert running.status(lambda status: status.restarts).restarts == 1
 
 
 @pytest.mark.parametrize(

@@ -36,3 +36,12 @@ def test_it_asks_for_the_log_from_a_little_before_the_last_line():
     assert position.reopen() is None
     position.take(LINES[0])
     assert position.reopen() > 10
+
+
+def test_a_line_without_a_time_is_shown_and_moves_nothing():
+    position = LogPosition()
+    assert take(position, LINES[:2]) == ["a", "b"]
+    unstamped = ["failed to create fsnotify watcher: too many open files", "", "2026-11-22 is no time", "zzz"]
+    assert take(position, unstamped) == unstamped
+    assert position.reopen() is not None
+    assert take(position, LINES) == ["b", "c", "d", "e"]
