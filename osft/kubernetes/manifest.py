@@ -194,7 +194,7 @@ def _pod_spec(
 ) -> k8s.V1PodSpec:
     volumes, mounts = _volumes(settings, storage)
     requests = {"cpu": settings.cpu, "memory": settings.memory}
-    limits = {"memory": settings.memory}
+    limits = {"memory": settings.memory} | ({"cpu": settings.cpu_limit} if settings.cpu_limit else {})
     if settings.gpus:
         requests[settings.gpu_resource] = limits[settings.gpu_resource] = str(settings.gpus)
     env_from = [*settings.env_from, *([{"secret": storage.secret}] if storage.secret else [])]

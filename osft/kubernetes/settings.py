@@ -38,7 +38,11 @@ class PyTorchJobSettings(Settings):
     """The resource that the cluster counts GPUs by, such as "amd.com/gpu" or "nvidia.com/mig-3g.40gb"."""
 
     cpu: Quantity = "4"
-    """CPUs of each pod, as a Kubernetes quantity. It is the request; there is no limit, which would only throttle."""
+    """CPUs of each pod, as a Kubernetes quantity. It is the request."""
+
+    cpu_limit: Quantity | None = None
+    """Limit of them, which a namespace with a ResourceQuota of limits.cpu asks for. None: no limit, which would only
+    throttle."""
 
     memory: Quantity = "32Gi"
     """Memory of each pod: request and limit."""

@@ -33,6 +33,7 @@ EVERYTHING = {
     "gpus": 8,
     "gpu_resource": "amd.com/gpu",
     "cpu": "500m",
+    "cpu_limit": "2",
     "memory": "256Gi",
     "shared_memory": "16Gi",
     "image": "registry.example/other:1",
@@ -94,7 +95,7 @@ def test_what_is_set_arrives_where_kubernetes_reads_it():
     for spec in pod_specs(job):
         (container,) = spec["containers"]
         assert container["resources"]["requests"] == {"cpu": "500m", "memory": "256Gi", "amd.com/gpu": "8"}
-        assert container["resources"]["limits"] == {"memory": "256Gi", "amd.com/gpu": "8"}
+        assert container["resources"]["limits"] == {"cpu": "2", "memory": "256Gi", "amd.com/gpu": "8"}
         assert (container["image"], container["imagePullPolicy"]) == ("registry.example/other:1", "Always")
         environment = {variable["name"]: variable.get("valueFrom") for variable in container["env"]}
         assert environment["HF_TOKEN"] == {"secretKeyRef": {"name": "hf", "key": "token"}}
