@@ -6,8 +6,13 @@ old. At no time are two enabled. A process that dies on the way leaves at most o
 sign for the next call to resume from there. (Two that create the same name at the same moment do not see each other;
 the next call leaves one.) A pause is the user's and outlives a replacement: the new one's description then says
 "paused", so that a crash does not undo the pause.
+
+A server before 2.16 ends the run that is under way when its recurring run is deleted (kubeflow/pipelines#12573), a
+newer one can leave it, and neither says which it is. So what has a run under way is disabled, which ends none, and
+stays until a call that finds the run ended.
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,15 +21,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from osft.orchestration.arguments import refuse_missing
 from osft.orchestration.connection import NotFoundError, all_pages, api_errors, links_to_stderr, named
 from osft.orchestration.pipelines import UploadedPipeline, content_digest
-from osft.orchestration.runs import EXPERIMENT
+from osft.orchestration.runs import EXPERIMENT, FINAL_STATES
 from osft.orchestration.triggers import Trigger
 from osft.settings.base import refuse_unknown
 
 if TYPE_CHECKING:
     import kfp
 
+logger = logging.getLogger(__name__)
+
 _MARK = "osft-schedule "
 _PAUSED = ", paused when it was made"
+_NEWEST_RUNS = 100
+"""In which one that is under way is looked for."""
 
 Outcome = Literal["created", "unchanged", "replaced", "repaired"]
 
@@ -191,11 +200,18 @@ def resume_schedule(client: "kfp.Client", name: str) -> Schedule:
 def delete_schedule(client: "kfp.Client", name: str) -> int:
     """Delete all recurring runs of this name and return how many there were; their runs stay.
 
-    Raises ValueError if there is none, and as `api_errors`.
+    Raises ValueError if there is none, and if one has a run under way: then it is paused; and as `api_errors`.
     """
     existing = _existing(client, name)
     for one in existing:
-        _delete(client, one)
+        if _enabled(one):
+            _call(client.disable_recurring_run, one)
+    under_way = [run for one in existing for run in _delete(client, one)]
+    if under_way:
+        raise ValueError(
+            f"{name} is paused, and not deleted: that may end its run that is under way ({', '.join(under_way)}). "
+            "Delete it when the run has ended, or cancel the run (`osft cancel`) before"
+        )
     return len(existing)
 
 
@@ -218,7 +234,11 @@ def _leave_only(client: "kfp.Client", keep: Any, others: list[Any], *, enabled: 
     if not enabled and _enabled(keep):
         _call(client.disable_recurring_run, keep)
     for one in others:
-        _delete(client, one)
+        for run in _delete(client, one):
+            logger.warning(
+                f"{one.display_name}: what it replaces has a run under way ({run}), which its deletion may end. It is "
+                "disabled, and goes with the next change after that"
+            )
 
 
 def _should_run(existing: list[Any]) -> bool:
@@ -271,9 +291,20 @@ def _call(request: Any, one: Any) -> None:
         request(one.recurring_run_id)
 
 
-def _delete(client: "kfp.Client", one: Any) -> None:
-    with suppress(NotFoundError):  # someone else was faster
-        _call(client.delete_recurring_run, one)
+def _delete(client: "kfp.Client", one: Any) -> list[str]:
+    """Delete it, unless it has runs under way, whose ids are returned."""
+    with api_errors():
+        namespace = client.get_user_namespace() or None
+        newest = client.list_runs(page_size=_NEWEST_RUNS, sort_by="created_at desc", namespace=namespace).runs or []
+    of_it = [run for run in newest if run.recurring_run_id == one.recurring_run_id]
+    under_way = [str(run.run_id) for run in of_it if run.state not in FINAL_STATES]
+    if not under_way:
+        with suppress(NotFoundError), api_errors():  # someone else was faster
+            # One that starts at this moment is left, if the server can.
+            client.recurring_runs.recurring_run_service_delete_recurring_run(
+                one.recurring_run_id, propagation_policy="ORPHAN"
+            )
+    return under_way
 
 
 def _enabled(one: Any) -> bool:

@@ -195,6 +195,43 @@ def test_pause_in_an_interrupted_replacement_leaves_one_that_stays_paused(server
     assert [status for status, _ in by_name(server)] == ["DISABLED"]
 
 
+def test_replacement_leaves_the_run_that_is_under_way(server, client, pipeline, caplog):
+    run = server.runs[server.start(create(client, pipeline).recurring_run_id)]
+    assert create(client, pipeline, trigger=HOURLY).outcome == "replaced"
+    assert run["state"] == "RUNNING"
+    assert sorted(by_name(server)) == [("DISABLED", CRON), ("ENABLED", INTERVAL)]
+    assert f"has a run under way ({run['run_id']}), which its deletion may end" in caplog.text
+    resume_schedule(client, "weekly")
+    assert run["state"] == "RUNNING"
+    run["state"] = "SUCCEEDED"
+    assert create(client, pipeline, trigger=HOURLY).outcome == "repaired"
+    assert by_name(server) == [("ENABLED", INTERVAL)]
+    assert server.most_enabled["weekly"] == 1
+
+
+def test_deletion_waits_for_the_run_that_is_under_way(server, client, pipeline):
+    run = server.runs[server.start(create(client, pipeline).recurring_run_id)]
+    with pytest.raises(ValueError, match=rf"weekly is paused, and not deleted.*{run['run_id']}"):
+        delete_schedule(client, "weekly")
+    assert (run["state"], by_name(server)) == ("RUNNING", [("DISABLED", CRON)])
+    run["state"] = "FAILED"
+    assert delete_schedule(client, "weekly") == 1
+    assert by_name(server) == []
+
+
+def test_run_that_starts_while_its_schedule_is_deleted_is_left_where_the_server_can(server, client, pipeline):
+    server.can_orphan = True
+    schedule = create(client, pipeline)
+
+    def start(method: str, path: str) -> None:
+        if method == "DELETE":
+            server.start(schedule.recurring_run_id)
+
+    server.fail = start
+    assert delete_schedule(client, "weekly") == 1
+    assert [run["state"] for run in server.runs.values()] == ["RUNNING"]
+
+
 @pytest.mark.parametrize("act", [pause_schedule, resume_schedule, delete_schedule])
 def test_unknown_name_is_refused_with_the_known_ones(client, pipeline, act):
     create(client, pipeline)

@@ -43,6 +43,8 @@ class KfpServer:
         self.runs: dict[str, dict[str, Any]] = {}
         self.recurring_runs: dict[str, dict[str, Any]] = {}
         self.multi_user = False
+        self.can_orphan = False
+        """Whether runs outlive the recurring run that started them: since 2.16, where the call asks for it."""
         self.requests: list[tuple[str, str, Any]] = []
         """Method, path and body of every request, in order."""
         self.headers: list[Message] = []
@@ -171,8 +173,20 @@ class KfpServer:
         if not found:
             raise Refused(f"no such path {path}", 404)
         _one(self.recurring_runs, found[1])
+        if query.get("propagation_policy") not in (None, "FOREGROUND", "BACKGROUND", "ORPHAN"):
+            raise Refused("no such policy")
+        if not self.can_orphan or query.get("propagation_policy") != "ORPHAN":  # the workflows are owned by it
+            for run in self.runs.values():
+                if run.get("recurring_run_id") == found[1] and run["state"] in ("PENDING", "RUNNING"):
+                    run["state"] = "FAILED"
         del self.recurring_runs[found[1]]
         return {}
+
+    def start(self, recurring_run_id: str) -> str:
+        """What a schedule does when its time has come. Returns the run's id."""
+        entry = {"display_name": "scheduled", "recurring_run_id": recurring_run_id, "state": "RUNNING"}
+        run_id: str = self._keep(self.runs, "run_id", entry)["run_id"]
+        return run_id
 
     def _check_source(self, body: dict[str, Any]) -> None:
         if body["experiment_id"] not in self.experiments:
