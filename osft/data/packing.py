@@ -6,10 +6,13 @@ state runs through the row) gets one sample a row: rows are filled up on the rig
 Which of the two a model needs is measured (`osft.subspace.preflight`).
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import accumulate
 
+import numpy as np
 import torch
 
 from osft.data.chat import IGNORE, Sample
@@ -123,47 +126,88 @@ def plan_micro_batches(
     """Distribute samples over processes and micro-batches: `plan[rank][step]` lists positions in `lengths`.
 
     Every micro-batch holds at most `max_tokens` tokens, those that fill up rows included, and every rank has as many
-    micro-batches as the others (an empty list where there is nothing to do). Packed samples go, the longest first, to
-    the least filled micro-batch; rows share a micro-batch with those of about their length. Raises ValueError if a
-    sample alone exceeds `max_tokens`.
+    micro-batches as the others (an empty list where there is nothing to do): as many as the bound needs, up to a
+    multiple of `world_size`, and each as small as that number allows (MULTIFIT; Coffman, Garey & Johnson 1978), so that
+    the ranks have about as much to do. O(n log n) of n samples. Raises ValueError if a sample alone exceeds
+    `max_tokens`.
     """
-    too_long = [position for position, length in enumerate(lengths) if length > max_tokens]
-    if too_long:
-        raise ValueError(f"sample {too_long[0]} has {lengths[too_long[0]]} tokens, more than max_tokens={max_tokens}")
-    longest_first = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
-    if batching is Batching.PADDED:
-        bins = _rows_in_bins(lengths, longest_first, max_tokens, world_size)
-        return [bins[rank::world_size] for rank in range(world_size)]
-    rounds = max(1, -(-sum(lengths) // (max_tokens * world_size)))
-    while True:
-        bins = [[] for _ in range(rounds * world_size)]
-        filled = [0] * len(bins)
-        for position in longest_first:
-            least = min(range(len(bins)), key=filled.__getitem__)
-            bins[least].append(position)
-            filled[least] += lengths[position]
-        if max(filled) <= max_tokens:
-            return [bins[rank::world_size] for rank in range(world_size)]
-        rounds += 1
+    sizes = np.maximum(np.asarray(lengths, np.int64), 1)
+    if len(sizes) and sizes.max() > max_tokens:
+        first = int((sizes > max_tokens).argmax())
+        raise ValueError(f"sample {first} has {lengths[first]} tokens, more than max_tokens={max_tokens}")
+    different, numbers = (found.tolist() for found in np.unique(sizes, return_counts=True))
+    fill = _fill_rows if batching is Batching.PADDED else _fill_packed
 
+    def needed(budget: int) -> int:
+        return sum(repeats for repeats, _ in fill(different, numbers, budget))
 
-def _rows_in_bins(
-    lengths: Sequence[int], longest_first: Sequence[int], max_tokens: int, world_size: int
-) -> list[list[int]]:
-    """As few micro-batches of rows as the bound allows, up to a multiple of `world_size`, all about as large."""
-
-    def fill(budget: int) -> list[list[int]]:
-        bins: list[list[int]] = [[]]
-        for position in longest_first:
-            if bins[-1] and (len(bins[-1]) + 1) * lengths[bins[-1][0]] > budget:
-                bins.append([])
-            bins[-1].append(position)
-        return bins
-
-    wanted = -(-len(fill(max_tokens)) // world_size) * world_size
-    low, high = max(lengths, default=1), max_tokens
+    wanted = -(-max(1, needed(max_tokens)) // world_size) * world_size
+    low, high = max([*different[-1:], -(-int(sizes.sum()) // wanted)]), max_tokens
     while low < high:  # the smallest budget that needs no more micro-batches
         middle = (low + high) // 2
-        low, high = (low, middle) if len(fill(middle)) <= wanted else (middle + 1, high)
-    bins = fill(low)
-    return bins + [[] for _ in range(wanted - len(bins))]
+        low, high = (low, middle) if needed(middle) <= wanted else (middle + 1, high)
+
+    kinds = fill(different, numbers, low)
+    kinds.sort(key=lambda kind: -sum(different[at] * count for at, count in kind[1]))  # a step's are about as large
+    by_size, first_of = np.argsort(sizes, kind="stable").tolist(), [0, *accumulate(numbers)]
+    bins: list[list[int]] = []
+    for repeats, taken in kinds:
+        for _ in range(repeats):
+            bins.append([])
+            for at, count in taken:
+                bins[-1] += by_size[first_of[at] : first_of[at] + count]
+                first_of[at] += count
+    bins += [[] for _ in range(wanted - len(bins))]
+    return [bins[rank::world_size] for rank in range(world_size)]
+
+
+_Kind = tuple[int, list[tuple[int, int]]]
+"""How many micro-batches are alike, and what is in each: which of the different lengths, and how many samples."""
+
+
+def _fill_packed(different: Sequence[int], numbers: Sequence[int], budget: int) -> list[_Kind]:
+    """First-fit decreasing, one micro-batch after another: each takes the longest sample that fits, again and again.
+
+    `numbers` of samples have the `different` lengths, ascending. As long as there are enough, micro-batches are alike:
+    the time depends on the different lengths, not on the number of samples.
+    """
+    left = [0, *numbers]
+    shorter = list(range(len(left)))  # shorter[i] <= i: towards the longest that is left of the first i lengths
+
+    def longest(of: int) -> int:
+        while shorter[of] != of:
+            shorter[of] = of = shorter[shorter[of]]
+        return of
+
+    kinds: list[_Kind] = []
+    while at := longest(len(different)):
+        room, taken = budget, list[tuple[int, int]]()
+        while at:
+            count = min(left[at], room // different[at - 1])
+            taken.append((at - 1, count))
+            room -= count * different[at - 1]
+            at = longest(min(at - 1, bisect_right(different, room)))
+        repeats = min(left[at + 1] // count for at, count in taken)
+        for at, count in taken:
+            left[at + 1] -= repeats * count
+            if not left[at + 1]:
+                shorter[at + 1] = at
+        kinds.append((repeats, taken))
+    return kinds
+
+
+def _fill_rows(different: Sequence[int], numbers: Sequence[int], budget: int) -> list[_Kind]:
+    """As `_fill_packed`, where each sample is a row as long as the first one of its micro-batch."""
+    kinds: list[_Kind] = []
+    room = 0  # rows
+    for at in reversed(range(len(different))):
+        count = min(numbers[at], room)
+        if count:
+            kinds[-1][1].append((at, count))
+        room, left, rows = room - count, numbers[at] - count, budget // different[at]
+        if left >= rows:
+            kinds.append((left // rows, [(at, rows)]))
+        if left % rows:
+            kinds.append((1, [(at, left % rows)]))
+            room = rows - left % rows
+    return kinds

@@ -1,7 +1,9 @@
 """Micro-batches keep the bound, and packed samples do not see each other."""
 
+import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,10 +58,45 @@ def test_rows_are_filled_up_on_the_right_and_count_on():
     assert batch.sample_of_target.tolist() == [0, 0, 1]
 
 
-def test_plan_fills_micro_batches_well():
-    lengths = [len(sample.input_ids) for sample in samples(200)]
-    (steps,) = plan_micro_batches(lengths, 128)
-    assert len(steps) <= 1.1 * sum(lengths) / 128 + 1
+def least_largest(lengths: list[int], bins: int) -> int:
+    """Tokens of the largest of so many micro-batches, of the best of all plans."""
+    filled = {(0,) * bins}
+    for length in lengths:
+        filled = {
+            tuple(sorted((*state[:at], state[at] + length, *state[at + 1 :]))) for state in filled for at in range(bins)
+        }
+    return min(state[-1] for state in filled)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_plan_is_nearly_the_best_of_all(seed):
+    """Within the bounds of first-fit decreasing and of MULTIFIT, which a mistake in either exceeds."""
+    numbers = random.Random(seed)
+    max_tokens, world_size = numbers.randrange(20, 60), numbers.choice([1, 2, 3])
+    few = [numbers.randrange(1, 21) for _ in range(numbers.randrange(1, 5))]  # lengths that come again and again
+    lengths = [numbers.choice([*few, numbers.randrange(1, 21)]) for _ in range(numbers.randrange(0, 9))]
+    plan = plan_micro_batches(lengths, max_tokens, world_size)
+    bins = [bin for steps in plan for bin in steps]
+    assert sorted(position for bin in bins for position in bin) == list(range(len(lengths)))
+    best = next(count for count in range(1, 10) if least_largest(lengths, count) <= max_tokens)
+    assert len(bins) <= math.ceil((11 * best + 6) // 9 / world_size) * world_size
+    largest = max(sum(lengths[position] for position in bin) for bin in bins)
+    assert largest <= min(max_tokens, 13 / 11 * least_largest(lengths, len(bins)) + 1)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_plan_of_many_samples_wastes_little_and_is_balanced(equal):
+    """Also of so many that a plan which looks at each micro-batch for each sample would take hours."""
+    max_tokens, tail = 1600, np.random.default_rng(0).lognormal(5.0, 1.0, 100_000)
+    lengths = [max_tokens // 8] * 100_000 if equal else np.clip(tail, 8, max_tokens).astype(int).tolist()
+    plan = plan_micro_batches(lengths, max_tokens, 8)
+    filled = np.array([[sum(lengths[position] for position in bin) for bin in steps] for steps in plan])
+    assert filled.max() <= max_tokens
+    assert filled.sum() == sum(lengths) >= 0.99 * filled.size * max_tokens
+    assert filled.sum(axis=1).max() <= 1.02 * filled.sum(axis=1).mean()
+    assert filled.max(axis=0).sum() <= 1.02 * filled.mean(axis=0).sum(), "in a step, ranks wait for the slowest"
+    assert sorted(position for steps in plan for bin in steps for position in bin) == list(range(len(lengths)))
+    assert plan == plan_micro_batches(lengths, max_tokens, 8)
 
 
 def test_sample_over_the_bound_is_refused():
