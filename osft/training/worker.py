@@ -202,7 +202,7 @@ def train_process(work: dict[str, Any]) -> None:
         world_size=world_size,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         liger=work["liger"],
-        preflight=PreflightResult(**preflight.to_dict()),
+        preflight=PreflightResult(batching=preflight.batching, reason=preflight.reason),
         trainable_parameters=trainable,
         total_parameters=total,
         load_seconds=loaded - started,
