@@ -57,6 +57,9 @@ class Origin(Record):
     """Of each target."""
     statistics: StoredStatistics | None = None
     """What the next training has to keep (`osft.training.round_statistics`); None without protect="activations"."""
+    factors: str | None = None
+    """With protect="weights": path or URI of the factor set that it was trained with, from which the next one follows
+    (`osft.subspace.last_round`)."""
 
 
 def read_origin(folder: Path) -> Origin | None:

@@ -11,8 +11,10 @@ for each x in their span (gradient projection memory, Saha et al. 2021, arXiv:21
 Tang et al. 2025, arXiv:2503.02659).
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 import torch
 
@@ -55,6 +57,47 @@ class Factors:
     left: torch.Tensor | None = None
     right: torch.Tensor | None = None
     frozen: torch.Tensor | None = None
+    margin_left: torch.Tensor | None = None
+    """Of a square weight, or "core": the frozen singular vectors next to the split, U (m, `margin_rank`), the largest
+    first. Training needs none; after it, some of them may be free (`osft.subspace.next_split`)."""
+    margin_right: torch.Tensor | None = None
+    """Of the same singular values, V (n, `margin_rank`)."""
+
+    def mirrored(self) -> "Factors":
+        """Those of the transposed weight, of a split by singular vectors."""
+        return replace(
+            self,
+            left=self.right,
+            right=self.left,
+            margin_left=self.margin_right,
+            margin_right=self.margin_left,
+        )
+
+    def of_expert(self, number: int) -> "Factors":
+        """Those of one weight in a stack."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Factors(**{name: None if tensor is None else tensor[number] for name, tensor in found.items()})
+
+
+def stacked(splits: Sequence[Factors]) -> Factors:
+    """Those of a stack of experts, each split by itself; the margin is the smallest of theirs."""
+
+    def stack(name: str) -> torch.Tensor | None:
+        tensors = [tensor for split in splits if (tensor := getattr(split, name)) is not None]
+        if not tensors:
+            return None
+        size = min(tensor.shape[-1] for tensor in tensors)  # of a margin, the columns next to the split
+        return torch.stack([tensor[..., tensor.shape[-1] - size :] for tensor in tensors])
+
+    return Factors(**{field.name: stack(field.name) for field in fields(Factors)})
+
+
+def margin_rank(rank: int, frozen_rank: int) -> int:
+    """How many frozen directions next to the split are kept of a square weight or "core": a quarter of the free ones.
+
+    An update that moves more than that past frozen directions is followed by a decomposition of the whole weight.
+    """
+    return min(frozen_rank, max(8, math.ceil(rank / 4)))
 
 
 def split_of_inputs(*, transposed: bool) -> SplitKind:
@@ -156,21 +199,10 @@ def decompose(weight: torch.Tensor, rank: int, split: SplitKind = "complement") 
     at the split, and a rank-deficient weight still gets complete orthonormal bases.
     """
     if weight.ndim == 3:  # one by one: the double precision that it takes is that of one expert
-        splits = [asdict(decompose(expert, rank, split)) for expert in weight]
-        stacked: dict[str, Any] = {
-            name: None if basis is None else torch.stack([split[name] for split in splits])
-            for name, basis in splits[0].items()
-        }
-        return Factors(**stacked)
+        return stacked([decompose(expert, rank, split) for expert in weight])
     m, n = weight.shape
     if m < n:
-        mirrored = decompose(weight.T, rank, split)
-        return Factors(
-            singular_values=mirrored.singular_values,
-            left=mirrored.right,
-            right=mirrored.left,
-            frozen=mirrored.frozen,
-        )
+        return decompose(weight.T, rank, split).mirrored()
     exact = weight.to(torch.float64)
     eigenvalues, eigenvectors = torch.linalg.eigh(exact.T @ exact)
     right_vectors = eigenvectors.flip(-1)  # eigh sorts ascending, an SVD descending
@@ -179,12 +211,19 @@ def decompose(weight: torch.Tensor, rank: int, split: SplitKind = "complement") 
     frozen_rank = n - rank
     bases = {"right": right_vectors[:, frozen_rank:]}
     if "left" in needed:
-        bases["left"] = torch.linalg.qr(exact @ right_vectors)[0][:, frozen_rank:]
+        left_vectors, triangle = torch.linalg.qr(exact @ right_vectors)
+        left_vectors *= torch.where(triangle.diagonal() < 0, -1, 1)  # W v = s u, with a positive s
+        margin = slice(frozen_rank - margin_rank(rank, frozen_rank), frozen_rank)
+        bases |= {
+            "left": left_vectors[:, frozen_rank:],
+            "margin_left": left_vectors[:, margin],
+            "margin_right": right_vectors[:, margin],
+        }
     if "frozen" in needed:
         high = singular_values[:frozen_rank]
         inverse = torch.where(high > 1e-6 * singular_values[0], 1 / high, 0)
         bases["frozen"] = right_vectors[:, :frozen_rank] * inverse
     return Factors(
         singular_values=singular_values.float(),
-        **{name: basis.float().contiguous() for name, basis in bases.items() if name in needed},
+        **{name: basis.float().contiguous() for name, basis in bases.items()},
     )

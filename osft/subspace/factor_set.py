@@ -17,7 +17,7 @@ from osft.settings.subspace import FreeSubspace, Protect, SubspaceConfig
 from osft.storage.hashes import named_sha256
 from osft.storage.record import Record, RecordError, RecordPart
 from osft.storage.sealed import DamagedFile, read_sealed
-from osft.subspace.decomposition import SplitKind, curvature
+from osft.subspace.decomposition import Factors, SplitKind, curvature
 from osft.subspace.rank_allocation import allocation_settings
 from osft.subspace.targets import Target
 
@@ -151,6 +151,18 @@ class FactorSet:
         with safe_open(self.factors_file(target), framework="pt") as opened:
             return opened.get_slice(name)[start:stop]
 
+    def factors(self, target: str) -> Factors:
+        """All that is stored of `target`. Raises FileNotFoundError, DamagedFile if it is not what the set is of."""
+        file = self.factors_file(target)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in sorted(opened.keys())}
+        except (SafetensorError, ValueError) as error:
+            raise DamagedFile(f"{storage.name_of(file)} is damaged ({error})") from None
+        if bases_sha256(tensors) != self.weights[target].bases_sha256:
+            raise DamagedFile(f"{storage.name_of(file)} does not hold the bases that {self.path} is of")
+        return Factors(**tensors)
+
     def first_rows(self, target: str) -> list[torch.Tensor]:
         """The first row of each basis of `target`: enough to tell whether two sets were computed alike."""
         with safe_open(self.factors_file(target), framework="pt") as opened:
@@ -234,6 +246,11 @@ def read_factor_set(path: Path, computed: int) -> FactorSet:
     return FactorSet(path=path, computed=computed, **dict(manifest))
 
 
+def bases_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of what a file of factors holds, by the tensors' names."""
+    return named_sha256({name: tensor_sha256(tensors[name]) for name in sorted(tensors)})
+
+
 def bases_in(files: Mapping[str, Path]) -> tuple[dict[str, str], list[str]]:
     """Target -> the hash of the bases in its file, of those files that are there and hold what was written.
 
@@ -248,7 +265,7 @@ def bases_in(files: Mapping[str, Path]) -> tuple[dict[str, str], list[str]]:
         try:
             with safe_open(file, framework="pt") as opened:
                 recorded = (opened.metadata() or {}).get("bases_sha256")
-                found = named_sha256({key: tensor_sha256(opened.get_tensor(key)) for key in sorted(opened.keys())})
+                found = bases_sha256({key: opened.get_tensor(key) for key in sorted(opened.keys())})
         except (SafetensorError, OSError, ValueError) as error:
             damaged.append(f"{storage.name_of(file)} is damaged ({error}), {name}")
             return None

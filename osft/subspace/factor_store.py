@@ -39,7 +39,6 @@ from osft.storage.hashes import named_sha256
 from osft.storage.sealed import DamagedFile, read_sealed, write_sealed
 from osft.subspace.decomposition import (
     Factors,
-    decompose,
     factor_shapes,
     split_by_inputs,
     split_of_inputs,
@@ -52,8 +51,10 @@ from osft.subspace.factor_set import (
     FactorSet,
     SplitWeight,
     bases_in,
+    bases_sha256,
     read_factor_set,
 )
+from osft.subspace.last_round import LastRound
 from osft.subspace.rank_allocation import allocate_ranks, allocation_settings
 from osft.subspace.statistics import InputStatistics, Statistics
 from osft.subspace.targets import Target, select_targets
@@ -70,12 +71,13 @@ def precompute(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> FactorSet:
-    """Decompose every target weight of a model that the store does not hold yet, and write the set's manifest.
+    """Split every target weight of a model that the store does not hold yet, and write the set's manifest.
 
-    One weight, or one stack of experts, is in memory at a time. `importance` is that of `measure_importance`, for
-    the adaptive rank allocation. `device` defaults to CUDA where there is one. Raises FileNotFoundError for a missing
-    or incomplete model, ValueError for settings that select nothing and for a checkpoint whose target weights cannot
-    be read or written back.
+    Weights are decomposed but where their split follows from the last round's (`osft.subspace.last_round`). One weight,
+    or one stack of experts, is in memory at a time. `importance` is that of `measure_importance`, for the adaptive rank
+    allocation. `device` defaults to CUDA where there is one. Raises FileNotFoundError for a missing or incomplete
+    model, ValueError for settings that select nothing and for a checkpoint whose target weights cannot be read or
+    written back.
     """
     stored, targets, weights = _read_targets(model_path, config, trust_remote_code=trust_remote_code)
     ranks = allocate_ranks(targets, config, importance)
@@ -84,14 +86,20 @@ def precompute(
         key = _hash(FORMAT, weight["sha256"], rank, sorted(factor_shapes(target.shape, rank, config.free_subspace)))
         weight |= {"rank": rank, "file": f"weights/{key}.safetensors"}
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    last_round, followed = LastRound(model_path, store, config), 0
 
     def compute(missing: set[str]) -> Iterator[tuple[str, Factors]]:
+        nonlocal followed
         for target in targets:
             if target.name in missing:
                 tensor = stored.tensor(target.tensor).to(device)
-                yield target.name, decompose(tensor, ranks[target.name], config.free_subspace)
+                factors, follows = last_round.split(target.name, tensor, ranks[target.name])
+                followed += follows
+                yield target.name, factors
 
     computed = _complete(store, weights, compute)
+    if followed:
+        logger.info(f"factors: {followed} of the {computed} computed follow from {last_round}")
     rank_allocation, min_retention_ratio = allocation_settings(config)
     adaptive: dict[str, Any] = {}
     if rank_allocation != "uniform":
@@ -219,8 +227,11 @@ def _complete(
                 for field, tensor in asdict(factors).items()
                 if tensor is not None and field != "curvature"
             }
-            digest = named_sha256({field: tensor_sha256(tensors[field]) for field in sorted(tensors)})
-            described = {"weight": name, "sha256": weights[name]["sha256"], "bases_sha256": digest}
+            described = {
+                "weight": name,
+                "sha256": weights[name]["sha256"],
+                "bases_sha256": bases_sha256(tensors),
+            }
             with atomic_path(files[name], keep_existing=True) as temporary:
                 save_file(tensors, temporary, metadata=described)
             storage.publish(storage.join(store, weights[name]["file"]))

@@ -53,11 +53,12 @@ class Checkpointer:
         dataset: Path,
         replay: Path | None,
         statistics: RoundStatistics | None = None,
+        factors: str | None = None,
         made_of: dict[str, str],
         feeding: Feeding,
     ) -> None:
-        """`statistics` measures what was learned before a model is written, which then names it."""
-        self._made_of, self._statistics = made_of, statistics
+        """`statistics` measures what was learned before a model is written, which then names it and `factors`."""
+        self._made_of, self._statistics, self._factors = made_of, statistics, factors
         self._config, self._samples, self._dataset, self._replay = config, samples, dataset, replay
         self._folder, self._mirror = mirror.folder, mirror
         self._model, self._stored, self._feeding, self._rank = model, stored, feeding, feeding.rank
@@ -123,6 +124,7 @@ class Checkpointer:
                 base_model=base_of(self._config, self._stored.folder),
                 trained_from=self._config.model_path,
                 statistics=statistics,
+                factors=self._factors,
                 **{field.name: getattr(saved, field.name) for field in fields(saved)},
             )
             card = model_card(

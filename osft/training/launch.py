@@ -118,6 +118,9 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
             "dataset": str(data.folder),
             "replay": str(replay.folder) if replay else None,
             "factors": str(factors.path),
+            "factor_set": storage.join(factor_store(config), "sets", factors.path.name)
+            if factors.protect == "weights"
+            else None,
             "statistics": storage.join(factor_store(config), factors.statistics) if factors.statistics else None,
             "selection": selection,
             "text": str(text) if text else None,

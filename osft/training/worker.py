@@ -129,6 +129,7 @@ def train_process(work: dict[str, Any]) -> None:
         dataset=dataset,
         replay=replay,
         statistics=statistics,
+        factors=work["factor_set"],
         made_of=work["made_of"],
         feeding=feeding,
     )

@@ -15,7 +15,7 @@ from osft.models.conversion import ModelWeights
 from osft.models.loading import empty_model
 from osft.settings.subspace import SubspaceConfig
 from osft.storage.sealed import DamagedFile
-from osft.subspace import decomposition, factor_store, select_targets
+from osft.subspace import decomposition, factor_store, last_round, select_targets
 from osft.subspace.factor_set import FactorsMismatchError, check_settings, check_weights, load_factor_set
 from osft.subspace.factor_store import precompute
 from tests.conftest import tiny_llama
@@ -163,7 +163,7 @@ def test_set_is_refused_when_its_bases_were_replaced_by_those_of_other_hardware(
         factors = original(*arguments)
         return dataclasses.replace(factors, right=-factors.right)
 
-    monkeypatch.setattr(factor_store, "decompose", elsewhere)
+    monkeypatch.setattr(last_round, "decompose", elsewhere)
     second = precompute(model_folder, tmp_path, QUARTER)
     assert second.key != first.key, "the same weights, other bases: another set"
     assert second.bases_sha256 != first.bases_sha256

@@ -13,7 +13,7 @@ import pytest
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 from osft.storage.sealed import DamagedFile
-from osft.subspace import decomposition, factor_store
+from osft.subspace import decomposition, factor_store, last_round
 from osft.training import TrainResult, loop, train
 from osft.training.identity import model_contents
 from tests.conftest import arithmetic, tiny_llama, write_jsonl
@@ -296,7 +296,7 @@ def turned(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         return dataclasses.replace(factors, **flipped)
 
-    monkeypatch.setattr(factor_store, "decompose", decompose)
+    monkeypatch.setattr(last_round, "decompose", decompose)
 
 
 def test_resume_on_other_bases_of_the_same_weights_is_refused(again, steps, tmp_path, monkeypatch):
