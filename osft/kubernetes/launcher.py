@@ -7,11 +7,14 @@ restarts                              the job is left as it is, and a retried st
                                       is refused all of a sudden (401, 403), and an answer that breaks off.
 the answer to a creation got lost     The repeated creation says 409; the job is found by its name, and is ours if its
                                       spec has our hash.
-this process dies                     The job keeps running. The retried step has the same job name, finds the job and
-                                      follows it. If it has succeeded meanwhile, nothing is trained again. If it has
-                                      failed by a program error, the step fails with the same reason, until somebody
-                                      deletes the job; by anything else, it is recreated and resumes from its state.
-the step is cancelled                 SIGTERM: the job is deleted, with its pods, and the step ends when they are gone.
+this process dies                     The job keeps running, until its lease ends (osft.training.lease). The retried
+                                      step has the same job name, finds the job and follows it. If it has succeeded
+                                      meanwhile, nothing is trained again. If it has failed by a program error, the step
+                                      fails with the same reason, until somebody deletes the job; by anything else, it
+                                      is recreated and resumes from its state.
+the step is cancelled                 SIGTERM: to delete the job is the first thing that happens, by one request. Then
+                                      the step waits until its pods are gone. A step that is killed before it could
+                                      send it (KFP leaves it less than a second) leaves the job to its lease.
 the pipeline run is deleted           Kubernetes deletes what the run's workflow owns, the job too.
 a pod dies                            The operator recreates it (manifest.py), at most max_restarts times.
 the job is suspended                  Kueue needs its place: its pods are deleted, and other ones made when it resumes.
@@ -43,7 +46,7 @@ from osft.kubernetes.pods import (
     root_failure,
     waiting_reason,
 )
-from osft.process.exit_codes import FIRST_RETRYABLE
+from osft.process.exit_codes import ABANDONED, FIRST_RETRYABLE
 from osft.training.job import JobStatus, JobUnreachable, Phase
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,7 @@ class PyTorchJobLauncher:
         self._earlier_restarts = 0  # those before that
         self._ends: dict[str, PodEnd] = {}  # uid -> how it ended; the operator deletes pods that it recreates
         self._ended = False
+        self._uid = ""  # of the job, once it was seen
 
     def describe(self) -> str:
         """The manifest as YAML."""
@@ -88,12 +92,14 @@ class PyTorchJobLauncher:
                 self._wait_until_gone(found["metadata"]["uid"])
                 continue
             self._check_same(found)
+            self._uid = found["metadata"]["uid"]
             if _condition(found, "Failed") is None or self._program_error(found):
                 logger.info(f"train: found PyTorchJob {self._api.namespace}/{self._name}, watching it")
                 return
             logger.warning("train: the job of an earlier attempt has failed; it is recreated and resumes from there")
-            self._delete(found["metadata"]["uid"])
+            self._delete(self._uid)
             self._pods_seen.clear()
+            self._uid = ""
 
     def status(self) -> JobStatus:
         """How the job is, from its conditions and its pods."""
@@ -105,6 +111,7 @@ class PyTorchJobLauncher:
                 since=datetime.now(UTC),
                 reason=f"the PyTorchJob {self._name} is gone: somebody has deleted it",
             )
+        self._uid = job["metadata"]["uid"]
         pods = self._api.pods(self._name)
         self._remember(job, pods)
         seen: dict[str, Any] = {
@@ -147,9 +154,11 @@ class PyTorchJobLauncher:
 
     def cancel(self) -> None:
         """Delete the job and wait until it and its pods are gone. Does nothing if there is none, or another's."""
-        job = self._api.get_job(self._name)
-        if job is not None and self._is_ours(job):
-            self._delete(job["metadata"]["uid"])
+        if not self._uid:
+            job = self._api.get_job(self._name)
+            self._uid = job["metadata"]["uid"] if job is not None and self._is_ours(job) else ""
+        if self._uid:
+            self._delete(self._uid)
             logger.info(f"train: PyTorchJob {self._api.namespace}/{self._name} is deleted")
         self._ended = True
 
@@ -157,7 +166,9 @@ class PyTorchJobLauncher:
         """Whether the job that is there failed by an error that it would meet again."""
         self._remember(job, self._api.pods(self._name))
         end = self._root_failure()
-        return end is not None and end.exit_code is not None and end.exit_code < FIRST_RETRYABLE
+        if end is None or end.exit_code is None or end.exit_code == ABANDONED:
+            return False
+        return end.exit_code < FIRST_RETRYABLE
 
     def _delete(self, uid: str) -> None:
         self._api.delete_job(self._name, uid)

@@ -38,6 +38,7 @@ from kubeflow.training.constants import constants
 
 from osft.kubernetes.settings import PyTorchJobSettings
 from osft.process import logs
+from osft.training import lease
 
 SPEC_HASH = "osft/spec-hash"
 """Annotation with the SHA-256 of the spec, by which a retried step recognizes its job."""
@@ -205,6 +206,7 @@ def _pod_spec(
         command=[argument.replace("$", "$$") for argument in command],  # $(NAME) would be expanded, $$ halved
         env=[
             k8s.V1EnvVar(name="OSFT_LOCK_SECONDS", value=str(_LOCK_SECONDS)),
+            k8s.V1EnvVar(name=lease.MINUTES, value=f"{settings.lease_minutes:g}"),
             *([k8s.V1EnvVar(name=logs.CONTEXT, value=identity.log_context)] if identity.log_context else []),
             *([] if storage.claim else [k8s.V1EnvVar(name="OSFT_SCRATCH", value=_SCRATCH)]),
             *(_env(name, reference) for name, reference in settings.env.items()),

@@ -112,6 +112,9 @@ class PyTorchJobSettings(Settings):
     heartbeat_minutes: Annotated[Number | None, Field(ge=0)] = 60.0
     """End the job if it runs but makes no training step for so long. None: no limit."""
 
+    lease_minutes: Annotated[Number, Field(gt=0)] = 30.0
+    """The job saves its state and ends if the step that follows it is gone for so long, and no retried one came."""
+
     max_restarts: Annotated[Integer, Field(ge=0)] = 5
     """How often pods that died of a signal, an eviction or a lost peer are restarted; they resume from the last
     saved state. A program error (exit codes 1 to 127) fails the job at once."""
@@ -159,6 +162,7 @@ class PyTorchJobSettings(Settings):
             queued_minutes=self.max_queued_minutes,
             running_minutes=self.max_running_minutes,
             heartbeat_minutes=self.heartbeat_minutes,
+            lease_minutes=self.lease_minutes,
             max_restarts=self.max_restarts,
         )
 

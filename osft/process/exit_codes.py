@@ -14,6 +14,9 @@ FAILED = 1
 REFUSED = 2
 """A parameter, the data or the model cannot be used; nothing was started."""
 
+ABANDONED = 75
+"""Nobody has followed the run on its cluster for too long; its state is saved (`osft.training.lease`)."""
+
 CONNECTION_LOST = 128 + signal.SIGPIPE
 """The connection to another process, node or object store broke; if a peer died, its own end tells why."""
 

@@ -37,6 +37,8 @@ class Request(IntEnum):
     """Save the state and end; the same call resumes."""
     STOP = 3
     """End training, with a model."""
+    ABANDON = 4
+    """As INTERRUPT, for nobody follows the run: not to be restarted by who runs it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,7 @@ from osft.settings.training import TrainConfig
 from osft.training.block_moments import BlockMoments
 from osft.training.callbacks import Request
 from osft.training.identity import MADE_OF
+from osft.training.lease import LeaseWatch
 from osft.training.loop import Position, StepMetrics, WrittenModel
 from osft.training.mirror import METRICS, MODELS, STOP_FILE, Mirror
 from osft.training.resume import metrics_sha256
@@ -65,6 +66,7 @@ class Checkpointer:
         self._interval = config.save_state_minutes * 60
         self._last_state = time.monotonic()
         self._terminated = self._told = False
+        self._lease = LeaseWatch.of_this_process(config.ckpt_output_dir) if self._rank == 0 else None
         self.seconds = 0.0
         """Time spent writing."""
         for signum in (signal.SIGTERM, signal.SIGINT):  # an interrupt at a terminal goes to every process
@@ -78,6 +80,8 @@ class Checkpointer:
         asked = self._asked_by_file() if self._rank == 0 else Request.NOTHING
         if self._terminated:
             asked = max(asked, Request.INTERRUPT)
+        if self._lease and self._lease.is_lost:
+            asked = Request.ABANDON
         if asked != Request.NOTHING:
             return asked
         is_due = self._interval and time.monotonic() - self._last_state > self._interval

@@ -7,9 +7,11 @@
     it succeeds                     returns
     it fails                        JobFailed with the launcher's reason; what is left of it can be looked at
     a limit is reached              cancelled, then RuntimeError
-    this process gets SIGTERM       cancelled, and gone before the process ends with 143 (a cancelled pipeline run)
-    this process is killed          the job continues; the next call with the same job finds it (or, for local
-                                    processes, they end with this one and the next call resumes their state)
+    this process gets SIGTERM       cancelled before anything else, and gone before the process ends with 143 (a
+                                    cancelled pipeline run)
+    this process is killed          the job continues until its lease ends (`osft.training.lease`); the next call with
+                                    the same job finds it (or, for local processes, they end with this one and the next
+                                    call resumes their state)
     nobody can tell how it is       JobUnreachable; the job is left alone, for the next call to find. So it is whatever
                                     else asking for it raises: only its own answer, a limit or a person ends a job
 """
@@ -21,7 +23,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -34,6 +36,7 @@ from osft.process.exit_codes import INTERRUPTED
 from osft.settings.base import default
 from osft.settings.training import TrainConfig
 from osft.training.callbacks import Follower, TrainingCallback
+from osft.training.lease import Lease
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +107,8 @@ class Limits:
     running_minutes: float | None = None
     heartbeat_minutes: float | None = None
     """Without a new training step, while the job runs."""
+    lease_minutes: float | None = None
+    """Without anybody who follows the job. None: it has no lease, for it ends with this process."""
     max_restarts: int = 0
 
 
@@ -137,21 +142,34 @@ def run_job(
     `output` is a path or URI. Raises JobFailed if it fails, RuntimeError if a limit ends it, ValueError if it cannot be
     started, JobUnreachable, and SystemExit(143) on SIGTERM. But for JobUnreachable, it does not run any more then.
     """
-    submitted = False
+    lease = Lease(output, minutes=limits.lease_minutes) if limits.lease_minutes else nullcontext()
     with _sigterm_raises() as ignore_sigterm:
-        try:
+
+        @contextmanager
+        def cancelled_unless(*kinds: type[Exception]) -> Iterator[None]:
+            try:
+                yield
+            except kinds:
+                raise
+            except BaseException as error:
+                if not cancelled:
+                    cancelled.append(True)
+                    ignore_sigterm()  # told once is enough: what follows must not be cut off
+                    logger.warning(f"train: {type(error).__name__}, the job is cancelled")
+                    _cancel(launcher)
+                raise
+
+        cancelled: list[bool] = []
+        with cancelled_unless(Exception):
             launcher.submit()
-            submitted = True
-            with _printed(launcher), Follower(output, callbacks, after=0) as follower:
-                _wait(launcher, limits, follower, poll_seconds)
-        except (JobUnreachable, JobFailed):
-            raise
-        except BaseException as error:
-            if submitted or not isinstance(error, Exception):
-                ignore_sigterm()  # told once is enough: what follows must not be cut off
-                logger.warning(f"train: {type(error).__name__}, the job is cancelled")
-                _cancel(launcher)
-            raise
+        with (
+            cancelled_unless(JobUnreachable, JobFailed),
+            lease,
+            _printed(launcher),
+            Follower(output, callbacks, after=0) as follower,
+            cancelled_unless(JobUnreachable, JobFailed),  # at once; to put away what follows the job may take its time
+        ):
+            _wait(launcher, limits, follower, poll_seconds)
 
 
 def _cancel(launcher: Launcher) -> None:

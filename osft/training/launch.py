@@ -26,7 +26,7 @@ from osft.models.checkpoint import CheckpointReader
 from osft.models.loading import model_folder
 from osft.models.training_summary import TrainingSummary
 from osft.process.errors import note_in
-from osft.process.exit_codes import CONNECTION_LOST, FAILED, INTERRUPTED
+from osft.process.exit_codes import ABANDONED, CONNECTION_LOST, FAILED, INTERRUPTED
 from osft.process.termination import CAN_PASS_ON, children, passing_on
 from osft.settings.training import TrainConfig
 from osft.storage.atomic import write_json
@@ -250,6 +250,12 @@ def _training_failed(error: "ChildFailedError") -> TrainingFailed:
             f"training was interrupted: rank {rank} was asked to end (SIGTERM). Its state is saved; the same call "
             "resumes from there",
             INTERRUPTED,
+        )
+    if failure.exitcode == ABANDONED:
+        return TrainingFailed(
+            "training has ended itself: nobody has followed it for too long. Its state is saved; the same call resumes "
+            "from there",
+            ABANDONED,
         )
     details = failure.error_file_data.get("message", failure.message)
     if isinstance(details, dict):

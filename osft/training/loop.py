@@ -19,7 +19,7 @@ from osft.data.packing import Feeding, MicroBatch
 from osft.data.samples import Samples
 from osft.models.likelihood import mean_nll, token_nll
 from osft.models.origin import RoundingLoss
-from osft.process.exit_codes import INTERRUPTED
+from osft.process.exit_codes import ABANDONED, INTERRUPTED
 from osft.settings.training import TrainConfig
 from osft.subspace.model import refresh
 from osft.training.callbacks import Request
@@ -304,13 +304,14 @@ def run(
             if checkpointer:
                 checkpointer.settle()
             break
-        if checkpointer and (request in (Request.SAVE_STATE, Request.INTERRUPT) or _state_due(step, config)):
+        ends = request in (Request.INTERRUPT, Request.ABANDON)
+        if checkpointer and (ends or request == Request.SAVE_STATE or _state_due(step, config)):
             position.scheduler = {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
             position.learning_rate = optimizer.param_groups[0]["lr"]
             checkpointer.state(optimizer, position)
-            if request == Request.INTERRUPT:
+            if ends:
                 checkpointer.settle()
-                raise InterruptedTraining(INTERRUPTED)
+                raise InterruptedTraining(ABANDONED if request == Request.ABANDON else INTERRUPTED)
     return fitted
 
 

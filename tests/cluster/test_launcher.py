@@ -290,6 +290,30 @@ def test_program_error_is_not_repeated_by_a_retry_until_the_job_is_deleted(clust
     assert_only_job(cluster, "Failed")
 
 
+def test_job_that_ended_for_nobody_followed_it_is_recreated_by_a_retry(cluster, launch, tmp_path):
+    script = f"mkdir {tmp_path}/was-here-$RANK && exit 75; echo second time"
+    with pytest.raises(RuntimeError, match="exit code 75"):
+        launch(script).run()
+    before = uids(cluster)
+    assert "second time" in launch(script).run()
+    assert uids(cluster) != before
+    assert_only_job(cluster, "Succeeded")
+
+
+def test_cancelling_a_job_that_was_seen_begins_with_its_deletion(cluster, launch):
+    running = launch("sleep 60")
+    running.launcher.submit()
+    running.status(lambda status: status.phase is Phase.RUNNING)
+    cluster.refuse(503, verb="get", times=None)  # the API is slow: there is time for one request
+    cancelling = threading.Thread(target=running.launcher.cancel)
+    cancelling.start()
+    cluster.wait_until(lambda: not cluster.jobs(), seconds=5)
+    assert cancelling.is_alive()
+    cluster.recover()
+    cancelling.join(timeout=10)
+    assert_nothing_left(cluster)
+
+
 def test_killed_pod_is_recreated(cluster, launch, tmp_path):
     script = f"if mkdir {tmp_path}/was-here-$RANK; then sleep 1; kill -9 $$; fi; echo second time"
     printed = launch(script).run()

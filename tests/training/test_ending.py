@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from osft.process.exit_codes import ABANDONED
 from osft.settings.training import TrainConfig
 from osft.storage.lock import exclusive
 from osft.training.job import train_arguments
@@ -36,9 +37,9 @@ def configuration(model: Path, data: Path, output: Path) -> TrainConfig:
 
 
 @contextmanager
-def container(config: TrainConfig) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+def container(config: TrainConfig, **more: str) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
     """The process that waits for the container, and the container's process 1."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OSFT_LOCK_SECONDS": "300"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OSFT_LOCK_SECONDS": "300"} | more
     command = [*UNSHARE, sys.executable, "-u", "-m", "osft", *train_arguments(config)]
     with subprocess.Popen(
         command,
@@ -69,6 +70,16 @@ def test_importing_torch_is_ended(model_folder, chats, tmp_path):
         first.send_signal(signal.SIGTERM)
         assert process.wait(8) == 143
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_run_that_nobody_follows_saves_its_state_and_ends_for_good(model_folder, chats, tmp_path):
+    output = tmp_path / "run"
+    with container(configuration(model_folder, chats, output), OSFT_LEASE_MINUTES="0.1") as (process, _):
+        printed, _ = process.communicate(timeout=200)
+    assert "nobody has followed it for too long" in printed
+    assert process.returncode == ABANDONED
+    assert list(output.glob("state/step-*/position.json"))
 
 
 @pytest.mark.slow

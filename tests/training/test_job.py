@@ -1,6 +1,7 @@
 """The life of a training job, with processes of this machine."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from osft.settings.training import TrainConfig
 from osft.training import job as jobs
+from osft.training.callbacks import TrainingCallback
 from osft.training.job import JobFailed, JobStatus, Limits, Phase, run_job, train_arguments
 from osft.training.local_job import LocalJob
 
@@ -113,6 +115,40 @@ def test_cancelling_that_fails_does_not_hide_why_it_was_wanted(tmp_path, capsys)
     with pytest.raises(RuntimeError, match="max_running_minutes"):
         follow(job, tmp_path, running_minutes=10)
     assert "could not be cancelled, look after it: OSError: no route" in capsys.readouterr().out
+
+
+def test_to_cancel_is_the_first_thing_that_happens_on_sigterm(tmp_path):
+    """Whatever follows the job, its log or its metrics, may hang on its way out."""
+    order = []
+    job = Scripted(status(Phase.RUNNING))
+    job.cancel = lambda: order.append("cancelled")
+
+    class Slow(TrainingCallback):
+        def on_train_begin(self, context):
+            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+
+        def on_train_end(self, context):
+            order.append("followed to the end")
+
+    with pytest.raises(SystemExit, match="143"):
+        run_job(job, limits=Limits(), output=tmp_path, callbacks=[Slow()], poll_seconds=0.01)
+    assert order == ["cancelled", "followed to the end"]
+
+
+def test_sigterm_while_the_job_is_made_cancels_it(tmp_path):
+    job = Scripted(status(Phase.RUNNING))
+    job.submit = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        follow(job, tmp_path)
+    assert job.cancelled
+
+
+def test_job_with_a_lease_has_it_renewed(tmp_path):
+    job = Scripted(*[status(Phase.RUNNING)] * 50, status(Phase.SUCCEEDED))
+    follow(job, tmp_path, lease_minutes=0.01)
+    assert (tmp_path / "lease").read_text().split()[1] > "1"
+    follow(Scripted(status(Phase.SUCCEEDED)), tmp_path / "none")
+    assert not (tmp_path / "none" / "lease").exists()
 
 
 def test_signals_are_afterwards_as_they_were(tmp_path):
