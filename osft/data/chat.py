@@ -1,5 +1,6 @@
 """Chat template -> tokens and loss mask."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from osft.data.left_out import check_nothing_left_out
 from osft.data.records import DataError, Record
 from osft.data.rendered_chat import RenderedChat
 from osft.data.template_keys import check_read, knows_role, with_known_roles
-from osft.data.token_spans import TokenizerMismatchError, tokens_of_spans
+from osft.data.token_spans import Span, TokenizerMismatchError, encode
 
 IGNORE = -100
 """The label of a token without loss, as in PyTorch's cross entropy."""
@@ -46,11 +47,42 @@ def tokenize(
     Raises DataError if the tokenizer has no chat template, the template refuses the chat, does not read a key of it or
     leaves a message out, or a message cannot be located exactly in what it renders or among the tokens.
     """
-    if record.text:
-        input_ids = tokenizer(record.text, truncation=True, max_length=max_text_tokens)["input_ids"]
-        return Sample(input_ids, list(input_ids))
-    if _is_document(record, tokenizer):
-        return _document(record, tokenizer)
+    (sample,) = tokenize_all([record], tokenizer, max_text_tokens=max_text_tokens, unmask_messages=unmask_messages)
+    return sample
+
+
+def tokenize_all(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_text_tokens: int = 512,
+    unmask_messages: bool = False,
+) -> list[Sample]:
+    """`tokenize` of each record; the chats are handed to the tokenizer together."""
+    samples: dict[int, Sample] = {}
+    chats: dict[int, tuple[str, list[Span]]] = {}
+    for at, record in enumerate(records):
+        if record.text:
+            input_ids = tokenizer(record.text, truncation=True, max_length=max_text_tokens)["input_ids"]
+            samples[at] = Sample(input_ids, list(input_ids))
+        elif _is_document(record, tokenizer):
+            samples[at] = _document(record, tokenizer)
+        else:
+            chats[at] = _rendered(record, tokenizer, unmask_messages=unmask_messages)
+    encoded = encode(tokenizer, [text for text, _ in chats.values()])
+    for (at, (_, spans)), tokens in zip(chats.items(), encoded, strict=True):
+        try:
+            in_loss = tokens.in_spans(spans)
+        except TokenizerMismatchError as error:
+            raise DataError(f"{records[at].source}: {error}") from error
+        if not in_loss[1:].any():
+            raise DataError(f"{records[at].source}: the chat template leaves no token to learn from")
+        samples[at] = Sample(tokens.input_ids, np.where(in_loss, tokens.input_ids, IGNORE).tolist())
+    return [samples[at] for at in range(len(records))]
+
+
+def _rendered(record: Record, tokenizer: PreTrainedTokenizerBase, *, unmask_messages: bool) -> tuple[str, list[Span]]:
+    """A chat as the template renders it, and where what has a loss lies in it."""
     if tokenizer.chat_template is None:
         raise DataError(
             f"{record.source}: the model's tokenizer has no chat template. Use a chat model, or set "
@@ -62,19 +94,8 @@ def tokenize(
     chat = RenderedChat(record, tokenizer)
     check_nothing_left_out(record, tokenizer, template)
     unmask = unmask_messages or record.unmask
-    spans = [
-        span
-        for position in range(len(record.messages))
-        if _is_learned(record, position, unmask)
-        for span in chat.spans(position)
-    ]
-    try:
-        input_ids, in_loss = tokens_of_spans(tokenizer, chat.text, spans)
-    except TokenizerMismatchError as error:
-        raise DataError(f"{record.source}: {error}") from error
-    if not in_loss[1:].any():
-        raise DataError(f"{record.source}: the chat template leaves no token to learn from")
-    return Sample(input_ids, np.where(in_loss, input_ids, IGNORE).tolist())
+    learned = [position for position in range(len(record.messages)) if _is_learned(record, position, unmask)]
+    return chat.text, [span for position in learned for span in chat.spans(position)]
 
 
 def _is_document(record: Record, tokenizer: PreTrainedTokenizerBase) -> bool:

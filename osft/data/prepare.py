@@ -3,15 +3,15 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
-from operator import itemgetter
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from osft import storage
-from osft.data.chat import tokenize
 from osft.data.dataset_folder import (
     DatasetWriter,
     PreparedData,
@@ -23,10 +23,11 @@ from osft.data.dataset_folder import (
     publish_dataset,
 )
 from osft.data.files import data_files
-from osft.data.record_hashes import HASH, RECORDS_FILE, short_hash, write_hashes
-from osft.data.records import DataError, Record, read_records, report_lines
+from osft.data.record_hashes import RECORDS_FILE, shortened, write_hashes
+from osft.data.record_spool import RecordSpool, hexadecimal
+from osft.data.records import DataError, read_records, report_lines
 from osft.data.split import check_sides, check_validation, held_out_prompts
-from osft.data.template_keys import replaced_roles
+from osft.data.tokenizing import Tokenizing
 from osft.storage.atomic import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ def prepare(
     (`validation.jsonl` keeps them). A maximum of 0 uses all records; otherwise those with the smallest hashes are
     used, a sample that does not depend on their order. What is left out of training either way is not among the
     records that the dataset says it took, and so is new to a later round. `report` gets the lines that say what was
-    found; by default they are logged.
+    found; by default they are logged. Memory holds a few hundred bytes of a record, however long it is, the disk below
+    `output_root` a copy of it.
 
     Raises FileNotFoundError for missing paths, DataError (a ValueError, with file and line) for bad records, for a
     side of the split that remains empty, and ValueError for settings out of range.
@@ -91,47 +93,52 @@ def prepare(
     tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 
     counts: Counter[str] = Counter()
-    records, num_records = _read(data_uri, deduplicate, counts)
-    num_duplicates = num_records - len(records)
-    num_also_held_out = 0
-    if validation_data:
-        held_out = _read(validation_data, deduplicate, counts)[0]
-        hashes = {content_hash for content_hash, _ in held_out}
-        train = [entry for entry in records if entry[0] not in hashes]
-        num_also_held_out = len(records) - len(train)
-        if not deduplicate:
-            train = records
-        if not train:
-            raise DataError(f"{data_uri}: validation_data={validation_data!r} holds all of its records. Give others")
-    else:
-        prompts = [record.prompt_hash for _, record in records]
-        chosen = held_out_prompts(prompts, validation_fraction, at_least_one=hold_out_a_prompt)
-        if hold_out_a_prompt and len(set(prompts)) < 2:
-            raise DataError(f"{data_uri}: the records have one prompt in all, and one to measure is needed. Give more")
-        on_side = [prompt in chosen for prompt in prompts]
-        held_out = [entry for entry, out in zip(records, on_side, strict=True) if out]
-        train = [entry for entry, out in zip(records, on_side, strict=True) if not out]
-        unit = "distinct records" if deduplicate else "records"
-        check_sides(data_uri, unit, len(train), len(held_out), validation_fraction)
-    num_left_out = len(train) + len(held_out)
-    train, held_out = train[: max_train_samples or None], held_out[: max_validation_samples or None]
-    num_left_out -= len(train) + len(held_out)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(atomic_path(storage.local(address)))
+        records = stack.enter_context(closing(_read(data_uri, temporary.parent, counts)))
+        distinct = _in_order(records, deduplicate)
+        num_duplicates = len(records) - len(distinct)
+        num_also_held_out = 0
+        if validation_data:
+            others = stack.enter_context(closing(_read(validation_data, temporary.parent, counts)))
+            held_out = _in_order(others, deduplicate)
+            is_held_out = np.isin(records.content_hashes[distinct], others.content_hashes)
+            num_also_held_out = int(is_held_out.sum())
+            train = distinct[~is_held_out] if deduplicate else distinct
+            if not len(train):
+                raise DataError(
+                    f"{data_uri}: validation_data={validation_data!r} holds all of its records. Give others"
+                )
+        else:
+            others = records
+            prompts, prompt_of = np.unique(records.prompt_hashes[distinct], return_inverse=True)
+            names = hexadecimal(prompts)
+            chosen = held_out_prompts(names, validation_fraction, at_least_one=hold_out_a_prompt)
+            if hold_out_a_prompt and len(prompts) < 2:
+                raise DataError(
+                    f"{data_uri}: the records have one prompt in all, and one to measure is needed. Give more"
+                )
+            is_held_out = np.array([name in chosen for name in names])[prompt_of]
+            train, held_out = distinct[~is_held_out], distinct[is_held_out]
+            unit = "distinct records" if deduplicate else "records"
+            check_sides(data_uri, unit, len(train), len(held_out), validation_fraction)
+        num_left_out = len(train) + len(held_out)
+        train, held_out = train[: max_train_samples or None], held_out[: max_validation_samples or None]
+        num_left_out -= len(train) + len(held_out)
 
-    with atomic_path(storage.local(address)) as temporary, DatasetWriter(temporary, max_seq_len=max_seq_len) as writer:
-        sides = [("training", data_uri, train, writer.train)]
-        sides += [("validation", validation_data or data_uri, held_out, writer.validation)]
-        template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-        counts.update(name for _, record in (*train, *held_out) for name in replaced_roles(template, record))
-        learned: list[str] = []
-        for side, uri, entries, split in sides:
-            kept = _tokenize_all(entries, tokenizer, split, unmask_messages=unmask_messages, description=side)
-            learned += kept if side == "training" else []
-            if not split.num_samples and (side == "training" or validation_data):
+        writer = stack.enter_context(DatasetWriter(temporary, max_seq_len=max_seq_len))
+        work = Tokenizing(records, tokenizer, unmask_messages)
+        learned = _write(work, train, writer.train, counts, description="training")
+        work = Tokenizing(others, tokenizer, unmask_messages)
+        _write(work, held_out, writer.validation, counts, description="validation", hold_out=writer.hold_out)
+        for side, uri, split in (
+            ("training", data_uri, writer.train),
+            ("validation", validation_data, writer.validation),
+        ):
+            if uri and not split.num_samples:
                 raise DataError(f"{uri}: every {side} sample is longer than max_seq_len={max_seq_len} tokens. Raise it")
-        for _, record in held_out:
-            writer.hold_out(record.to_dict())
-        taken = [*learned, *(content_hash for content_hash, _ in held_out)]
-        write_hashes(temporary / RECORDS_FILE, np.array(list(map(short_hash, taken)), HASH))
+        taken = np.concatenate([records.content_hashes[learned], others.content_hashes[held_out]])
+        write_hashes(temporary / RECORDS_FILE, shortened(taken))
         statistics = writer.finish(
             {
                 "kind": "chats",
@@ -140,7 +147,7 @@ def prepare(
                 "validation_data": validation_data,
                 "validation_files": validation_files,
                 "settings": settings,
-                "num_records": num_records,
+                "num_records": len(records),
                 "num_duplicates": num_duplicates,
                 "num_also_held_out": num_also_held_out,
                 "num_held_out_records": len(held_out),
@@ -166,31 +173,43 @@ def prepare(
     return publish_dataset(address, statistics)
 
 
-def _read(uri: str, deduplicate: bool, counts: Counter[str]) -> tuple[list[tuple[str, Record]], int]:
-    """Content hash and record, in the order of the hashes; and how many records there were with the duplicates."""
+def _read(uri: str, folder: Path, counts: Counter[str]) -> RecordSpool:
     read = read_records(uri, counts=counts)
-    entries = sorted(((record.content_hash, record) for record in read), key=itemgetter(0))
+    return RecordSpool(tqdm(read, desc="read", unit="record", mininterval=2.0, delay=5.0), folder)
+
+
+def _in_order(records: RecordSpool, deduplicate: bool) -> np.ndarray:
+    """The numbers of the records in the order of their content; of equal ones only the first, with `deduplicate`."""
+    order = np.argsort(records.content_hashes, kind="stable")
     if not deduplicate:
-        return entries, len(entries)
-    distinct: dict[str, Record] = {}
-    for content_hash, record in entries:
-        distinct.setdefault(content_hash, record)
-    return list(distinct.items()), len(entries)
+        return order
+    ordered = records.content_hashes[order]
+    return order[np.concatenate([np.ones(min(1, len(order)), bool), ordered[1:] != ordered[:-1]])]
 
 
-def _tokenize_all(
-    entries: list[tuple[str, Record]],
-    tokenizer: PreTrainedTokenizerBase,
+def _write(
+    tokenizing: Tokenizing,
+    numbers: np.ndarray,
     split: SplitWriter,
+    counts: Counter[str],
     *,
-    unmask_messages: bool,
     description: str,
-) -> list[str]:
-    """Tokenize the records of a side; `description` is its name. Returns the content hashes of those not too long."""
-    kept = []
+    hold_out: Callable[[dict[str, Any]], None] | None = None,
+) -> np.ndarray:
+    """Tokenize and write the records of a side; `description` is its name. Returns the numbers of those not too long.
+
+    `hold_out` is called with each record.
+    """
+    kept: list[int] = []
     title = f"tokenize {description}"
-    for content_hash, record in tqdm(entries, desc=title, unit="sample", mininterval=2.0, disable=not entries):
-        sample = tokenize(record, tokenizer, unmask_messages=unmask_messages)
-        if split.append(np.array(sample.input_ids, np.int32), np.array(sample.labels, np.int32), record.source):
-            kept.append(content_hash)
-    return kept
+    with tqdm(total=len(numbers), desc=title, unit="sample", mininterval=2.0, disable=not len(numbers)) as progress:
+        for chunk in tokenizing.chunks(numbers.tolist()):
+            for number, sample in zip(chunk.numbers, chunk.samples, strict=True):
+                if split.append(*sample):
+                    kept.append(number)
+            if hold_out:
+                for record in tokenizing.spool.read(chunk.numbers):
+                    hold_out(record.to_dict())
+            counts.update(chunk.replaced_roles)
+            progress.update(len(chunk.samples))
+    return np.array(kept, np.int64)

@@ -26,17 +26,24 @@ NONE = np.empty(0, HASH)
 
 def record_hash(record: Record) -> bytes:
     """The first 16 bytes of the record's content hash."""
-    return short_hash(record.content_hash)
+    return bytes.fromhex(record.content_hash[: 2 * HASH.itemsize])
 
 
-def short_hash(content_hash: str) -> bytes:
-    """What is kept of a `Record.content_hash`."""
-    return bytes.fromhex(content_hash[: 2 * HASH.itemsize])
+def shortened(content_hashes: np.ndarray) -> Hashes:
+    """What is kept of whole hashes, (n,) of 32 bytes."""
+    return np.ascontiguousarray(content_hashes).view(HASH)[::2]
 
 
 def union(sets: Iterable[Hashes]) -> Hashes:
-    """One set of all hashes, given in any order and with duplicates."""
-    return np.unique(np.concatenate([NONE, *sets]))
+    """One set of all hashes, given in any order and with duplicates.
+
+    A second for 10 million in sets, since the stable sort merges what is sorted; 24 bytes of each in memory meanwhile.
+    """
+    hashes = np.concatenate([NONE, *sets])
+    hashes.sort(kind="stable")
+    is_first = np.ones(len(hashes), bool)
+    np.not_equal(hashes[1:], hashes[:-1], out=is_first[1:])
+    return hashes if is_first.all() else hashes[is_first]
 
 
 def contains(known: Hashes, hashes: Hashes) -> np.ndarray:
@@ -51,7 +58,7 @@ def contains(known: Hashes, hashes: Hashes) -> np.ndarray:
 def write_hashes(path: Path, hashes: Hashes) -> None:
     """Write a set, atomically: its hashes one after another, sorted, each once."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(union([hashes]).tobytes())
+        union([hashes]).tofile(temporary)
 
 
 def read_hashes(path: Path) -> Hashes:

@@ -18,38 +18,44 @@ class TokenizerMismatchError(ValueError):
     """A span of the text cannot be found among its tokens."""
 
 
-def tokens_of_spans(
-    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[Span]
-) -> tuple[list[int], np.ndarray]:
-    """Tokens of a text, and (T,) bool, whether each has a character in one of `spans`. No special token is added.
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> "list[EncodedText]":
+    """The tokens of each text, none of which depends on the others. No special token is added."""
+    options = {"add_special_tokens": False, "return_offsets_mapping": tokenizer.is_fast, "verbose": False}
+    if not (tokenizer.is_fast and texts):  # one that is written in Python gains nothing by many
+        return [EncodedText(tokenizer, text, tokenizer(text, **options)["input_ids"], ()) for text in texts]
+    encoded = tokenizer(list(texts), return_attention_mask=False, **options)
+    parts = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [EncodedText(tokenizer, *part) for part in parts]
+
+
+class EncodedText:
+    """A text and its tokens.
 
     The tokenizer says where a token lies in the text, where it can. One that cannot (those written in Python), or that
     says so wrongly, is asked for the tokens of the text up to a span's border: as far as these are those of the whole
     text, they lie before it. Either way what is found is decoded and compared with the text; what a tokenizer's
     normalization changes (case, accents, white space, compatibility forms) does not count as a difference.
-
-    Raises TokenizerMismatchError where neither finds a span, or a token holds letters of the span and others beside.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
-    tokens = _Tokens(tokenizer, text, encoded["input_ids"], encoded.get("offset_mapping"))
-    in_spans = np.zeros(len(tokens.input_ids), dtype=bool)
-    for first, last in spans:
-        if first < last:
-            in_spans[slice(*tokens.range_of(first, last))] = True
-    return tokens.input_ids, in_spans
-
-
-class _Tokens:
-    """A text and its tokens."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, text: str, input_ids: list[int], offsets: Sequence[Span] | None
+        self, tokenizer: PreTrainedTokenizerBase, text: str, input_ids: list[int], offsets: Sequence[Span]
     ) -> None:
         self.input_ids = input_ids
         self._token_array = np.array(input_ids, dtype=np.int64)  # decodes faster than a list
         self._tokenizer = tokenizer
         self._text = text
-        self._starts, self._ends = np.array(offsets or (), dtype=np.int64).reshape(-1, 2).T
+        self._starts, self._ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+
+    def in_spans(self, spans: Sequence[Span]) -> np.ndarray:
+        """(T,) bool: whether each token has a character in one of `spans`.
+
+        Raises TokenizerMismatchError where a span cannot be found, or a token holds letters of it and others beside.
+        """
+        found = np.zeros(len(self.input_ids), dtype=bool)
+        for first, last in spans:
+            if first < last:
+                found[slice(*self.range_of(first, last))] = True
+        return found
 
     def range_of(self, first: int, last: int) -> TokenRange:
         """The tokens of `text[first:last]`. Raises TokenizerMismatchError."""

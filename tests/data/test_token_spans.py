@@ -6,7 +6,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from osft.data.chat import IGNORE, tokenize
 from osft.data.records import DataError, Record
-from osft.data.token_spans import TokenizerMismatchError, tokens_of_spans
+from osft.data.token_spans import TokenizerMismatchError, encode
 from tests.conftest import CHATML, byte_tokenizer
 
 CORPUS = ["user hello what is it? assistant:no USER: hi ASSISTANT: hello there.\n\n :no hiyes hi é 日本 fine ok"] * 20
@@ -63,7 +63,9 @@ class ShiftedOffsets(PreTrainedTokenizerFast):
     def __call__(self, *texts, **options):
         encoded = super().__call__(*texts, **options)
         if "offset_mapping" in encoded:
-            encoded["offset_mapping"] = [(first + 2, last + 2) for first, last in encoded["offset_mapping"]]
+            encoded["offset_mapping"] = [
+                [(first + 2, last + 2) for first, last in of_text] for of_text in encoded["offset_mapping"]
+            ]
         return encoded
 
 
@@ -73,7 +75,9 @@ class EmptyOffsets(PreTrainedTokenizerFast):
     def __call__(self, *texts, **options):
         encoded = super().__call__(*texts, **options)
         if "offset_mapping" in encoded:
-            encoded["offset_mapping"] = [(first, first) for first, _ in encoded["offset_mapping"]]
+            encoded["offset_mapping"] = [
+                [(first, first) for first, _ in of_text] for of_text in encoded["offset_mapping"]
+            ]
         return encoded
 
 
@@ -137,9 +141,10 @@ def test_what_the_assistant_says_is_found_among_any_tokens(any_tokenizer, templa
 @pytest.mark.parametrize("name", ["byte BPE", "shifted offsets", "Python bytes"])
 def test_tokens_are_those_of_the_whole_text_whatever_the_way(name):
     tokenizer, text = MAKERS[name](), "hello there.\n\nno 日本 fine"
-    input_ids, in_spans = tokens_of_spans(tokenizer, text, [(5, 11), (14, 16)])
-    assert input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    found = [token for token, is_in in zip(input_ids, in_spans, strict=True) if is_in]
+    _, encoded = encode(tokenizer, ["another", text])
+    assert encoded.input_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    in_spans = encoded.in_spans([(5, 11), (14, 16)])
+    found = [token for token, is_in in zip(encoded.input_ids, in_spans, strict=True) if is_in]
     assert tokenizer.decode(found) == " thereno"
 
 
@@ -162,10 +167,12 @@ class Forgetful(PreTrainedTokenizerFast):
 
 def test_a_tokenizer_that_changes_the_text_is_refused_with_the_remedy():
     tokenizer = fast(byte_bpe(), Forgetful)
+    (encoded,) = encode(tokenizer, ["say hello now"])
     with pytest.raises(TokenizerMismatchError, match=r"Forgetful\) makes ' hll' of 'hello', .* tokenizer.json"):
-        tokens_of_spans(tokenizer, "say hello now", [(4, 9)])
+        encoded.in_spans([(4, 9)])
 
 
 def test_what_is_no_text_has_no_token():
-    assert not any(tokens_of_spans(byte_tokenizer(), "some text", [(3, 3)])[1])
-    assert tokens_of_spans(byte_tokenizer(), "", [])[0] == []
+    some, none = encode(byte_tokenizer(), ["some text", ""])
+    assert not any(some.in_spans([(3, 3)]))
+    assert none.input_ids == []
