@@ -66,7 +66,7 @@ class CheckpointSettings(Settings):
 
     save_state_minutes: Annotated[Number, Field(ge=0.0)] = 15.0
     """Minutes between two savings of the training state (coefficients, optimizer, position), from which a run that
-    was killed resumes. 0: only when the run is asked to end (SIGTERM)."""
+    was killed resumes. It goes when the run has finished. 0: only when the run is asked to end (SIGTERM)."""
 
     save_state_steps: Annotated[Integer | None, Field(ge=1)] = None
     """Optimizer steps between two savings of the training state. None: by the clock only."""

@@ -23,7 +23,8 @@ What lies below a storage root or an output folder, whichever it is, path or URI
     champions/<model>/<n>.json     promote_model                       when it is there; created once, never changed
     <run>/config.json              node 0, at the start                when it is there
     <run>/hf_format/samples_<n>.0/ rank 0                              config.json
-    <run>/state/step-<n>/          every rank its own files            position.json, by rank 0 after all the others
+    <run>/state/step-<n>/          every rank its own files            position.json, by rank 0 after all the others;
+                                                                       removed when the run is complete
     <run>/metrics.jsonl            rank 0, every 10 s and at a save    growing; replaced as a whole
     <run>/stop                     whoever follows the run             when it is there; removed by the next start
     <run>/training.json            rank 0                              when it is there: then the run is complete
@@ -48,6 +49,8 @@ from osft.storage.locations import (
     publish,
     read,
     remove,
+    remove_files,
+    sizes,
     write,
 )
 
@@ -66,5 +69,7 @@ __all__ = [
     "publish",
     "read",
     "remove",
+    "remove_files",
+    "sizes",
     "write",
 ]

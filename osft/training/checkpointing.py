@@ -1,7 +1,7 @@
 """What a training process writes while it runs, and when.
 
     <ckpt_output_dir>/hf_format/samples_<n>.0/  models, named as mini-trainer names them
-    <ckpt_output_dir>/state/step-<n>/           the newest training state (osft.training.state)
+    <ckpt_output_dir>/state/step-<n>/           the newest training state, until the run is finished
 
 Where ckpt_output_dir is a URI, they are written to a scratch folder and published from there (osft.training.mirror).
 

@@ -42,7 +42,7 @@ from osft.training.mirror import SETTINGS, SUMMARY, fetch_models, fill, output_f
 from osft.training.own_text import needs_own_text, own_text
 from osft.training.prepare import check_model, held_out_selection, prepare_replay, prepare_training_data
 from osft.training.result import TrainResult
-from osft.training.resume import check_state_is_of, clear, finished_run, run_uri, state_to_resume
+from osft.training.resume import check_state_is_of, clear, finished_run, remove_states, run_uri, state_to_resume
 from osft.training.state import read_position
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
         fill(config, output)
         finished = finished_run(config, output, made_of)
         if finished:
+            if owns_folder:
+                remove_states(config, output, finished.summary.checkpoints)
             fetch_models(config, output, finished.summary.checkpoints)
             return finished
         state = state_to_resume(config, output, made_of)
@@ -135,6 +137,8 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
             summary = _run_processes(_launch_config(config, processes), work)
         if not (output / SUMMARY).is_file():  # not node 0, and a folder of its own
             write_sealed(output / SUMMARY, summary.to_dict())
+        if owns_folder:
+            remove_states(config, output, summary.checkpoints)
         fetch_models(config, output, summary.checkpoints)
     return TrainResult(output, summary, uri=run_uri(config))
 

@@ -2,7 +2,7 @@
 
 what is there                                  what the call does
 a finished run that is the same                returns it
-a finished run whose models are not all there  says so, and trains what is missing: see the next two lines
+a finished run whose models are not all there  says so, and trains from the beginning: its state went (below)
 a training state of the same run               resumes from it, if the models that the run wrote before it are there
 such a state, but a model before it is gone    trains from the beginning
 a run that is not the same                     refused with the differences (`osft.training.identity`)
@@ -11,6 +11,9 @@ training.json, config.json, position.json,     refused: the file is named, with 
 a file of the state or metrics.jsonl damaged   finished run, and nothing is removed
 a state that was not written to its end        not looked at; the one before it is still there
 resume="off"                                   removes what is there and trains from the beginning
+
+When a run has finished and has written a model, its training state is removed (`remove_states`), by the call that
+finished it or, if that was killed before, by the next one.
 """
 
 import hashlib
@@ -138,6 +141,14 @@ def clear(config: TrainConfig, output: Path, state: Path | None) -> None:
             shutil.rmtree(output / name)
         else:
             (output / name).unlink(missing_ok=True)
+
+
+def remove_states(config: TrainConfig, output: Path, models: Sequence[str]) -> None:
+    """Remove the training state of a finished run, here and in the store. Without `models`, all it has is its state."""
+    if models:
+        if config.node_rank == 0:
+            storage.remove(storage.join(config.ckpt_output_dir, "state"))
+        shutil.rmtree(output / "state", ignore_errors=True)
 
 
 def metrics_sha256(file: Path, steps: int) -> str:

@@ -130,7 +130,7 @@ def test_damaged_file_is_named_and_nothing_is_trained_or_removed(kind, name, dam
     with pytest.raises(DamagedFile, match=rf"{tmp_path}/{kind}/{name} is damaged.*resume='off'"):
         again(kind, lambda output: damage(output / name))
     assert not steps
-    assert (tmp_path / kind / "state" / "step-2" / "position.json").is_file()
+    assert (tmp_path / kind / ("hf_format" if kind == "finished" else "state/step-2/position.json")).exists()
 
 
 @pytest.mark.parametrize("name", STATE)
@@ -157,10 +157,10 @@ def test_undamaged_runs_are_resumed_and_returned(again, runs, steps):
         lambda model: cut(model / "config.json"),
     ],
 )
-def test_model_that_is_gone_or_cut_is_trained_again_from_the_state(damage, again, runs, steps):
+def test_model_that_is_gone_or_cut_is_trained_again(damage, again, runs, steps):
     result = again("finished", lambda output: damage(output / "hf_format" / f"samples_{12 * STEPS}.0"))
     assert not result.reused
-    assert len(steps) == 2, "those after the state of step 2"
+    assert len(steps) == STEPS, "the state went when the model was written"
     assert losses(result) == finished_losses(runs)
     original = runs["finished"] / "hf_format" / result.checkpoint.name
     for file in original.glob("*.safetensors"):
@@ -168,13 +168,18 @@ def test_model_that_is_gone_or_cut_is_trained_again_from_the_state(damage, again
     assert again("finished").reused
 
 
-def test_without_a_state_everything_is_trained_again(again, runs, steps):
-    def remove(output: Path) -> None:
-        shutil.rmtree(output / "hf_format")
-        shutil.rmtree(output / "state")
+def test_state_goes_when_the_run_is_finished_or_with_the_next_call(again, runs, tmp_path):
+    assert not (runs["finished"] / "state").exists()
+    again("unfinished")
+    assert not (tmp_path / "unfinished" / "state").exists()
+    killed_before = lambda output: shutil.copytree(runs["unfinished"] / "state", output / "state")  # noqa: E731
+    assert again("finished", killed_before).reused
+    assert not (tmp_path / "finished" / "state").exists()
 
-    assert losses(again("finished", remove)) == finished_losses(runs)
-    assert len(steps) == STEPS
+
+def test_state_stays_where_the_run_writes_no_model(again, tmp_path):
+    again("unfinished", save_final_checkpoint=False, save_state_steps=2, resume="off")
+    assert (tmp_path / "unfinished" / "state" / "step-2").is_dir()
 
 
 def test_state_is_of_no_use_without_the_models_that_came_before_it(settings, tmp_path, steps):
