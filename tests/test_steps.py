@@ -131,7 +131,7 @@ def learn(
 
 def measure_and_promote(where: tuple[str, str, str], learned: dict) -> tuple[Evaluation, int]:
     """The other steps. Returns the evaluation and the version."""
-    handed = {name: value for name, value in learned.items() if name != "replay"}
+    handed = {name: value for name, value in learned.items() if name not in ("replay", "factors_path")}
     pod = (*where, handed.pop("mlflow_run_id"))
     evaluation = rounds.evaluate_model(
         new_pod(*pod),
@@ -166,7 +166,9 @@ def test_rounds_run_on_an_object_store_and_build_on_each_other(
     assert first["data_path"].startswith(f"{root}/data/")
     assert first["factors_path"].startswith(f"{root}/factors/sets/")
     assert first["checkpoint_path"].startswith(f"{root}/rounds/first/train/hf_format/samples_")
+    object_store.requests.clear()
     evaluation, version = measure_and_promote((root, "first", tracking), first)
+    assert not [path for _, path in object_store.requests if "/factors/weights/" in path], "the report needs none"
     scores = evaluation.results
     assert scores["candidate"]["larger-number"].loss < scores["base"]["larger-number"].loss
     kl = evaluation.drift["base"]["prose"].kl

@@ -13,7 +13,6 @@ def evaluate_model(
     parent_version: int,
     checkpoint_path: str,
     data_path: str,
-    factors_path: str,
     task: str,
     anchor_paths: list,
     max_anchor_samples: int,
@@ -38,7 +37,6 @@ def evaluate_model(
         parent_version: The champion's version; 0 if there is none yet.
         checkpoint_path: Folder of the candidate.
         data_path: Folder of the prepared dataset, with the held-out part.
-        factors_path: Manifest of the factor set, for the report, and for the text that the base model wrote.
         task: Name of the new task.
         anchor_paths: Files of what the model should not forget.
         max_anchor_samples: Use at most this many records of each anchor; 0 uses all.
@@ -77,7 +75,6 @@ def evaluate_model(
         parent_version=parent_version or None,
         checkpoint_path=checkpoint_path,
         data_path=data_path,
-        factors_path=factors_path,
         task=task,
         anchor_paths=anchor_paths,
         max_anchor_samples=max_anchor_samples,

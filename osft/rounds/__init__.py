@@ -15,6 +15,7 @@ writes what and what completes it). What steps hand to each other are paths or U
     champions/           which run replaced which champion (`osft.tracking.champion`)
     rounds/<run id>/     what one pipeline run found, trained and measured:
         round.json         what `resolve_round` decided
+        factors.json       what the factors are like (`osft.subspace.factor_summary`)
         train/             a run's output folder
         evaluation.json report.html version.json; the JSON files hold their own hash (`osft.storage.sealed`): a damaged
                            one is named, and the step that needs it ends

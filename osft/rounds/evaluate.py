@@ -3,17 +3,14 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from osft import storage
 from osft.evaluation.record import ContinualMatrix, Decision, Evaluation, SetScore
 from osft.models.training_summary import TrainingSummary
-from osft.rounds.pipeline_run import EVALUATION_FILE, TRAINING_FILE, PipelineRun, read_json
+from osft.rounds.pipeline_run import EVALUATION_FILE, FACTORS_FILE, REPORT_FILE, TRAINING_FILE, PipelineRun, read_json
 from osft.tracking import lineage, runs
 from osft.tracking.lineage import Lineage, Row, Scores
-
-if TYPE_CHECKING:
-    from osft.subspace.factor_set import FactorSet
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +29,6 @@ def evaluate_model(
     parent_version: int | None,
     checkpoint_path: str,
     data_path: str,
-    factors_path: str,
     task: str,
     anchor_paths: Sequence[str],
     max_anchor_samples: int,
@@ -44,13 +40,15 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure base, champion and candidate on the new task, on every earlier one and on the anchors, and decide.
 
-    With protect="activations" the drift is measured on the text that the base model wrote, too, which the factors name.
+    With protect="activations" the drift is measured on the text that the base model wrote, too, which the statistics
+    name that the factors were computed from.
     Writes `evaluation.json` and `report.html` to the round's folder.
     """
     from osft.evaluation.evaluate import evaluate, load_set
     from osft.evaluation.gate import GateRules, MeasuredVersion, decide
     from osft.evaluation.report import render_report
-    from osft.subspace.factor_set import load_factor_set
+    from osft.subspace.factor_summary import FactorSummary
+    from osft.training.statistics import self_written_text
 
     rules = GateRules.from_parameters(gate)
     with run.step("evaluate_model") as step:
@@ -65,8 +63,9 @@ def evaluate_model(
             earlier = lineage.earlier_evaluation_sets(step.client, model_name, history, run.folder / "evaluation_sets")
             sets += [load_set(str(file), "earlier task", name=name) for name, file in earlier.items()]
         sets += [load_set(path, "anchor", max_samples=max_anchor_samples) for path in anchor_paths]
-        factors = load_factor_set(factors_path, check=False)
-        if written := _self_written_text(factors_path, factors):
+        factors = run.read_record(FactorSummary, FACTORS_FILE)
+        statistics = factors.statistics and storage.join(run.storage_root, "factors", factors.statistics)
+        if statistics and (written := self_written_text(statistics)):
             sets.append(load_set(written, "self-written", name=SELF_WRITTEN, max_samples=max_anchor_samples))
         for one in sets:
             step.log_dataset(
@@ -112,7 +111,7 @@ def evaluate_model(
             dataset=read_json(storage.join(data_path, "dataset.json")),
             cost=runs.step_seconds(step.client, run.mlflow_run_id),
         )
-        step.log_artifact(run.write("report.html", html), to_parent=True)
+        step.log_artifact(run.write(REPORT_FILE, html), to_parent=True)
         step.log_artifact(evaluation_file, to_parent=True)
     return evaluation
 
@@ -143,15 +142,6 @@ def next_scores(evaluation: Evaluation, parent: Lineage | None) -> tuple[Scores,
         parent_scores = parent_scores | parent.rows[-1].scores
     rows = lineage.next_rows(parent, evaluation.task, parent_scores=parent_scores, scores=measured["candidate"])
     return baseline, rows
-
-
-def _self_written_text(factors_path: str, factors: "FactorSet") -> str | None:
-    """The path or URI of the text that the base model wrote, if the factors are of what layers are fed on it."""
-    from osft.training.statistics import self_written_text
-
-    if factors.statistics is None:
-        return None
-    return self_written_text(storage.join(factors_path.rsplit("/", 2)[0], factors.statistics))
 
 
 def _scores(results: Mapping[str, SetScore]) -> Scores:

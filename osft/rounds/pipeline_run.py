@@ -17,7 +17,8 @@ from osft.storage.record import Migration, Record
 from osft.storage.sealed import read_sealed, sealed
 from osft.tracking import runs
 
-ROUND_FILE, EVALUATION_FILE, VERSION_FILE = "round.json", "evaluation.json", "version.json"
+ROUND_FILE, FACTORS_FILE = "round.json", "factors.json"
+EVALUATION_FILE, REPORT_FILE, VERSION_FILE = "evaluation.json", "report.html", "version.json"
 """What steps leave in a round's folder for those that follow."""
 TRAINING_FILE = ("train", "training.json")
 """What the training run leaves there."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from osft import storage
 from osft.models.training_summary import FittedStep, TrainingSummary
-from osft.rounds.pipeline_run import TRAINING_FILE, PipelineRun
+from osft.rounds.pipeline_run import FACTORS_FILE, TRAINING_FILE, PipelineRun
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 from osft.settings.values import number
@@ -38,9 +38,11 @@ def precompute_svd(
 ) -> str:
     """Decompose the target weights that the store does not hold yet. Returns the path or URI of the set's manifest.
 
-    The prepared data is looked at with `rank_allocation="adaptive"` only.
+    What the set is like is left in the round's folder, `factors.json`, for its report. The prepared data is looked at
+    with `rank_allocation="adaptive"` only.
     """
     from osft.models.loading import model_folder
+    from osft.subspace.factor_summary import summarized
     from osft.subspace.preflight import preflight
     from osft.training.factors import compute_factors
 
@@ -51,6 +53,7 @@ def precompute_svd(
         found = preflight(model)
         logger.info(found.line())
         factors = compute_factors(model, data_path, store, subspace, batching=found.batching)
+        run.write_record(FACTORS_FILE, summarized(factors))
         step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
         step.log_params({"factors": factors.key, "statistics": factors.statistics})
     return storage.join(store, "sets", factors.path.name)

@@ -13,6 +13,7 @@ from osft.evaluation.record import Evaluation
 from osft.evaluation.report import render_report
 from osft.models.training_summary import TrainingSummary, WeightSummary
 from osft.subspace.factor_set import FORMAT, FactorSet, load_factor_set
+from osft.subspace.factor_summary import summarized
 
 TASKS = ("sarcasm-headlines", "science-questions", "film-reviews")
 ANCHORS = ("web-text", "code-comments")
@@ -24,6 +25,8 @@ def rendered(evaluation: dict[str, Any], **inputs: Any) -> str:
     """The page of inputs as they are in a round's files."""
     if training := inputs.get("training"):
         inputs = inputs | {"training": a_summary(training)}
+    if factors := inputs.get("factors"):
+        inputs = inputs | {"factors": summarized(factors)}
     return render_report(an_evaluation(evaluation), **inputs)
 
 

@@ -14,6 +14,7 @@ from osft.subspace import select_targets
 from osft.subspace.calibration import measure
 from osft.subspace.factor_set import FactorSet
 from osft.subspace.factor_store import precompute_by_inputs
+from osft.subspace.factor_summary import summarized
 from tests.conftest import feeding
 from tests.evaluation.round_report import a_summary, new_training
 
@@ -32,8 +33,8 @@ def test_size_of_an_update_is_relative_to_its_weight_whatever_it_is_split_by(fac
     training = new_training(factors)
     for layout in training["rank_layout"].values():
         layout |= {"update_norm": 1.0, "weight_norm": 4.0}
-    section = subspace_section(factors, a_summary(training))
+    section = subspace_section(summarized(factors), a_summary(training))
     assert section["largest_update"][1] == pytest.approx(0.25)
     for layout in training["rank_layout"].values():
         del layout["weight_norm"]
-    assert subspace_section(factors, a_summary(training))["largest_update"] is None
+    assert subspace_section(summarized(factors), a_summary(training))["largest_update"] is None

@@ -15,7 +15,7 @@ from osft.evaluation.report.training import cost_of, fitted_step, training_plots
 from osft.models.training_summary import TrainingSummary
 
 if TYPE_CHECKING:
-    from osft.subspace.factor_set import FactorSet
+    from osft.subspace.factor_summary import FactorSummary
 
 
 def render_report(
@@ -23,7 +23,7 @@ def render_report(
     *,
     training: TrainingSummary | None = None,
     metrics: list[dict[str, Any]] | None = None,
-    factors: "FactorSet | None" = None,
+    factors: "FactorSummary | None" = None,
     dataset: dict[str, Any] | None = None,
     cost: dict[str, float] | None = None,
 ) -> str:

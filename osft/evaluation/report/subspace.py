@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from osft.evaluation.report.heat_map import Scale, heat_map
-from osft.evaluation.report.svg import LINES, PANEL, WORSE, Plot, log_scale, plot_style, printable, thinned, to_svg
+from osft.evaluation.report.svg import LINES, PANEL, WORSE, Plot, log_scale, plot_style, printable, to_svg
 from osft.models.training_summary import TrainingSummary, WeightSummary
 
 if TYPE_CHECKING:
-    from osft.subspace.factor_set import FactorSet
+    from osft.subspace.factor_summary import FactorSummary, WeightSpectrum
 
 MAX_NUMBERED_BLOCKS = 36
 """Heat map columns up to which the cells are wide enough for their numbers."""
@@ -19,19 +19,16 @@ Place = tuple[int, str]
 """A block's number and the kind of a weight in it."""
 
 
-def subspace_section(factors: "FactorSet", training: TrainingSummary | None) -> dict[str, Any]:
+def subspace_section(factors: "FactorSummary", training: TrainingSummary | None) -> dict[str, Any]:
     """What the section about the subspace shows."""
-    import numpy as np
-
-    spectra = {target: factors.spectrum(target).double().numpy() for target in factors.weights}
-    frozen = {target: len(values) - factors.weights[target].rank for target, values in spectra.items()}
-    energy = {target: float(np.sum(values**2)) for target, values in spectra.items()}
-    frozen_energy = sum(float(np.sum(values[: frozen[target]] ** 2)) for target, values in spectra.items())
+    spectra = factors.weights
+    energy = sum(weight.energy for weight in spectra.values())
+    frozen_energy = sum(weight.frozen_energy for weight in spectra.values())
     of_weights = factors.protect == "weights"  # else the spectrum is the inputs', and says nothing of a weight's size
     layouts = training.rank_layout if training else {}
     norms = {target: norm for target, layout in layouts.items() if (norm := layout.weight_norm) is not None}
     if of_weights and not norms:  # of an older release
-        norms = {target: math.sqrt(total) for target, total in energy.items()}
+        norms = {target: math.sqrt(weight.energy) for target, weight in spectra.items()}
     sizes = relative_update_sizes({target: layout.update_norm for target, layout in layouts.items()}, norms)
     used = used_shares(layouts)
     return {
@@ -40,8 +37,8 @@ def subspace_section(factors: "FactorSet", training: TrainingSummary | None) -> 
         "protect": factors.protect,
         "free_subspace": factors.free_subspace,
         "num_weights": len(spectra),
-        "frozen_energy": frozen_energy / sum(energy.values()) if sum(energy.values()) else None,
-        "spectra_plots": _spectra_plots(spectra, frozen, "Singular values" if of_weights else "Inputs"),
+        "frozen_energy": frozen_energy / energy if energy else None,
+        "spectra_plots": _spectra_plots(spectra, "Singular values" if of_weights else "Inputs"),
         "updates_plot": by_block("updates", "Size of each update, in percent of its weight's norm", sizes, digits=2),
         "largest_update": max(sizes.items(), key=lambda item: item[1]) if sizes else None,
         "saved": training.saved if training else None,
@@ -117,7 +114,7 @@ def _representatives(names: Iterable[str]) -> dict[str, dict[int, str]]:
     }
 
 
-def _spectra_plots(spectra: dict[str, Any], frozen: dict[str, int], what: str) -> list[Plot]:
+def _spectra_plots(spectra: "Mapping[str, WeightSpectrum]", what: str) -> list[Plot]:
     """Spectra of representative weights, or of their inputs, and where they are split."""
     from matplotlib.figure import Figure
 
@@ -127,11 +124,11 @@ def _spectra_plots(spectra: dict[str, Any], frozen: dict[str, int], what: str) -
             figure = Figure(figsize=(PANEL[0], 2.5), layout="constrained")
             axes = figure.add_subplot()
             for (block, target), (color, line) in zip(targets.items(), LINES, strict=False):
-                values = spectra[target]
-                points = [i for i in thinned(len(values)) if values[i] > 0]  # a log scale has no 0
-                heights = [values[i] for i in points]
-                axes.plot([i + 1 for i in points], heights, color=color, linestyle=line, label=f"block {block}")
-            split, size = frozen[target], len(values)
+                weight = spectra[target]
+                points = [(i + 1, v) for i, v in zip(weight.indices, weight.values, strict=True) if v > 0]
+                numbers, heights = zip(*points, strict=True) if points else ((), ())  # a log scale has no 0
+                axes.plot(numbers, heights, color=color, linestyle=line, label=f"block {block}")
+            split, size = weight.size - weight.rank, weight.size
             axes.axvspan(split + 0.5, size + 0.5, facecolor="#fff1d6", zorder=0)
             axes.axvline(split + 0.5, color=WORSE, linewidth=1, linestyle=":")
             axes.set_xlim(0.5, size + 0.5)
