@@ -1,4 +1,4 @@
-"""The command `osft`: train, decompose, evaluate, export, lineage; those of pipeline runs are `orchestration.commands`.
+"""The command `osft`: train, decompose, evaluate, export, lineage, clean; of runs: `orchestration.commands`.
 
 Importing this module loads neither torch nor transformers, so that `--help` answers at once; each command imports
 what it needs.
@@ -20,6 +20,7 @@ from osft.models.export_command import export
 from osft.orchestration.commands import add_commands
 from osft.process import exit_codes
 from osft.process.console import failures, output
+from osft.rounds.clean_command import clean
 from osft.settings import compatibility
 from osft.settings.base import default_text, meaning, plain_type, read_file, refuse_unknown, type_text
 from osft.settings.training import TrainConfig, grouped_fields
@@ -266,4 +267,5 @@ def plan_tables(plan: "TrainingPlan") -> Group:
 
 app.command()(export)
 app.command()(lineage)
+app.command()(clean)
 add_commands(app)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,9 +129,21 @@ def registry_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mlflow(registry_root: Path) -> Any:
+def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with nothing in it, to be copied: to make one takes seconds."""
     from osft.tracking import runs
 
+    folder = tmp_path_factory.mktemp("empty-registry")
+    runs.client("", folder)
+    return folder / "mlflow" / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def mlflow(registry_root: Path, empty_registry: Path) -> Any:
+    from osft.tracking import runs
+
+    (registry_root / "mlflow").mkdir()
+    shutil.copyfile(empty_registry, registry_root / "mlflow" / "mlflow.db")
     return runs.client("", registry_root)
 
 

@@ -12,6 +12,7 @@ def register_model(
     data_path: str,
     factors_path: str,
     image: str,
+    copy_checkpoint: bool,
     storage_root: str,
     mlflow_tracking_uri: str,
     mlflow_run_id: str,
@@ -25,6 +26,7 @@ def register_model(
         data_path: Folder of the prepared dataset, whose held-out part stays with the version.
         factors_path: Manifest of the factor set.
         image: Image that trained.
+        copy_checkpoint: Copy the checkpoint into MLflow's artifacts; else the version names where it is.
         storage_root: Folder that all steps share.
         mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI or a database below storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
@@ -49,4 +51,5 @@ def register_model(
         data_path=data_path,
         factors_path=factors_path,
         image=image,
+        copy_checkpoint=copy_checkpoint,
     )

@@ -12,6 +12,7 @@ from osft.models.model_card import with_scores
 from osft.models.origin import MODEL_CARD, StoredStatistics
 from osft.models.training_summary import TrainingSummary
 from osft.rounds.evaluate import next_scores
+from osft.rounds.leftovers import remove_factors
 from osft.rounds.pipeline_run import EVALUATION_FILE, TRAINING_FILE, VERSION_FILE, PipelineRun, RegisteredVersion
 from osft.rounds.resolution import ResolvedRound
 from osft.storage.hashes import folder_sha256
@@ -24,17 +25,25 @@ logger = logging.getLogger(__name__)
 
 
 def register_model(
-    run: PipelineRun, *, model_name: str, checkpoint_path: str, data_path: str, factors_path: str, image: str
+    run: PipelineRun,
+    *,
+    model_name: str,
+    checkpoint_path: str,
+    data_path: str,
+    factors_path: str,
+    image: str,
+    copy_checkpoint: bool = True,
 ) -> int:
     """Make the checkpoint a model version with its lineage, whatever the gate decided. Returns it.
 
-    Its alias is `candidate`, and `challenger` if the gate refused it.
+    Without `copy_checkpoint` it is registered where it is, and not copied into MLflow's artifacts. Its alias is
+    `candidate`, and `challenger` if the gate refused it.
     """
     evaluation = run.read_record(Evaluation, EVALUATION_FILE)
     resolved = run.resolved()
     decision = evaluation.decided
     tags = {
-        "osft.checkpoint": f"{run.pipeline_run_id}/{Path(checkpoint_path).name}",
+        registry.CHECKPOINT_TAG: f"{run.pipeline_run_id}/{Path(checkpoint_path).name}",
         "osft.base_model": resolved.base_model,
         runs.PIPELINE_RUN_TAG: run.pipeline_run_id,
         runs.TASK_TAG: resolved.task,
@@ -64,6 +73,7 @@ def register_model(
             lineage=folder,
             digest=digest,
             model_card=with_scores(card.read_text(encoding="utf-8"), description) if card.is_file() else None,
+            address=None if copy_checkpoint else checkpoint_path,
         )
         step.log_params({"model_name": model_name, "model_version": version})
         run.write_record(VERSION_FILE, RegisteredVersion(model_name=model_name, version=version))
@@ -83,7 +93,8 @@ def register_model(
 def promote_model(run: PipelineRun, *, model_name: str, version: int, parent_version: int | None) -> None:
     """Point the alias `champion` at a version, if it still names `parent_version`, which the round started from.
 
-    Raises ChampionChanged if it names another one: the candidate was not compared with that, and is the challenger.
+    The factors of earlier champions are removed then. Raises ChampionChanged if it names another one: the candidate
+    was not compared with that, and is the challenger.
     """
     with run.step("promote_model") as step:
         try:
@@ -100,6 +111,7 @@ def promote_model(run: PipelineRun, *, model_name: str, version: int, parent_ver
             raise
         step.log_params({"model_name": model_name, "model_version": version, "previous_champion": previous})
         step.tag_round(outcome=Outcome.PROMOTED)
+        remove_factors(step.client, run.storage_root, ended=run.pipeline_run_id)
         before = f", before it was version {previous}" if previous else ""
         logger.info(f"registry: {model_name} version {version} is the champion{before}")
         step.client.set_terminated(run.mlflow_run_id, "FINISHED")

@@ -114,7 +114,8 @@ def _checkpoint(parent: Lineage, version: str) -> str:
     if not complete:
         raise FileNotFoundError(
             f"{parent.checkpoint}, the checkpoint of {version}, is gone. Put it back from model/ in the artifacts of "
-            "the version's MLflow run"
+            "the version's MLflow run, if it was copied there (copy_checkpoint), or set the alias champion to another "
+            "version"
         )
     return parent.checkpoint
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,20 @@ def remove(location: str | Path) -> None:
                     store.rm(part)
 
 
+def remove_files(location: str | Path, names: Iterable[str]) -> None:
+    """Remove some of the files below a path or URI, what makes a folder complete before the rest."""
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    for name in names:
+        parts[name.rsplit("/", 1)[-1] in MARKERS].append(name)
+    for part in filter(None, parts.values()):
+        if not is_remote(location):
+            for name in part:
+                Path(location, name).unlink(missing_ok=True)
+            continue
+        with explained(location) as store:
+            store.rm([path_of(join(location, name)) for name in part])
+
+
 def read(location: str | Path) -> bytes | None:
     """The bytes of a file, in a path or the store; None if it is not there."""
     try:
@@ -274,6 +289,17 @@ def names(location: str | Path) -> list[str]:
     if is_remote(location):
         return list(files(location))
     return [f"{folder}/{name}"[len(str(location)) + 1 :] for folder, _, found in os.walk(location) for name in found]
+
+
+def sizes(location: str | Path) -> dict[str, int]:
+    """The bytes of the files below a place, by their relative names; none if it does not exist."""
+    if is_remote(location):
+        return {name: entry.size for name, entry in files(location).items()}
+    found = {}
+    for name in names(location):
+        with suppress(FileNotFoundError):  # gone meanwhile
+            found[name] = Path(location, name).lstat().st_size
+    return found
 
 
 def _check_room(location: str | Path, size: int) -> None:

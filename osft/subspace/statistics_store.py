@@ -154,6 +154,11 @@ def stored_parts(path: str | Path) -> tuple[Part, ...]:
     return _read_manifest(path)[1].parts
 
 
+def stored_files(path: str | Path) -> tuple[str, ...]:
+    """The files of the inputs of a manifest, relative to its store. Raises as `load_statistics`."""
+    return tuple(each.file for each in _read_manifest(path)[1].inputs)
+
+
 def _read_manifest(path: str | Path) -> tuple[Path, StatisticsManifest]:
     """The file, and what it holds."""
     found = storage.find(path)

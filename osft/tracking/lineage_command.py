@@ -33,13 +33,18 @@ def lineage(
     with failures():
         from osft.tracking import lineage as lineages
 
-        mlflow = _client(tracking_uri, storage_root)
+        mlflow = tracking_client(tracking_uri, storage_root)
         model_name, number = _resolve(mlflow, version)
         tree = tree_of(mlflow, model_name, lineages.history(mlflow, model_name, number))
     output.print(tree, soft_wrap=True)
 
 
-def _client(tracking_uri: str | None, storage_root: Path | None) -> Any:
+def tracking_client(tracking_uri: str | None, storage_root: Path | None) -> Any:
+    """A client for what is there already: `tracking_uri`, the database below a folder, or MLFLOW_TRACKING_URI.
+
+    Raises FileNotFoundError for a folder without a database, ValueError where nothing says what to ask, and as
+    `runs.client`.
+    """
     from osft.tracking import runs
 
     if not tracking_uri and storage_root is not None:

@@ -7,7 +7,7 @@ from osft.evaluation.gate import GateRules
 from osft.settings.base import Settings, default, plain_type
 from osft.settings.subspace import Protect, SubspaceConfig
 from osft.settings.training import TrainConfig
-from osft.settings.values import Integer, Number, Text, Texts
+from osft.settings.values import Boolean, Integer, Number, Text, Texts
 
 STORAGE_MOUNT = "/mnt/osft"
 """Where the shared volume is mounted in every step."""
@@ -90,6 +90,9 @@ class PipelineParameters(Settings):
     """MLflow server; empty uses MLFLOW_TRACKING_URI, or else a database below storage_root."""
     mlflow_experiment: Text = "osft-continual-learning"
     """MLflow experiment of the run."""
+    copy_checkpoint: Boolean = True
+    """Copy each version's checkpoint into MLflow's artifacts. Without, the version names the one below storage_root,
+    of which there is no second copy then (of an 8B model, 16 GB and as much of exact weights)."""
     storage_root: Text = STORAGE_MOUNT
     """Folder that all steps share, or an s3:// prefix (then mlflow_tracking_uri is needed)."""
     storage_claim: Text = "osft-storage"

@@ -133,7 +133,6 @@ def one_round(given: SimpleNamespace) -> list[dsl.PipelineTask]:
             parent_version=resolved.outputs["parent_version"],
             checkpoint_path=trained.outputs["Output"],
             data_path=prepared.outputs["data_path"],
-            factors_path=factors.output,
             task=resolved.outputs["task"],
             anchor_paths=prepared.outputs["anchor_paths"],
             max_anchor_samples=given.max_anchor_samples,
@@ -150,6 +149,7 @@ def one_round(given: SimpleNamespace) -> list[dsl.PipelineTask]:
             data_path=prepared.outputs["data_path"],
             factors_path=factors.output,
             image=TRAINING_IMAGE,
+            copy_checkpoint=given.copy_checkpoint,
             **common,
         )
         registered.after(evaluated)

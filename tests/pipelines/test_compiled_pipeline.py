@@ -45,7 +45,8 @@ def test_every_parameter_has_a_description_and_all_but_two_a_default(spec):
 def test_form_is_made_of_the_parameters_definition(spec):
     """Types, defaults and texts come from one class; what it leaves to training has training's text."""
     form = spec["root"]["inputDefinitions"]["parameters"]
-    words = {"int": "NUMBER_INTEGER", "float": "NUMBER_DOUBLE", "list[str]": "LIST", "dict[str, Any]": "STRUCT"}
+    words = {"int": "NUMBER_INTEGER", "float": "NUMBER_DOUBLE", "bool": "BOOLEAN"}
+    words |= {"list[str]": "LIST", "dict[str, Any]": "STRUCT"}
     for name, field in PipelineParameters.model_fields.items():
         assert form[name]["parameterType"] == words.get(type_text(field), "STRING")
         assert form[name].get("defaultValue") == (None if field.is_required() else default(field))

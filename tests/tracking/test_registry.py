@@ -41,6 +41,19 @@ def test_versions_count_up_and_the_candidate_is_the_newest(mlflow, model, regist
     assert content(mlflow, model, 1) == "first"
 
 
+def test_version_that_is_registered_by_its_address_has_no_copy(mlflow, model, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    settings = {"description": "d", "model_card": "a card"}
+    for number, address in ((1, str(folder)), (2, "s3://bucket/rounds/r/checkpoint")):
+        run_id, tags = new_run(mlflow, tmp_path / str(number)), {"osft.checkpoint": address}
+        registry.register(mlflow, model, folder, run_id=run_id, tags=tags, address=address, **settings)
+        assert [file.path for file in mlflow.list_artifacts(run_id, "model")] == ["model/README.md"]
+    sources = [mlflow.get_model_version_download_uri(model, version) for version in ("1", "2")]
+    assert sources == [folder.as_uri(), "s3://bucket/rounds/r/checkpoint"]
+
+
 def test_a_retried_step_registers_once_and_takes_the_alias_from_no_newer_version(mlflow, model, register):
     register("first")
     assert [register("second"), register("second")] == [2, 2]
