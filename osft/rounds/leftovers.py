@@ -9,8 +9,9 @@ cannot be done, or a lineage or manifest cannot be read.
     … records of the round (JSON, report, metrics) one of its versions is
     … training state, other models, copies         only till then: nothing reads them after the round
     data/                                          a version learned it: replay draws from it
-    factors/sets/, weights/                        they are of a champion (or, without one, of a base model), so that
-                                                   the next round reuses them
+    factors/sets/, weights/                        a round that started from the champion (without one: from the base)
+                                                   was refused: the next reuses them; with protect="weights" also those
+                                                   that the champion was trained with: the next's follow from them
     factors/statistics/, moments/, texts/          a version, or a set that stays, names them
     records/, scores/, a model's own text          only while a round runs: the next one writes what it needs
     models/, examples/, champions/, mlflow/        always: rounds share them
@@ -153,7 +154,8 @@ class _Needed:
             if found.statistics:
                 address = found.statistics.address.rpartition("factors/")[2]
                 self.files |= {f"factors/{address}", f"factors/statistics/{found.statistics.sha256[:32]}.json"}
-            if found.parent_version == champions[name]:
+            is_followed = number == champions[name] and found.settings.get("protect") != "activations"
+            if is_followed or found.parent_version == champions[name]:
                 sets.add(f"factors/sets/{found.factor_key}.json")
         self._add_factors(storage_root, sets & set(files), files)
 

@@ -126,20 +126,25 @@ def held(id: str) -> set[str]:
     return files | {f"factors/statistics/{id}.json", f"factors/moments/{id}.safetensors", "factors/texts/base.jsonl"}
 
 
+def factors(*keys: str) -> set[str]:
+    return {name for key in keys for name in (f"factors/sets/{key}.json", f"factors/weights/{key}.safetensors")}
+
+
 def test_storage_grows_by_what_the_versions_hold(rounds):
     outcomes = ["promoted", "refused", "nothing", "failed", "promoted"] * 3
     for number, outcome in enumerate(outcomes):
         rounds.play(f"r{number}", outcome)
     sets = {name for name in rounds.files() if name.startswith("factors/sets/")}
-    assert not sets, "those of earlier champions go with the promotion"
+    trained_with = rounds.champion[1].factor_key
+    assert sets == {f"factors/sets/{trained_with}.json"}, "those of earlier champions go with the promotion"
     rounds.play("last", "refused")
     rounds.clean()
     versions = ["last", *(f"r{i}" for i, outcome in enumerate(outcomes) if outcome in ("promoted", "refused"))]
-    start = {f"factors/sets/{rounds.start}.json", f"factors/weights/{rounds.start}.safetensors"}
-    assert rounds.files() == set.union(start, *map(held, versions))
+    kept = factors(trained_with, rounds.start)
+    assert rounds.files() == set.union(kept, *map(held, versions))
     rounds.mlflow.delete_model_version(MODEL, "2")
     rounds.clean()
-    assert rounds.files() == set.union(start, *map(held, set(versions) - {"r1"})), "one that was deleted is left over"
+    assert rounds.files() == set.union(kept, *map(held, set(versions) - {"r1"})), "one that was deleted is left over"
     assert not Path(rounds.root, "rounds", "r1").exists()
 
 
@@ -154,7 +159,7 @@ def test_running_round_keeps_its_files_and_what_it_may_use(rounds):
         for name in ("state/step-2/position.json", "hf_format/samples_8.0_best_val_loss/config.json")
     }
     rounds.clean(ended=["second", "third"])
-    assert rounds.files() == held("first")
+    assert rounds.files() == held("first") | factors("base")
     with pytest.raises(ValueError, match="there is no round fourth below"):
         rounds.clean(ended=["fourth"])
 
@@ -184,7 +189,7 @@ def test_object_store_is_cleaned_too(rounds, bucket):
     for id, outcome in (("first", "promoted"), ("second", "refused"), ("third", "failed")):
         remote.play(id, outcome)
     remote.clean()
-    assert remote.files() == held("first") | held("second") | {"factors/sets/v1.json", "factors/weights/v1.safetensors"}
+    assert remote.files() == held("first") | held("second") | factors("base", "v1")
 
 
 def test_command_removes_nothing_unless_it_is_told_to(rounds, monkeypatch):
@@ -198,6 +203,6 @@ def test_command_removes_nothing_unless_it_is_told_to(rounds, monkeypatch):
     assert "Nothing was removed. With --yes, 5 bytes are." in shown.output
     done = CliRunner().invoke(app, ["clean", rounds.root, "--yes"])
     assert "5 bytes were removed." in done.output
-    assert rounds.files() == held("first") | {"factors/sets/base.json", "factors/weights/base.safetensors"}
+    assert rounds.files() == held("first") | factors("base")
     refused = CliRunner().invoke(app, ["clean", str(rounds.folder / "lineages")])
     assert refused.exit_code == 2
