@@ -46,7 +46,8 @@ _ROUND_RECORDS = {
     *("train/config.json", "train/metrics.jsonl", "train/training.json"),
 }
 _PASSING = re.compile(
-    r"(lineage|evaluation_sets|train/(state|_internal_data_processing|\.lock))/.+|train/(stop|(work|summary)-\d+\.json)"
+    r"(lineage|evaluation_sets|train/(state|_internal_data_processing|\.lock))/.+"
+    r"|train/(stop|lease|(work|summary)-\d+\.json)"
 )
 """What only the round itself reads: it can be computed again, or the version's lineage has it."""
 _INCOMPLETE = re.compile(r"\.incomplete(-[0-9a-f]{8})?(/|$)")
