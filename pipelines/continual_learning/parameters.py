@@ -103,8 +103,27 @@ class PipelineParameters(Settings):
     """GPUs of the step that decomposes the weights."""
     evaluation_gpus: Text = "0"
     """GPUs of the step that evaluates."""
+    training_gpus: Text = "0"
+    """GPUs of the step that trains, with launcher "local"; those of a PyTorchJob are its own setting."""
     gpu_resource: Text = "nvidia.com/gpu"
-    """Resource that the cluster counts the GPUs of these two steps by."""
+    """Resource that the cluster counts the GPUs of these three steps by."""
+    model_cpu: Text = "2"
+    """CPUs that the steps that decompose and evaluate ask for; each may use more where its node has more."""
+    model_memory: Text = "8Gi"
+    """Memory that these two ask for. They hold a model of 8B in 40Gi."""
+    training_cpu: Text = "1"
+    """CPUs that the step that trains asks for; it waits if it has started a PyTorchJob."""
+    training_memory: Text = "2Gi"
+    """Memory that it asks for; with launcher "local" as much as training takes (osft train --dry-run)."""
+    step_cpu: Text = "1"
+    """CPUs that each of the other steps asks for."""
+    step_memory: Text = "2Gi"
+    """Memory that each of them asks for."""
+    tolerations: list[dict[str, Any]] = []  # noqa: RUF012
+    """Taints that the pods of all steps tolerate, as Kubernetes writes them, such as
+    [{"key": "nvidia.com/gpu", "operator": "Exists"}]."""
+    node_selector: dict[str, str] = {}  # noqa: RUF012
+    """Labels of the nodes that the pods of all steps go to, such as {"pool": "osft"}."""
 
     def training(self) -> TrainConfig:
         """What the steps make of these settings of training. Raises ValueError for what cannot be."""

@@ -9,12 +9,13 @@ It is compiled to two files beside this one (`python -m pipelines.continual_lear
 `continual_learning_s3.yaml`, which mounts none and wants an s3:// storage_root.
 """
 
+import os
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from kfp import compiler, dsl, kubernetes
@@ -44,6 +45,9 @@ class StepPolicy:
     the converted model, the prepared data, the factors, a finished training.
     """
 
+    needs: Literal["step", "model", "training"]
+    """Which parameters say what CPUs and memory its pod asks for: <needs>_cpu, <needs>_memory. Requests only: a limit
+    would end a step that a larger node could have finished."""
     timeout_hours: float
     """Of the running pod; time in a queue does not count. 0: no limit."""
     retries: int
@@ -51,18 +55,22 @@ class StepPolicy:
 
 _POLICIES = {
     # Reads the registry and the data: the network may fail.
-    "resolve-round": StepPolicy(timeout_hours=6, retries=2),
+    "resolve-round": StepPolicy(needs="step", timeout_hours=6, retries=2),
     # Fetches models.
-    "prepare-data": StepPolicy(timeout_hours=12, retries=2),
+    "prepare-data": StepPolicy(needs="step", timeout_hours=12, retries=2),
     # Resumes with the weights that are not in the store yet.
-    "precompute-svd": StepPolicy(timeout_hours=24, retries=2),
+    "precompute-svd": StepPolicy(needs="model", timeout_hours=24, retries=2),
     # Its limits are the PyTorchJob's. A retry finds the running job, and does not repeat a program error.
-    "train-osft": StepPolicy(timeout_hours=0, retries=2),
-    "evaluate-model": StepPolicy(timeout_hours=24, retries=2),
+    "train-osft": StepPolicy(needs="training", timeout_hours=0, retries=2),
+    "evaluate-model": StepPolicy(needs="model", timeout_hours=24, retries=2),
     # A retry finds the version that was registered.
-    "register-model": StepPolicy(timeout_hours=6, retries=3),
-    "promote-model": StepPolicy(timeout_hours=1, retries=3),
+    "register-model": StepPolicy(needs="step", timeout_hours=6, retries=3),
+    "promote-model": StepPolicy(needs="step", timeout_hours=1, retries=3),
 }
+
+SCRATCH, SCRATCH_SIZE = "/scratch", os.environ.get("OSFT_SCRATCH_SIZE", "")
+"""With a size, such as 200Gi, each step keeps its local copies of an object store in an emptyDir of at most that: no
+parameter can say so, `make compile SCRATCH_SIZE=200Gi` does."""
 
 _CREDENTIALS = {
     "osft-huggingface": ("HF_TOKEN",),
@@ -161,11 +169,25 @@ def one_round(given: SimpleNamespace) -> list[dsl.PipelineTask]:
                 **common,
             )
     steps = [resolved, prepared, factors, trained, evaluated, registered, promoted]
-    # Inside of dsl.If, the compiler hands on what a step's arguments name, so these two name their resources there too.
-    for step, gpus in ((factors, given.svd_gpus), (evaluated, given.evaluation_gpus)):
+    for step, gpus in (
+        (factors, given.svd_gpus),
+        (trained, given.training_gpus),
+        (evaluated, given.evaluation_gpus),
+    ):
+        step.register_pipeline_channels([given.gpu_resource, gpus])
         step.set_accelerator_type(given.gpu_resource).set_accelerator_limit(gpus)
     for step in steps:
-        _apply_policy(step, _POLICIES[step.name])
+        policy = _POLICIES[step.name]
+        _apply_policy(step, policy)
+        cpu, memory = getattr(given, f"{policy.needs}_cpu"), getattr(given, f"{policy.needs}_memory")
+        # Inside of dsl.If, the compiler hands on what a step's arguments name, and what is registered so.
+        step.register_pipeline_channels([cpu, memory])
+        step.set_cpu_request(cpu).set_memory_request(memory)
+        kubernetes.add_toleration_json(step, given.tolerations)
+        kubernetes.add_node_selector_json(step, given.node_selector)
+        if SCRATCH_SIZE:
+            kubernetes.empty_dir_mount(step, "scratch", SCRATCH, size_limit=SCRATCH_SIZE)
+            step.set_env_variable("OSFT_SCRATCH", SCRATCH)
         for secret, keys in (*_CREDENTIALS.items(), (given.storage_secret, _STORAGE_KEYS)):
             kubernetes.use_secret_as_env(step, secret, {key: key for key in keys}, optional=True)
     return steps

@@ -46,7 +46,12 @@ def test_form_is_made_of_the_parameters_definition(spec):
     """Types, defaults and texts come from one class; what it leaves to training has training's text."""
     form = spec["root"]["inputDefinitions"]["parameters"]
     words = {"int": "NUMBER_INTEGER", "float": "NUMBER_DOUBLE", "bool": "BOOLEAN"}
-    words |= {"list[str]": "LIST", "dict[str, Any]": "STRUCT"}
+    words |= {
+        "list[str]": "LIST",
+        "list[dict[str, Any]]": "LIST",
+        "dict[str, Any]": "STRUCT",
+        "dict[str, str]": "STRUCT",
+    }
     for name, field in PipelineParameters.model_fields.items():
         assert form[name]["parameterType"] == words.get(type_text(field), "STRING")
         assert form[name].get("defaultValue") == (None if field.is_required() else default(field))
@@ -99,16 +104,34 @@ def test_credentials_come_from_secrets_that_need_not_exist():
         assert all(secret["optional"] for secret in executor["secretAsEnv"])
 
 
-def test_steps_that_decompose_and_evaluate_take_gpus(spec):
+def test_every_step_asks_for_what_the_parameters_say(spec):
     executors = spec["deploymentSpec"]["executors"]
-    asked = {
-        name: executor["container"]["resources"]["accelerator"]["resourceCount"]
-        for name, executor in executors.items()
-        if "resources" in executor["container"]
-    }
-    assert set(asked) == {"exec-precompute-svd", "exec-evaluate-model"}
-    assert "svd_gpus" in asked["exec-precompute-svd"]
-    assert "evaluation_gpus" in asked["exec-evaluate-model"]
+    heavy = {"precompute-svd": "svd", "train-osft": "training", "evaluate-model": "evaluation"}
+    assert len(executors) == 7
+    for name, executor in executors.items():
+        step = name.removeprefix("exec-")
+        asked = executor["container"]["resources"]
+        needs = {"precompute-svd": "model", "evaluate-model": "model", "train-osft": "training"}.get(step, "step")
+        wanted = {"resourceCpuRequest": f"{needs}_cpu", "resourceMemoryRequest": f"{needs}_memory"}
+        found = {field: asked[field] for field in wanted}
+        assert found == {field: handed_on(spec, step, parameter) for field, parameter in wanted.items()}
+        if step in heavy:
+            assert asked["accelerator"] == {
+                "resourceCount": handed_on(spec, step, f"{heavy[step]}_gpus"),
+                "resourceType": handed_on(spec, step, "gpu_resource"),
+            }
+    for executor in platform_of(YAML).values():
+        (toleration,) = executor["tolerations"]
+        assert toleration["tolerationJson"]["componentInputParameter"].endswith("tolerations")
+        assert executor["nodeSelector"]["nodeSelectorJson"]["componentInputParameter"].endswith("node_selector")
+
+
+def handed_on(spec: dict, step: str, parameter: str) -> str:
+    """The placeholder of a pipeline's parameter in a step, which has to be among the step's inputs."""
+    dags = [spec["root"]["dag"], *(part["dag"] for part in spec["components"].values() if "dag" in part)]
+    (inputs,) = [dag["tasks"][step]["inputs"]["parameters"] for dag in dags if step in dag["tasks"]]
+    assert inputs[f"pipelinechannel--{parameter}"]["componentInputParameter"].endswith(parameter)
+    return f"{{{{$.inputs.parameters['pipelinechannel--{parameter}']}}}}"
 
 
 def test_every_step_is_retried_and_none_is_cached(spec):
