@@ -25,10 +25,11 @@ SAMPLES ?= 352
 IMAGE   ?=
 TRAINING_IMAGE ?=
 REPORT  ?=
+SIZES   ?=
 # Test processes side by side; each takes about 1.5 GB.
 JOBS    ?= 2
 
-.PHONY: help setup run rounds frontier test test-slow test-gpu test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench ui images sbom clean
+.PHONY: help setup run rounds frontier test test-slow test-gpu test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench bench-data ui images sbom clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -104,6 +105,9 @@ check-compiled: setup
 
 bench: setup ## Measure one training step of ours, of full fine-tuning and of PEFT's OSF (under five minutes)
 	$(BIN)/python -m benchmarks.step
+
+bench-data: setup ## Measure preparing, resolving and planning 10,000 and 100,000 chats (minutes): SIZES=10000,100000,1000000
+	$(BIN)/python -m benchmarks.data $(if $(SIZES),--sizes '$(SIZES)')
 
 frontier: setup ## Measure what each method learns and how far the model drifts for it (hours on a CPU; resumes)
 	$(BIN)/python -m benchmarks.frontier
