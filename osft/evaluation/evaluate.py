@@ -69,7 +69,7 @@ def evaluate(
     max_benchmark_samples: int = 0,
     score_store: str | None = None,
     num_examples: int = 4,
-    max_tokens: int = 2048,
+    max_tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure the models on every set and benchmark, and compare the candidate with the others.
@@ -79,6 +79,7 @@ def evaluate(
     GPU has no room for both); and only if `score_store` (a path or URI) lacks one of their numbers.
     benchmarks: names of lm-evaluation-harness tasks, groups or tags (`osft.evaluation.benchmarks`), those in the YAML
     files of `benchmark_folder` among them, with the first `max_benchmark_samples` questions of each (0: all).
+    max_tokens: of a micro-batch; None: `MAX_TOKENS` of the device.
     num_examples: of the new task and of each earlier one, how many records are shown with the models' answers.
 
     The matrix, the decision and the champion's version are for `osft.rounds` to add.

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+MAX_TOKENS = {"cuda": 2048, "cpu": 512}
+"""Of a micro-batch. Attention goes over all of a packed row, of which a CPU computes what the mask hides, too."""
+
+
 class MeasuredModel:
     """A model folder to be measured. The model is loaded when the first number is missing, and lives as long as this.
 
@@ -44,16 +48,16 @@ class MeasuredModel:
         folder: Path,
         store: ScoreStore,
         *,
-        max_tokens: int,
+        max_tokens: int | None,
         trust_remote_code: bool,
         exact: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
         self._folder = folder
         self._store = store
-        self._max_tokens = max_tokens
         self._trust_remote_code = trust_remote_code
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._max_tokens = max_tokens or MAX_TOKENS[self._device]
         self._exact = exact
         self._dtype = dtype or (torch.bfloat16 if self._device == "cuda" and not exact else torch.float32)
 
