@@ -101,6 +101,9 @@ def decompose(
         str | None, typer.Option(help="Records that stand for what it knows, as in training.", show_default=False)
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="As in training.")] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That share the weights, each on a GPU. One a GPU, or one.")
+    ] = None,
 ) -> None:
     """Split the weights of a model before it is trained, and print the path to give as `factors`."""
     with failures():
@@ -125,6 +128,7 @@ def decompose(
             subspace,
             batching=preflight(folder, trust_remote_code=trust_remote_code).batching,
             trust_remote_code=trust_remote_code,
+            processes=processes,
         )
     output.print(Text(str(factors.path)), soft_wrap=True)
 

@@ -194,9 +194,10 @@ def decompose(weight: torch.Tensor, rank: int, split: SplitKind = "complement") 
     """Split `weight` with `rank` unfrozen directions: (m, n) or (num_experts, m, n), any float dtype, any device.
 
     The singular vectors of the short side are the eigenvectors of the smaller Gram matrix in float64, those of
-    the long side, where they are needed, a Householder QR of the weight times them, largest first. Double
-    precision keeps the subspaces exact to float32, both sides belong together even where singular values coincide
-    at the split, and a rank-deficient weight still gets complete orthonormal bases.
+    the long side, where they are needed, a Householder QR of the weight times them, largest first (of a weight that is
+    well conditioned, only of those that are kept). Double precision keeps the subspaces exact to float32, both sides
+    belong together even where singular values coincide at the split, and a rank-deficient weight still gets complete
+    orthonormal bases.
     """
     if weight.ndim == 3:  # one by one: the double precision that it takes is that of one expert
         return stacked([decompose(expert, rank, split) for expert in weight])
@@ -204,19 +205,23 @@ def decompose(weight: torch.Tensor, rank: int, split: SplitKind = "complement") 
     if m < n:
         return decompose(weight.T, rank, split).mirrored()
     exact = weight.to(torch.float64)
-    eigenvalues, eigenvectors = torch.linalg.eigh(exact.T @ exact)
+    eigenvalues, eigenvectors = torch.linalg.eigh(_gram(exact))
     right_vectors = eigenvectors.flip(-1)  # eigh sorts ascending, an SVD descending
     singular_values = eigenvalues.flip(-1).clamp_min(0).sqrt()
     needed = factor_shapes((m, n), rank, split)
     frozen_rank = n - rank
     bases = {"right": right_vectors[:, frozen_rank:]}
     if "left" in needed:
-        left_vectors, triangle = torch.linalg.qr(exact @ right_vectors)
+        first = frozen_rank - margin_rank(rank, frozen_rank)
+        # W v of the directions before are orthogonal to those of the others up to 1e-16 s_1^2 / (s_before s_other).
+        if first and singular_values[first - 1] * singular_values[-1] < 1e-9 * singular_values[0] ** 2:
+            first = 0
+        left_vectors, triangle = torch.linalg.qr(exact @ right_vectors[:, first:])
         left_vectors *= torch.where(triangle.diagonal() < 0, -1, 1)  # W v = s u, with a positive s
         margin = slice(frozen_rank - margin_rank(rank, frozen_rank), frozen_rank)
         bases |= {
-            "left": left_vectors[:, frozen_rank:],
-            "margin_left": left_vectors[:, margin],
+            "left": left_vectors[:, frozen_rank - first :],
+            "margin_left": left_vectors[:, margin.start - first : margin.stop - first],
             "margin_right": right_vectors[:, margin],
         }
     if "frozen" in needed:
@@ -227,3 +232,13 @@ def decompose(weight: torch.Tensor, rank: int, split: SplitKind = "complement") 
         singular_values=singular_values.float(),
         **{name: basis.float().contiguous() for name, basis in bases.items()},
     )
+
+
+def _gram(weight: torch.Tensor) -> torch.Tensor:
+    """W^T W, (n, n), as `eigh` reads it: the lower triangle, in blocks of rows. What is above is not the product's."""
+    columns = weight.shape[1]
+    gram, block = weight.new_zeros(columns, columns), max(256, columns // 8)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        torch.mm(weight[:, start:stop].T, weight[:, :stop], out=gram[start:stop, :stop])
+    return gram

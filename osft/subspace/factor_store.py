@@ -20,8 +20,8 @@ file and the manifest hold the hash of the bases, too, and a set's key depends o
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,21 @@ from osft.subspace.factor_set import (
 )
 from osft.subspace.last_round import LastRound
 from osft.subspace.rank_allocation import allocate_ranks, allocation_settings
+from osft.subspace.shares import share_of
 from osft.subspace.statistics import InputStatistics, Statistics
 from osft.subspace.targets import Target, select_targets
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """The target weights that one process has split."""
+
+    weights: dict[str, SplitWeight]
+    """By target."""
+    computed: int
+    """How many the store did not hold."""
 
 
 def precompute(
@@ -73,14 +84,37 @@ def precompute(
 ) -> FactorSet:
     """Split every target weight of a model that the store does not hold yet, and write the set's manifest.
 
-    Weights are decomposed but where their split follows from the last round's (`osft.subspace.last_round`). One weight,
-    or one stack of experts, is in memory at a time. `importance` is that of `measure_importance`, for the adaptive rank
-    allocation. `device` defaults to CUDA where there is one. Raises FileNotFoundError for a missing or incomplete
-    model, ValueError for settings that select nothing and for a checkpoint whose target weights cannot be read or
-    written back.
+    As `split_share` and `join_shares`, in this process.
     """
-    stored, targets, weights = _read_targets(model_path, config, trust_remote_code=trust_remote_code)
+    share = split_share(
+        model_path, store, config, importance=importance, device=device, trust_remote_code=trust_remote_code
+    )
+    return join_shares(store, config, [share], importance=importance)
+
+
+def split_share(
+    model_path: str | Path,
+    store: str | Path,
+    config: SubspaceConfig,
+    *,
+    number: int = 0,
+    processes: int = 1,
+    importance: Mapping[str, float] | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Share:
+    """Split the share of process `number` of a model's target weights, those that the store does not hold yet.
+
+    Weights are decomposed but where their split follows from the last round's (`osft.subspace.last_round`). One weight,
+    or one stack of experts, is in memory at a time, and no other process reads it. `importance` is that of
+    `measure_importance`, for the adaptive rank allocation. `device` defaults to CUDA where there is one. Raises
+    FileNotFoundError for a missing or incomplete model, ValueError for settings that select nothing and for a
+    checkpoint whose target weights cannot be read or written back.
+    """
+    stored, targets = _open_targets(model_path, config, trust_remote_code=trust_remote_code, check_others=number == 0)
     ranks = allocate_ranks(targets, config, importance)
+    targets = share_of(targets, number, processes)
+    weights = _hashed(stored, targets)
     for target in targets:
         rank, weight = ranks[target.name], weights[target.name]
         key = _hash(FORMAT, weight["sha256"], rank, sorted(factor_shapes(target.shape, rank, config.free_subspace)))
@@ -100,6 +134,17 @@ def precompute(
     computed = _complete(store, weights, compute)
     if followed:
         logger.info(f"factors: {followed} of the {computed} computed follow from {last_round}")
+    return Share(weights={name: SplitWeight(**weight) for name, weight in weights.items()}, computed=computed)
+
+
+def join_shares(
+    store: str | Path,
+    config: SubspaceConfig,
+    shares: Sequence[Share],
+    *,
+    importance: Mapping[str, float] | None = None,
+) -> FactorSet:
+    """Write the manifest of a set that was split in shares. It does not depend on how many there were."""
     rank_allocation, min_retention_ratio = allocation_settings(config)
     adaptive: dict[str, Any] = {}
     if rank_allocation != "uniform":
@@ -111,10 +156,10 @@ def precompute(
     manifest = FactorManifest(
         unfreeze_rank_ratio=config.unfreeze_rank_ratio,
         free_subspace=config.free_subspace,
-        weights={name: SplitWeight(**weight) for name, weight in weights.items()},
+        weights={name: weight for share in shares for name, weight in share.weights.items()},
         **adaptive,
     )
-    return _write_set(store, manifest, computed)
+    return _write_set(store, manifest, sum(share.computed for share in shares))
 
 
 def precompute_by_inputs(
@@ -132,7 +177,8 @@ def precompute_by_inputs(
     `statistics_file` is where `statistics` lie, relative to the store. Layers that read the same input share a file.
     Raises ValueError for statistics of other weights, too.
     """
-    _, targets, weights = _read_targets(model_path, config, trust_remote_code=trust_remote_code)
+    stored, targets = _open_targets(model_path, config, trust_remote_code=trust_remote_code)
+    weights = _hashed(stored, targets)
     shapes = {target.name: target.shape for target in targets}
     unit = statistics.unit
     for inputs in statistics.inputs():
@@ -184,22 +230,27 @@ def _moment_sha256(inputs: InputStatistics) -> str:
     return named_sha256({name: tensor_sha256(tensor) for name, tensor in parts.items()})
 
 
-def _read_targets(
-    model_path: str | Path, config: SubspaceConfig, *, trust_remote_code: bool
-) -> tuple[ModelWeights, list[Target], dict[str, dict[str, Any]]]:
-    """The target weights of a model, checked, and the `sha256` and `shape` of each by its name."""
+def _open_targets(
+    model_path: str | Path, config: SubspaceConfig, *, trust_remote_code: bool, check_others: bool = True
+) -> tuple[ModelWeights, list[Target]]:
+    """The weights of a model and its targets. `check_others`: read what is no target, for what is not finite."""
     model = empty_model(model_path, trust_remote_code=trust_remote_code)
     stored = ModelWeights(CheckpointReader(model_path), model)
     targets = select_targets(model, config.target_patterns)
-    stored.check_finite(but_for={target.tensor for target in targets})  # these when they are hashed
+    if check_others:
+        stored.check_finite(but_for={target.tensor for target in targets})  # these when they are hashed
     for target in targets:
         stored.require(target.tensor)
         stored.check_invertible(target.tensor)
-    weights: dict[str, dict[str, Any]] = {
+    return stored, targets
+
+
+def _hashed(stored: ModelWeights, targets: Sequence[Target]) -> dict[str, dict[str, Any]]:
+    """The `sha256` and `shape` of each target weight by its name."""
+    return {
         target.name: {"sha256": stored.sha256(target.tensor), "shape": tuple(target.shape)}
         for target in tqdm(targets, desc="hash", unit="weight", mininterval=2.0, delay=5.0)
     }
-    return stored, targets, weights
 
 
 def _complete(

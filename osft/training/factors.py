@@ -1,8 +1,9 @@
 """The factor set that a run trains with: the one that is named, or the one that the store holds or gets.
 
-python -m osft.training.factors WORK.json OUTCOME.json      computes it on a GPU (`osft.training.own_process`)
+python -m osft.training.factors WORK.json OUTCOME.json      computes it, or a share, on a GPU (`own_process`)
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +14,18 @@ from osft import storage
 from osft.data.packing import Batching, Feeding
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
-from osft.subspace.factor_set import FactorSet, load_factor_set
-from osft.subspace.factor_store import precompute, precompute_by_inputs
+from osft.subspace.factor_set import FactorSet, SplitWeight, load_factor_set
+from osft.subspace.factor_store import Share, join_shares, precompute, precompute_by_inputs, split_share
 from osft.subspace.rank_allocation import measure_importance
 from osft.subspace.statistics_store import load_statistics
-from osft.training.own_process import answer, in_own_process
+from osft.training.own_process import answer, in_own_process, in_own_processes
 from osft.training.prepare import data_folder
 from osft.training.statistics import calibrated
 
 if TYPE_CHECKING:
     from osft.data.dataset_folder import PreparedData
+
+_MODULE = "osft.training.factors"
 
 
 def factor_set(config: TrainConfig, model: Path, data: "PreparedData", batching: Batching) -> FactorSet:
@@ -74,15 +77,18 @@ def compute_factors(
     *,
     batching: Batching,
     trust_remote_code: bool = False,
+    processes: int | None = None,
 ) -> FactorSet:
     """Split what `store` does not hold yet.
 
     With adaptive ranks, the layers' importance is measured on `data` first. With protect="activations" their inputs
     are, on other text, unless the model carries its statistics (`osft.training.statistics`).
 
-    With a GPU, that is done in a process of its own, which ends: a CUDA context would keep several 100 MB of the GPU
-    from the training processes for as long as this one waits for them. Raises what the other process raised.
+    With GPUs, that is done in processes of their own, which end: a CUDA context would keep several 100 MB of the GPU
+    from the training processes for as long as this one waits for them. With protect="weights" there are as many
+    `processes` as GPUs, or as are given, each with its share of the weights. Raises what another process raised.
     """
+    processes = processes or max(1, torch.cuda.device_count())
     work = {
         "model": str(model),
         "data": str(data),
@@ -91,9 +97,20 @@ def compute_factors(
         "batching": batching.value,
         "trust_remote_code": trust_remote_code,
     }
+    if subspace.protect == "weights" and processes > 1:
+        importance = in_own_process(_MODULE, work | {"importance_only": True}) if _is_adaptive(subspace) else None
+        parts = [work | {"importance": importance, "number": n, "processes": processes} for n in range(processes)]
+        shares = [
+            Share(
+                weights={name: SplitWeight.from_plain(weight) for name, weight in found["weights"].items()},
+                computed=found["computed"],
+            )
+            for found in in_own_processes(_MODULE, parts)
+        ]
+        return join_shares(store, subspace, shares, importance=importance)
     if not torch.cuda.is_available():
         return compute_factors_here(work, device="cpu")
-    found = in_own_process("osft.training.factors", work)
+    found = in_own_process(_MODULE, work)
     return replace(load_factor_set(found["path"]), computed=found["computed"])
 
 
@@ -108,29 +125,60 @@ def compute_factors_here(work: dict[str, Any], *, device: str) -> FactorSet:
         return precompute_by_inputs(
             model, work["store"], subspace, load_statistics(address), statistics_file=file, **common
         )
-    importance = None
-    if subspace.rank_allocation == "adaptive":
-        from osft.data.dataset_folder import load_split
-
-        train = load_split(storage.fetch(work["data"]), "train")
-        samples = [train[i] for i in range(min(subspace.calibration_samples, len(train)))]
-        importance = measure_importance(
-            model,
-            samples,
-            feeding=Feeding(
-                max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
-                device=torch.device(device),
-                batching=Batching(work["batching"]),
-            ),
-            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            trust_remote_code=work["trust_remote_code"],
-        )
+    importance = _importance(work, device=device) if _is_adaptive(subspace) else None
     return precompute(model, work["store"], subspace, importance=importance, **common)
 
 
+def _is_adaptive(subspace: SubspaceConfig) -> bool:
+    return subspace.rank_allocation == "adaptive"
+
+
+def _importance(work: dict[str, Any], *, device: str) -> dict[str, float]:
+    """The layers' importance, measured on the first samples of the data."""
+    from osft.data.dataset_folder import load_split
+
+    train = load_split(storage.fetch(work["data"]), "train")
+    samples = [train[i] for i in range(min(SubspaceConfig(**work["subspace"]).calibration_samples, len(train)))]
+    return measure_importance(
+        Path(work["model"]),
+        samples,
+        feeding=Feeding(
+            max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
+            device=torch.device(device),
+            batching=Batching(work["batching"]),
+        ),
+        dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        trust_remote_code=work["trust_remote_code"],
+    )
+
+
+def _compute_share(work: dict[str, Any]) -> dict[str, Any]:
+    """The share of one of several processes, on a GPU of its own or with its part of the cores."""
+    number, gpus = work["number"], torch.cuda.device_count()
+    if not gpus and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // work["processes"]))
+    share = split_share(
+        Path(work["model"]),
+        work["store"],
+        SubspaceConfig(**work["subspace"]),
+        number=number,
+        processes=work["processes"],
+        importance=work["importance"],
+        device=f"cuda:{number % gpus}" if gpus else "cpu",
+        trust_remote_code=work["trust_remote_code"],
+    )
+    plain = {name: weight.model_dump(mode="json", exclude_unset=True) for name, weight in share.weights.items()}
+    return {"weights": plain, "computed": share.computed}
+
+
 def _compute(work: dict[str, Any]) -> dict[str, Any]:
-    """In the process of its own: where the factor set is, and how many weights had to be decomposed for it."""
-    factors = compute_factors_here(work, device="cuda" if torch.cuda.is_available() else "cpu")
+    """In a process of its own: the importance, a share, or where the factor set is and how many weights were split."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "importance_only" in work:
+        return _importance(work, device=device)
+    if "processes" in work:
+        return _compute_share(work)
+    factors = compute_factors_here(work, device=device)
     return {"path": str(factors.path), "computed": factors.computed}
 
 

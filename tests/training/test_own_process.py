@@ -1,5 +1,6 @@
 """What a launching process leaves to others: the GPU. And how long processes wait for each other."""
 
+import json
 import socket
 import time
 from datetime import timedelta
@@ -7,9 +8,12 @@ from datetime import timedelta
 import pytest
 import torch
 
+from osft.data.packing import Batching
 from osft.process.exit_codes import CONNECTION_LOST
+from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 from osft.subspace.factor_set import FactorSet
+from osft.subspace.factor_store import split_share
 from osft.training import factors, launch, own_process, train, worker
 
 
@@ -78,6 +82,47 @@ def test_factors_of_another_process_are_those_of_this_one(config, gpu, tmp_path,
     assert found[0].importance == found[1].importance is not None
 
 
+def as_processes(module, works):
+    """`in_own_processes`, one after the other in this one."""
+    assert module == "osft.training.factors"
+    return [json.loads(json.dumps(factors._compute(json.loads(json.dumps(work))))) for work in works]
+
+
+def test_factors_are_the_same_for_any_number_of_processes(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(factors, "in_own_processes", as_processes)
+    quarter = SubspaceConfig(unfreeze_rank_ratio=0.25)
+    found = {}
+    for processes in (1, 2, 3):
+        common = {"batching": Batching.PACKED, "processes": processes}
+        store = str(tmp_path / str(processes))
+        found[processes] = factors.compute_factors(model_folder, "none", store, quarter, **common)
+        assert found[processes].computed == 14
+        assert factors.compute_factors(model_folder, "none", store, quarter, **common).computed == 0
+        factors_of = [
+            split_share(model_folder, store, quarter, number=n, processes=processes) for n in range(processes)
+        ]
+        names = [name for share in factors_of for name in share.weights]
+        assert sorted(names) == sorted(found[processes].weights), "each weight is read by one process"
+    assert found[1].key == found[2].key == found[3].key
+    assert found[1].weights == found[2].weights == found[3].weights
+
+
+@pytest.mark.slow
+def test_shares_of_real_processes_make_the_set_of_one(model_folder, tmp_path):
+    quarter = SubspaceConfig(unfreeze_rank_ratio=0.25)
+    one, three = (
+        factors.compute_factors(
+            model_folder, "none", str(tmp_path / str(n)), quarter, batching=Batching.PACKED, processes=n
+        )
+        for n in (1, 3)
+    )
+    assert (one.computed, three.computed) == (14, 14)
+    assert one.ranks == three.ranks
+    for target in one.weights:
+        torch.testing.assert_close(one.spectrum(target), three.spectrum(target), rtol=1e-5, atol=1e-6)
+
+
 STEP = """
 import os, signal, sys, time
 from osft.training.own_process import answer
@@ -100,6 +145,15 @@ def step(tmp_path, monkeypatch) -> str:
 
 def test_what_another_process_found_arrives(step):
     assert own_process.in_own_process(step, {"do": "well", "number": 3}) == {"do": "well", "number": 3}
+
+
+def test_of_several_processes_the_first_that_fails_is_raised_and_the_others_are_ended(step):
+    works = [{"do": "well", "number": number} for number in (1, 2)]
+    assert own_process.in_own_processes(step, works) == works
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="the reason of it"):
+        own_process.in_own_processes(step, [{"do": "wait"}, {"do": "ValueError"}])
+    assert time.monotonic() - started < 55, "the other one waits for a minute"
 
 
 @pytest.mark.parametrize("kind", ["ValueError", "FileNotFoundError", "PermissionError", "IsADirectoryError"])
