@@ -29,7 +29,7 @@ SIZES   ?=
 # Test processes side by side; each takes about 1.5 GB.
 JOBS    ?= 2
 
-.PHONY: help setup run rounds frontier test test-slow test-gpu test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench bench-data ui images sbom clean
+.PHONY: help setup run rounds frontier test test-slow test-gpu test-cluster test-mlflow test-images test-report screenshot lint format compile check-compiled check-manifests bench bench-svd bench-data ui images sbom clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -108,6 +108,9 @@ bench: setup ## Measure one training step of ours, of full fine-tuning and of PE
 
 bench-data: setup ## Measure preparing, resolving and planning 10,000 and 100,000 chats (minutes): SIZES=10000,100000,1000000
 	$(BIN)/python -m benchmarks.data $(if $(SIZES),--sizes '$(SIZES)')
+
+bench-svd: setup ## Measure what the split of a weight costs, anew and from the last round's (two minutes on a quiet core)
+	$(BIN)/python -m benchmarks.svd
 
 frontier: setup ## Measure what each method learns and how far the model drifts for it (hours on a CPU; resumes)
 	$(BIN)/python -m benchmarks.frontier
