@@ -10,7 +10,7 @@ from osft.data.packing import Batching
 from osft.models.likelihood import target_logits
 from osft.models.loading import UnsupportedModelError, empty_model
 from osft.models.weight_files import DamagedFileError
-from osft.subspace.preflight import Preflight, preflight
+from osft.subspace.preflight import Preflight, examine, preflight
 from osft.subspace.random_weights import compute_one_block_of_each_kind, fill_at_random
 from tests.conftest import byte_tokenizer
 
@@ -107,6 +107,21 @@ def test_a_model_of_any_size_is_tried_in_little_memory(tmp_path):
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()}
     assert sum(storages.values()) < 150e6
     assert sum("forward" in vars(block) for block in model.model.layers) == 63
+
+
+def test_wide_mlps_are_cut_unless_other_shapes_depend_on_them(tmp_path, monkeypatch):
+    widths = []
+
+    def refuse_cut(model, *, name):
+        widths.append(model.model.layers[0].mlp.up_proj.weight.shape[0])
+        if widths[-1] < 2048:
+            raise UnsupportedModelError("shapes do not fit")
+        return examine(model, name=name)
+
+    monkeypatch.setattr("osft.subspace.preflight.examine", refuse_cut)
+    found = preflight(saved(LlamaConfig(**LLAMA | {"intermediate_size": 2048}), tmp_path))
+    assert found.batching is Batching.PACKED
+    assert widths == [1024, 2048]
 
 
 def test_blocks_of_another_kind_are_all_computed(tmp_path):

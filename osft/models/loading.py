@@ -158,11 +158,13 @@ def empty_model(
     *,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    max_mlp_width: int | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a folder with its parameters on the meta device and its buffers computed.
 
-    It costs no memory beyond the buffers.
+    It costs no memory beyond the buffers. `max_mlp_width`: MLPs with more `intermediate_size` get that much, for who
+    asks what the model's code does.
     `attn_implementation` None is SDPA, or "eager" for an architecture that does not support it (Gemma 2, gpt-oss).
     Dropout is off: with it, the loss would depend on how samples are packed and spread over processes.
 
@@ -172,6 +174,10 @@ def empty_model(
     if not (Path(model_path) / "config.json").is_file():
         raise FileNotFoundError(f"{model_path} is not a model folder: it has no config.json")
     config = without_dropout(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code))
+    text_config = config.get_text_config()
+    width = getattr(text_config, "intermediate_size", None)
+    if max_mlp_width and isinstance(width, int) and width > max_mlp_width:
+        text_config.intermediate_size = max_mlp_width
     build = auto_class(config).from_config
     try:
         with no_init_weights(), _LargeOnMeta():

@@ -40,6 +40,8 @@ _LENGTHS = (9, 14, 11)
 """Tokens of the samples that are tried."""
 _LARGEST_GRADIENT = 2**26
 """Elements of the largest weight whose training is tried: that of a stack of experts forms a gradient of its size."""
+_MLP_WIDTH = 1024
+"""The MLPs of a large model, most of its numbers, are cut to so many first: what its code does is the same."""
 _CUT = 8
 """Tokens that are left of the second one, to see whether it misses what follows."""
 
@@ -96,7 +98,10 @@ def preflight(
         CheckpointReader(folder)
     key = ((folder / "config.json").read_bytes(), attn_implementation)
     if trust_remote_code or key not in _tried:  # custom code is no part of the key
-        _tried[key] = _preflight(folder, attn_implementation, trust_remote_code)
+        try:
+            _tried[key] = _preflight(folder, attn_implementation, trust_remote_code, _MLP_WIDTH)
+        except Exception:  # perhaps other shapes depend on that width; what else is wrong is so again
+            _tried[key] = _preflight(folder, attn_implementation, trust_remote_code, None)
     found, vocabulary = _tried[key]
     if any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
         _check_tokenizer(folder, vocabulary, trust_remote_code)
@@ -146,10 +151,15 @@ def _vocabulary(model: PreTrainedModel) -> int:
     return int(embeddings.weight.shape[0])
 
 
-def _preflight(folder: Path, attn_implementation: str | None, trust_remote_code: bool) -> tuple[Preflight, int]:
+def _preflight(
+    folder: Path, attn_implementation: str | None, trust_remote_code: bool, max_mlp_width: int | None
+) -> tuple[Preflight, int]:
     varlen = attn_implementation not in (None, "sdpa", "eager")
     model = empty_model(
-        folder, attn_implementation=None if varlen else attn_implementation, trust_remote_code=trust_remote_code
+        folder,
+        attn_implementation=None if varlen else attn_implementation,
+        max_mlp_width=max_mlp_width,
+        trust_remote_code=trust_remote_code,
     )
     if varlen and not has_flash_attention(model):
         raise ValueError(
