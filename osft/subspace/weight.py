@@ -127,6 +127,10 @@ class OSFTWeight(nn.Module):
         """The dense weight W that the forward pass uses."""
         raise NotImplementedError
 
+    def bases(self) -> list[nn.Parameter]:
+        """Those of `left_basis` and `right_basis` that the split has."""
+        return [basis for basis in (self.left_basis, self.right_basis) if basis is not None]
+
     @torch.no_grad()
     def fill_(self, factors: Factors) -> None:
         """Take the dense weight as W0 and `factors` as its split."""

@@ -21,7 +21,7 @@ from osft.models.likelihood import ELEMENTS_AT_ONCE, target_logits
 from osft.process.private_names import set_attention
 from osft.subspace.model import osft_layers
 from osft.subspace.targets import transformer_blocks
-from osft.training.sharded_model import local_rows
+from osft.training.sharded_model import gathered_dtype, local_rows
 
 CONTEXT_BYTES = 2**30
 """Allowance for what CUDA and its libraries take before the first tensor: context, kernels, workspaces."""
@@ -49,7 +49,7 @@ def static_lines(model: PreTrainedModel, world_size: int = 1) -> list[MemoryLine
     """
     layers = [layer for _, layer in osft_layers(model)]
     coefficients = [layer.coefficients for layer in layers]
-    bases = [basis for layer in layers for basis in (layer.left_basis, layer.right_basis) if basis is not None]
+    bases = [basis for layer in layers for basis in layer.bases()]
     base_weights = [layer.base_weight for layer in layers]
     frozen = [layer.frozen_basis for layer in layers if layer.frozen_basis is not None]
     own = {id(tensor) for tensor in (*coefficients, *bases, *base_weights, *frozen)}
@@ -93,16 +93,24 @@ def gathered_line(model: PreTrainedModel, world_size: int) -> MemoryLine:
     """What FSDP2 gathers from the other processes while it computes."""
     if world_size == 1:
         return MemoryLine("gathered by FSDP2", 0, "nothing: there is one process")
+    dtype = gathered_dtype(model)
+
+    def gathered(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in parameters)
+
     blocks = [list(block.parameters()) for block in transformer_blocks(model)[1]]
     inside = {id(parameter) for block in blocks for parameter in block}
-    root = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
-    largest = max(sum(parameter.nbytes for parameter in block) for block in blocks)
-    gradients = max(sum(parameter.nbytes for parameter in block if parameter.requires_grad) for block in blocks)
+    root = gathered(parameter for parameter in model.parameters() if id(parameter) not in inside)
+    largest = max(gathered(block) for block in blocks)
+    trained = [[parameter for parameter in block if parameter.requires_grad] for block in blocks]
+    gradients = max(gathered(block) for block in trained)
+    reduced = max(sum(4 * parameter.numel() for parameter in block) for block in trained)
     return MemoryLine(
         "gathered by FSDP2",
-        root + 2 * largest + 2 * gradients,
+        root + 2 * largest + gradients + reduced,
         f"whole: embeddings and head ({_mib(root)}), the largest block and the prefetched next one "
-        f"(2 x {_mib(largest)}), a block's gradients and the copy that is reduced (2 x {_mib(gradients)})",
+        f"(2 x {_mib(largest)}), a block's gradients ({_mib(gradients)}) and the float32 copy that is reduced "
+        f"({_mib(reduced)})",
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
@@ -70,9 +70,10 @@ def load_sharded(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ties = _ties(model)
     if mesh:
+        policy = MixedPrecisionPolicy(gathered_dtype(model), reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in transformer_blocks(model)[1]:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
     _load_bases(model, stored, factors, device, mesh)
     map_tensors(model, lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     for first, *others in ties:  # the line above makes two of a tied weight
@@ -81,6 +82,17 @@ def load_sharded(
             setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
     _load_tensors(model, stored, factors, rank, world_size)
     return model, stored
+
+
+def gathered_dtype(model: nn.Module) -> torch.dtype | None:
+    """In which FSDP2 gathers bases and coefficients, float32 where they are kept; None: as they are.
+
+    It is the weights' own, in which the layers compute with them: half the bytes in bfloat16, and one cast a shard.
+    Their gradients are added up in float32. None of a model whose weights have several: the others would be cast, too.
+    """
+    own = {id(each) for _, layer in osft_layers(model) for each in (layer.coefficients, *layer.bases())}
+    dtypes = {parameter.dtype for parameter in model.parameters() if id(parameter) not in own}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def local_rows(size: int, rank: int, world_size: int) -> tuple[int, int]:
