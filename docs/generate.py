@@ -1,4 +1,7 @@
-"""Write docs/reference.md from signatures, docstrings and the tests' markers: `python -m docs.generate [--check]`."""
+"""Write the documents that code says: `python -m docs.generate [--check]`.
+
+docs/reference.md from signatures, docstrings and the tests' markers, docs/scaling.md from the dry run's formulas.
+"""
 
 import ast
 import inspect
@@ -13,6 +16,7 @@ from typing import Any, get_args
 import typer.main
 from pydantic.fields import FieldInfo
 
+from docs import scaling
 from osft.api import osft
 from osft.cli import app
 from osft.kubernetes.settings import PyTorchJobSettings
@@ -24,6 +28,7 @@ from osft.training.result import TrainResult
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "reference.md"
+SCALING = ROOT / "docs" / "scaling.md"
 CONTRACT = ROOT / "tests" / "contract.json"
 
 _WHERE_PARAMETERS_GO = (
@@ -235,12 +240,12 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def main() -> None:
-    """Write the file, or with --check fail if it is not current."""
-    current = render()
-    if sys.argv[1:] != ["--check"]:
-        TARGET.write_text(current, encoding="utf-8")
-    elif not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != current:
-        sys.exit(f"{TARGET} is stale: run `make compile` and commit it")
+    """Write the files, or with --check fail if one is not current."""
+    for target, current in ((TARGET, render()), (SCALING, scaling.render())):
+        if sys.argv[1:] != ["--check"]:
+            target.write_text(current, encoding="utf-8")
+        elif not target.is_file() or target.read_text(encoding="utf-8") != current:
+            sys.exit(f"{target} is stale: run `make compile` and commit it")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     """
     folder = model_folder(config.model_path, weights=False)
     found = check_model(config, folder)
-    model, total_parameters, notes = _described_model(config, folder)
+    model, total_parameters, notes = described_model(config, folder)
     data = count_data(config, folder)
     if data.tokens is None:
         bound = data.samples * config.max_seq_len
@@ -165,27 +165,10 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
         notes.insert(0, warning)
 
     layers = [layer for _, layer in osft_layers(model)]
-    attention = config.attn_implementation or attention_of(model.config)
-    if attention == "sdpa" and found.batching is Batching.PADDED:
-        attention = "flash"  # a row that holds one sample needs no mask, and SDPA without one saves as little
-    kind = use_counted_attention(model, attention)
-    tokens = config.max_tokens_per_gpu
-    loss_tokens = math.ceil(data.largest_loss_share * tokens)
-    batch = collate([Sample([0] * tokens, [0] * tokens)], found.batching).to("meta")
-    try:
-        activations = count_activations(model, batch)
-    except Exception as error:  # of an architecture that computes with numbers or masks, which shapes do not have
-        activations = None
-        problem = f"{type(model).__name__} cannot be computed on shapes alone ({type(error).__name__}: {error})"
+    fixed, activations, problem = lines_of_tokens(model, config, found.batching, data.largest_loss_share)
+    if problem:
         notes.insert(0, f"The memory is without activations, and so too small: {problem}.")
-    fixed = [_activations_line(activations, config, kind), logits_line(model, loss_tokens)]
-
-    def estimate(gpus: int) -> MemoryEstimate:
-        lines = [*static_lines(model, gpus), gathered_line(model, gpus), *fixed]
-        allowance = allowance_line(sum(line.bytes for line in lines), gpus)
-        return MemoryEstimate(gpus, (*lines, allowance))
-
-    sizes = [estimate(gpus) for gpus in _sizes(config)]
+    sizes = [memory_estimate(model, gpus, fixed) for gpus in _sizes(config)]
     smallest = next((e.gpus for e in sizes if e.bytes <= gpu_memory_gib * 2**30), None)
     columns = {*_asked_for(config), *([smallest] if smallest else [])}
     if smallest is None:
@@ -207,7 +190,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
         total_parameters=total_parameters,
         num_target_weights=len(layers),
         ranks=(min(ranks), max(ranks)),
-        memory=tuple(estimate(gpus) for gpus in sorted(columns)),
+        memory=tuple(memory_estimate(model, gpus, fixed) for gpus in sorted(columns)),
         gpu_memory_gib=gpu_memory_gib,
         smallest_fit=smallest,
         activations_counted=activations is not None,
@@ -215,7 +198,35 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     )
 
 
-def _described_model(config: TrainConfig, folder: Path) -> tuple[PreTrainedModel, int, list[str]]:
+def lines_of_tokens(
+    model: PreTrainedModel, config: TrainConfig, batching: Batching, loss_share: float
+) -> tuple[list[MemoryLine], Activations | None, str]:
+    """Activations and logits of a micro-batch of which `loss_share` has a loss, on any number of GPUs.
+
+    model: on the meta device. Returns the activations, too, or None and why they could not be counted.
+    """
+    attention = config.attn_implementation or attention_of(model.config)
+    if attention == "sdpa" and batching is Batching.PADDED:
+        attention = "flash"  # a row that holds one sample needs no mask, and SDPA without one saves as little
+    kind = use_counted_attention(model, attention)
+    tokens = config.max_tokens_per_gpu
+    batch = collate([Sample([0] * tokens, [0] * tokens)], batching).to("meta")
+    activations, problem = None, ""
+    try:
+        activations = count_activations(model, batch)
+    except Exception as error:  # of an architecture that computes with numbers or masks, which shapes do not have
+        problem = f"{type(model).__name__} cannot be computed on shapes alone ({type(error).__name__}: {error})"
+    lines = [_activations_line(activations, config, kind), logits_line(model, math.ceil(loss_share * tokens))]
+    return lines, activations, problem
+
+
+def memory_estimate(model: PreTrainedModel, gpus: int, fixed: Sequence[MemoryLine]) -> MemoryEstimate:
+    """The peak on one of `gpus` GPUs of a model with its OSFT layers; `fixed`: `lines_of_tokens`."""
+    lines = [*static_lines(model, gpus), gathered_line(model, gpus), *fixed]
+    return MemoryEstimate(gpus, (*lines, allowance_line(sum(line.bytes for line in lines), gpus)))
+
+
+def described_model(config: TrainConfig, folder: Path) -> tuple[PreTrainedModel, int, list[str]]:
     """The model with its OSFT layers on the meta device, its number of parameters without them, and notes."""
     notes = []
     if not (folder / "config.json").is_file():

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
+from docs import scaling
 from osft import osft
 from osft.data.chat import Sample
 from osft.data.packing import collate
@@ -309,6 +310,14 @@ def test_lines_of_llama_8b_add_up(eight_billion):
         assert one[name] == 8 * eight[name]
     assert one["weights"] == 2 * eight_billion.total_parameters
     assert one["coefficients"] == 16 * eight_billion.trainable_parameters
+
+
+def test_document_about_scaling_says_what_the_dry_run_does(eight_billion):
+    found = scaling.counts(scaling.LLAMA_8B, "OSFT on weights, complement", 8, tokens=8192, checkpointing=False)
+    expected = bytes_by_name(eight_billion, 8)
+    assert {name: found[f"memory: {name}"] for name in expected} == pytest.approx(expected, rel=1e-7)
+    assert found["trained"] == eight_billion.trainable_parameters
+    assert found["parameters"] == eight_billion.total_parameters
 
 
 def test_plan_as_dict_survives_json_and_holds_the_sums(eight_billion):
