@@ -8,7 +8,9 @@ predictions, and it predicts forgetting whatever the method (Shenfeld et al. 202
 
 The models are computed in float32. In bfloat16 the rounding of the activations alone counts as about 0.002 nats per
 token (SmolLM2-135M on English prose: a drift of 0.00004 reads as 0.0020, 0.0038 as 0.0062, 0.0339 as 0.0358), which is
-more than a careful round moves; only a GPU that cannot hold both models in float32 compares them like this.
+more than a careful round moves; only GPUs that cannot hold both models in float32 compare them like this. Both are in
+memory together, each spread over all GPUs, since the logits of a whole set would be more than a model; what has no room
+there even so is copied from the CPU's memory while it computes.
 
 Its standard error is that of a ratio of two sums over records, as the loss's (`osft.evaluation.scoring`).
 """
@@ -27,9 +29,7 @@ from osft.evaluation.record import SetDrift
 from osft.evaluation.scoring import MAX_TEXT_TOKENS, micro_batches
 from osft.models.checkpoint import CheckpointReader
 from osft.models.likelihood import kl_divergence, residuals, stderr_of_sum, target_logits
-
-_FOR_ACTIVATIONS = 0.15
-"""Share of a GPU's memory."""
+from osft.models.loading import ROOM_FOR_WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ def measure_drift(
     """The divergence of `model` from `reference` on `records` (at least one), of answers or of plain texts.
 
     tokenizers: the reference's and the model's. None if the two read the records as different tokens, or give
-    probabilities to different numbers of them: then there is nothing to compare. Both models are on one device, and
-    samples are batched to at most `max_tokens` tokens.
+    probabilities to different numbers of them: then there is nothing to compare. Both models take inputs on one
+    device, and samples are batched to at most `max_tokens` tokens.
     """
     samples, others = (
         [tokenize(record, tokenizer, max_text_tokens=MAX_TEXT_TOKENS) for record in records] for tokenizer in tokenizers
@@ -85,8 +85,8 @@ def measure_drift(
 
 def drift_dtype(folders: Sequence[Path]) -> torch.dtype:
     """What the models of these folders, of which two at a time are compared, are to be computed in."""
-    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-    if memory is None:
+    memory = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count()))
+    if not memory:
         return torch.float32
     readers = [CheckpointReader(folder) for folder in folders]
     sizes = sorted(sum(reader.empty(name).numel() for name in reader.names()) for reader in readers)
@@ -95,4 +95,4 @@ def drift_dtype(folders: Sequence[Path]) -> torch.dtype:
 
 def dtype_that_fits(num_parameters: int, memory: int) -> torch.dtype:
     """float32 if so many parameters leave a share of so many bytes to the activations and logits, else bfloat16."""
-    return torch.float32 if 4 * num_parameters <= (1 - _FOR_ACTIVATIONS) * memory else torch.bfloat16
+    return torch.float32 if 4 * num_parameters <= ROOM_FOR_WEIGHTS * memory else torch.bfloat16

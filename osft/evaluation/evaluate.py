@@ -75,8 +75,8 @@ def evaluate(
     """Measure the models on every set and benchmark, and compare the candidate with the others.
 
     models: "base", "champion" (may be absent) and "candidate" -> folder, URI or Hugging Face id. One model is in
-    memory at a time, and for the drift the candidate with one of the others, on one device in float32 (in bfloat16 if a
-    GPU has no room for both); and only if `score_store` (a path or URI) lacks one of their numbers.
+    memory at a time, and for the drift the candidate with one of the others, each over all GPUs, in float32 (in
+    bfloat16 if the GPUs have no room for both); and only if `score_store` (a path or URI) lacks one of their numbers.
     benchmarks: names of lm-evaluation-harness tasks, groups or tags (`osft.evaluation.benchmarks`), those in the YAML
     files of `benchmark_folder` among them, with the first `max_benchmark_samples` questions of each (0: all).
     max_tokens: of a micro-batch; None: `MAX_TOKENS` of the device.

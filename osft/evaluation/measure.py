@@ -142,13 +142,15 @@ class MeasuredModel:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        """The model, in evaluation mode on its device, and its tokenizer."""
+        """The model, in evaluation mode on its devices, and its tokenizer."""
         trust = self._trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=trust)
-        model: Any = load_model(self._folder, dtype=self._dtype, trust_remote_code=trust)
+        model: Any = load_model(self._folder, dtype=self._dtype, device=self._device, trust_remote_code=trust)
+        if self._exact and any(parameter.is_meta for parameter in model.parameters()):  # what the GPUs cannot hold
+            model = load_model(self._folder, dtype=self._dtype, trust_remote_code=trust)
         if self._exact:
             fill_exact_(model, self._folder)
-        return model.to(self._device), tokenizer
+        return model, tokenizer
 
     @cached_property
     def _preflight(self) -> Preflight:

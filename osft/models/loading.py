@@ -82,6 +82,10 @@ def _from_hub(model: str, folder: Path | None, *, weights: bool = True) -> Path:
         ) from error
 
 
+ROOM_FOR_WEIGHTS = 0.85
+"""Share of a GPU's free memory; the rest is for activations and logits."""
+
+
 class UnsupportedModelError(ValueError):
     """A model that cannot be trained as a causal language model, and why, in a line."""
 
@@ -117,14 +121,31 @@ def load_model(
     model_path: str | Path,
     *,
     dtype: torch.dtype,
+    device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model of a folder with its weights, in evaluation mode. Raises UnsupportedModelError as `auto_class`."""
+    """The model of a folder with its weights, in evaluation mode. Raises UnsupportedModelError as `auto_class`.
+
+    device "cuda": spread by blocks over all GPUs that the process sees, read straight to them. What has no room there
+    stays in the CPU's memory, from where a block is copied while it computes. Inputs are given on the first GPU, and
+    logits come there. Not yet run on several GPUs.
+    """
     config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    where: dict[str, Any] = {}
+    if torch.device(device).type == "cuda":
+        gpus = range(torch.cuda.device_count())
+        room: dict[int | str, int] = {gpu: int(ROOM_FOR_WEIGHTS * torch.cuda.mem_get_info(gpu)[0]) for gpu in gpus}
+        room["cpu"] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        where = {"device_map": "auto", "max_memory": room}
     model: PreTrainedModel = auto_class(config).from_pretrained(
-        model_path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        model_path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **where
     )
+    used: list[int | str] = list(getattr(model, "hf_device_map", {}).values())
+    head = model.get_output_embeddings()
+    if len(set(used)) > 1 and head is not None:  # whoever takes some positions of its inputs knows them there
+        first = torch.device("cuda", next(device for device in used if isinstance(device, int)))
+        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(first), *inputs[1:]))
     return model.eval()
 
 

@@ -336,13 +336,20 @@ def _common_memory(memory: int | None, feeding: Feeding) -> int:
 @torch.no_grad()
 def _weight_rms(model: nn.Module, targets: Sequence[Target]) -> float:
     """Root mean square of all target weights, over all processes' parts of them."""
-    weights = [model.get_parameter(target.tensor) for target in targets]
-    total = torch.zeros((), dtype=torch.float64, device=weights[0].device)
-    for weight in weights:
-        total += local(weight).double().square().sum()
-    if isinstance(weights[0], DTensor):
+    from accelerate.utils import align_module_device
+
+    total = torch.zeros((), dtype=torch.float64)
+    is_sharded = False
+    for target in targets:
+        owner, _, leaf = target.tensor.rpartition(".")
+        module = model.get_submodule(owner)
+        with align_module_device(module):  # what is elsewhere until it computes
+            weight = module.get_parameter(leaf)
+            total = total.to(weight.device) + local(weight).double().square().sum()
+            is_sharded = isinstance(weight, DTensor)
+    if is_sharded:
         torch.distributed.all_reduce(total)
-    return float(total / sum(weight.numel() for weight in weights)) ** 0.5
+    return float(total / sum(math.prod(target.shape) for target in targets)) ** 0.5
 
 
 def _curvature(sums: MomentSums, shapes: dict[str, tuple[int, ...]]) -> float:

@@ -82,7 +82,8 @@ class MomentSums:
                     rows = gradient.detach().reshape(-1, gradient.shape[-1]).float()
                     energies.add_(rows.square().sum())
                     # A layer that does not see token by token is measured whole.
-                    _add_squares(total, rows[drawn] if len(rows) == len(drawn) else rows, counts=True)
+                    chosen = rows[drawn.to(rows.device)] if len(rows) == len(drawn) else rows
+                    _add_squares(total, chosen, counts=True)
 
             return add_squares
         experts, each = _by_expert(use, use.inputs)

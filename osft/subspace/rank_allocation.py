@@ -117,12 +117,11 @@ def measure_importance(
 ) -> dict[str, float]:
     """Importance of each transformer block on a calibration sample: block name -> mean cosine over all its tokens.
 
-    The whole model is loaded on the device. Raises ValueError without samples, or for one that no micro-batch can hold.
+    The whole model is loaded. Raises ValueError without samples, or for one that no micro-batch can hold.
     """
     if not samples:
         raise ValueError("there is no calibration sample to measure the blocks' importance on")
-    model: Any = load_model(model_path, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.to(feeding.device)
+    model = load_model(model_path, dtype=dtype, device=feeding.device, trust_remote_code=trust_remote_code)
     stack, blocks = transformer_blocks(model)
     sums = dict.fromkeys((f"{stack}.{index}" for index in range(len(blocks))), 0.0)
     tokens, is_token = 0, torch.empty(0)
@@ -131,7 +130,9 @@ def measure_importance(
         def hook(_block: Any, positional: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             hidden = positional[0] if positional else named["hidden_states"]
             changed = output if isinstance(output, torch.Tensor) else output[0]
-            sums[name] += layer_importance(hidden[is_token], changed[is_token]) * int(is_token.sum())
+            chosen = is_token.to(changed.device)  # a block's own GPU
+            before, after = hidden.to(changed.device)[chosen], changed[chosen]
+            sums[name] += layer_importance(before, after) * int(is_token.sum())
 
         return hook
 

@@ -112,10 +112,10 @@ def _write(work: dict[str, Any]) -> dict[str, Any]:
     folder, trust = Path(work["model"]), work["trust_remote_code"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model: Any = load_model(folder, dtype=dtype, trust_remote_code=trust)
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     subspace = SubspaceConfig(**work["subspace"])
-    written_text(model.to(device), tokenizer, folder, work["store"], subspace, num_tokens=work["num_tokens"])
+    written_text(model, tokenizer, folder, work["store"], subspace, num_tokens=work["num_tokens"])
     return {}
 
 

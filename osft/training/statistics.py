@@ -106,8 +106,7 @@ def _measured(
 ) -> Statistics:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model: Any = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.to(device).eval()
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     targets = select_targets(model, subspace.target_patterns)
     default = default_text_tokens(targets)
     num_tokens = subspace.calibration_tokens
