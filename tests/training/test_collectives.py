@@ -14,6 +14,7 @@ from osft.data.packing import collate
 from osft.subspace.factor_store import precompute
 from osft.subspace.model import osft_layers
 from osft.subspace.targets import transformer_blocks
+from osft.subspace.weight import local
 from osft.training.loop import make_optimizer, train_step
 from osft.training.sharded_model import load_sharded
 from tests.training.test_plan import config, packed
@@ -41,7 +42,7 @@ class Collectives(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("free_subspace", ["complement", "core"])
-def test_a_step_gathers_each_block_twice_in_the_weights_dtype_and_reduces_coefficients_only(
+def test_no_tensor_is_whole_and_a_step_gathers_each_block_twice_in_the_weights_dtype_and_reduces_coefficients_only(
     model_folder, chats, tmp_path, free_subspace
 ):
     settings = config(model_folder, chats, dtype="bfloat16", free_subspace=free_subspace)
@@ -50,6 +51,8 @@ def test_a_step_gathers_each_block_twice_in_the_weights_dtype_and_reduces_coeffi
     try:
         mesh = init_device_mesh("cpu", (WORLD_SIZE,))
         model, _ = load_sharded(settings, settings.model_path, factors, device=torch.device("cpu"), mesh=mesh)
+        tensors = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if "rotary" not in name)]
+        assert {local(tensor).numel() * WORLD_SIZE for tensor in tensors} == {tensor.numel() for tensor in tensors}
         optimizer = make_optimizer(model, settings, fused=False)
         with Collectives() as seen:
             train_step(model.train(), optimizer, [collate(packed(64))], num_loss_tokens=60, world_size=WORLD_SIZE)
