@@ -52,7 +52,8 @@ def counts(
     """What one step of one micro-batch on each of `gpus` GPUs takes of a Llama with this config.json.
 
     Bytes a GPU: "memory: …" and, received in a step, "wire: …". Operations: "token", of one token in the computation's
-    dtype, and "step", of all GPUs together once a step in float32. Numbers: "parameters", "targets" and "trained".
+    dtype; once a step, in float32, "step", of all GPUs together, and "step on each" that each does alike. Numbers:
+    "parameters", "targets" and "trained".
     """
     values = json.dumps(shape)
     two, three = (_of_blocks(values, method, blocks, gpus, tokens, checkpointing) for blocks in (2, 3))
@@ -121,7 +122,8 @@ def _of_model(
         "wire: reduced": others * 4 * trained,
         "wire: refreshed": others * sum(refreshed_bytes(layer) for layer in layers),
         "token": float(per_token),
-        "step": float(sum(_operations_per_step(layer) for layer in layers)),
+        "step": float(sum(_operations_per_step(layer)[0] for layer in layers)),
+        "step on each": float(sum(_operations_per_step(layer)[1] for layer in layers)),
         "parameters": float(parameters),
         "targets": float(targets),
         "trained": float(trained),
@@ -136,15 +138,17 @@ def _operations_per_token(layer: OSFTWeight, forward_passes: int) -> int:
     return right + left + 2 * layer.coefficients.numel()
 
 
-def _operations_per_step(layer: OSFTWeight) -> int:
-    """Of `OSFTWeight.refresh_`: L X R^T, and the projection of a long side."""
+def _operations_per_step(layer: OSFTWeight) -> tuple[int, int]:
+    """Of `OSFTWeight.refresh_`, L X R^T and the projection of a long side: of all GPUs together, and of each alike."""
     m, n = layer.base_weight.shape
-    operations = 2 * m * n * layer.rank
+    shared, repeated = 2 * m * n * layer.rank, 0
     if layer.left_basis is not None and layer.right_basis is not None:
-        operations += 2 * layer.rank**2 * n
+        repeated += 2 * layer.rank**2 * n
     if layer.frozen_basis is not None:
-        operations += 4 * m * n * layer.rank + 4 * layer.frozen_basis.numel() * layer.rank
-    return operations
+        shared += 4 * m * n * layer.rank
+        short_side = 4 * layer.frozen_basis.numel() * layer.rank
+        shared, repeated = (shared, short_side) if layer.left_basis is None else (shared + short_side, 0)
+    return shared, repeated
 
 
 def refreshed_bytes(layer: OSFTWeight) -> int:
@@ -191,7 +195,7 @@ def rate(device: str) -> float:
 
 
 def _seconds(found: Counts, tokens: int, gpus: int, fast: float, exact: float) -> float:
-    return found["token"] * tokens / fast + found["step"] / gpus / exact
+    return found["token"] * tokens / fast + (found["step"] / gpus + found["step on each"]) / exact
 
 
 def _check_rows(device: str) -> list[tuple[str, ...]]:
@@ -282,7 +286,7 @@ For G GPUs, T tokens in a micro-batch on each, target weights (m, n) of N number
 | | full fine-tuning | OSFT |
 | --- | --- | --- |
 | operations a token | (6 + 2c) N + 6 H | (4 + 2c) N + 4 H + 2 K + sum of (1 + c) 2 n r where there is a right basis and 2 m r where there is a left one |
-| operations a step, in float32 | – | sum of 2 m n r, three times that where a long side is projected; divided by G |
+| operations a step, in float32 | – | sum of 2 m n r, three times that where a long side is projected; divided by G. Each GPU alike: 2 r r n of "core" and square weights, 4 n (n - r) r of projected tall ones |
 | bytes a GPU holds | 16 (N + …) / G | (2 + 2) N / G, 16 K / G, bases and frozen bases in float32 / G |
 | bytes that reach a GPU | 2 x 2 bytes of each number in a block and 2 of the others for gathering, 4 of each gradient | the same, of weights, bases and X; 4 K for its gradient; `refresh` gathers its right bases, or what stands in [`weight.py`](../osft/subspace/weight.py) |
 
