@@ -44,6 +44,16 @@ BRANCHES = {
     "qwen2": (LLAMA | {"use_sliding_window": False, "sliding_window": 64}, True),
     "mistral": (LLAMA | {"sliding_window": 512}, False),
     "gemma3_text": (LLAMA | SLIDING | {"head_dim": 8}, False),
+    "gpt_neo": (
+        {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+        },
+        False,
+    ),
     "bloom": (SMALL | {"n_layer": 2, "n_head": 4}, False),
     "mamba": ({"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}, False),
 }

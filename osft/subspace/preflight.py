@@ -246,16 +246,20 @@ def _try_branches(model: PreTrainedModel, samples: Sequence[Sample]) -> bool:
     nothing of how far it is in a sample.
     """
     config = model.config.get_text_config()
-    windows = {getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")} - {None}
-    if set(getattr(config, "layer_types", None) or ["sliding" if windows else "full_attention"]) != {"full_attention"}:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    windows = [name for name, value in vars(config).items() if ("window" in name or "chunk" in name) and value]
+    if kinds - {"full_attention"} or (windows and not kinds):
         return False
-    beginning = samples[0].input_ids
-    answers = [Sample(beginning + sample.input_ids, [IGNORE] * len(beginning) + sample.labels) for sample in samples]
+    beginning, *others = samples
+    answers = [
+        Sample(beginning.input_ids + sample.input_ids, [IGNORE] * len(beginning.input_ids) + sample.labels)
+        for sample in others
+    ]
     try:
-        branched = target_logits(model, collate_branches([answers, answers[:1]]).to(model.device))
+        branched = target_logits(model, collate_branches([answers, answers[1:]]).to(model.device))
+        packed = target_logits(model, collate([*answers, answers[1]]).to(model.device))
     except Exception:  # it takes no mask of this form
         return False
-    packed = target_logits(model, collate([*answers, answers[0]]).to(model.device))
     return _difference(branched.float(), packed.float()) <= TOLERANCE
 
 
