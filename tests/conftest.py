@@ -134,7 +134,7 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from osft.tracking import runs
 
     folder = tmp_path_factory.mktemp("empty-registry")
-    runs.client("", folder)
+    runs.client(runs.local_tracking_uri(folder), folder)
     return folder / "mlflow" / "mlflow.db"
 
 
@@ -144,7 +144,7 @@ def mlflow(registry_root: Path, empty_registry: Path) -> Any:
 
     (registry_root / "mlflow").mkdir()
     shutil.copyfile(empty_registry, registry_root / "mlflow" / "mlflow.db")
-    return runs.client("", registry_root)
+    return runs.client(runs.local_tracking_uri(registry_root), registry_root)
 
 
 @pytest.fixture(scope="session")

@@ -114,7 +114,7 @@ def rounds(tmp_path, empty_registry) -> Rounds:
     database = root / "mlflow" / "mlflow.db"
     database.parent.mkdir(parents=True)
     shutil.copyfile(empty_registry, database)
-    return Rounds(str(root), runs.client("", root), tmp_path)
+    return Rounds(str(root), runs.client(runs.local_tracking_uri(root), root), tmp_path)
 
 
 def held(id: str) -> set[str]:
