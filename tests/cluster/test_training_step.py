@@ -283,7 +283,7 @@ def test_pods_without_a_shared_volume_train_the_same_from_an_object_store(
     tracking = f"sqlite:///{prepared['storage_root']}/mlflow/mlflow.db"
     step = training.start(**parameters, mlflow_tracking_uri=tracking)
     output = f"{bucket}/osft/rounds/{training.id}/train"
-    cluster.wait_until(lambda: _has_state(object_store, output), seconds=120)
+    cluster.wait_until(lambda: _has_state(object_store, output), seconds=200)
     training.kill("master-0")
     assert step.wait() == 0, step.log
     assert "train: resumes from" in step.log
