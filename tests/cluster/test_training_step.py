@@ -270,6 +270,7 @@ def test_secret_is_in_the_pods_environment_and_in_nothing_that_was_written(undis
     assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
 
 
+@pytest.mark.timeout(600)  # five processes import torch, two of them twice
 def test_pods_without_a_shared_volume_train_the_same_from_an_object_store(
     training, cluster, reference, object_store, bucket, prepared
 ):
