@@ -195,11 +195,7 @@ def _score_samples(
     device = next(model.parameters()).device
     nll = torch.zeros(len(samples), dtype=torch.float64)
     wrong = torch.zeros(len(samples), dtype=torch.int64)
-    batches = (
-        _branched(samples, groups, device, max_tokens, description)
-        if batching is Batching.BRANCHED
-        else micro_batches(samples, device, max_tokens, batching, description)
-    )
+    batches = micro_batches(samples, device, max_tokens, batching, description, groups=groups)
     for batch, sample_of_target in batches:
         logits = target_logits(model, batch)
         losses = cross_entropy(logits, batch.targets).double().cpu()
@@ -211,37 +207,30 @@ def _score_samples(
 
 
 def micro_batches(
-    samples: Sequence[Sample], device: torch.device, max_tokens: int, batching: Batching, description: str
+    samples: Sequence[Sample],
+    device: torch.device,
+    max_tokens: int,
+    batching: Batching,
+    description: str,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
     """All samples in micro-batches on a device, each with its targets' samples: (L,), int64, on the CPU.
 
-    A longer sample than `max_tokens` has one of its own. A progress bar shows `description`.
+    `groups`: which samples answer one prompt, for `Batching.BRANCHED`, where these share one copy of what they begin
+    with. A longer sample, or group, than `max_tokens` has a micro-batch of its own. A progress bar shows `description`.
     """
-    lengths = [len(sample.input_ids) for sample in samples]
+    branched = batching is Batching.BRANCHED
+    units = groups if branched and groups is not None else [[position] for position in range(len(samples))]
+    lengths = [num_tokens([samples[position] for position in unit]) for unit in units]
     (plan,) = plan_micro_batches(lengths, max(max_tokens, *lengths), batching=batching)
     with tqdm(total=sum(lengths), desc=description, unit="token", mininterval=5.0) as progress:
-        for packed in plan:
-            batch = collate([samples[position] for position in packed], batching)
-            yield batch.to(device), torch.tensor(packed)[batch.sample_of_target]
-            progress.update(int(batch.is_token.sum()))
-
-
-def _branched(
-    samples: Sequence[Sample],
-    groups: Sequence[Sequence[int]],
-    device: torch.device,
-    max_tokens: int,
-    description: str,
-) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
-    """As `micro_batches`, with one copy of what the samples of a group begin with."""
-    lengths = [num_tokens([samples[position] for position in group]) for group in groups]
-    (plan,) = plan_micro_batches(lengths, max(max_tokens, *lengths))
-    with tqdm(total=sum(lengths), desc=description, unit="token", mininterval=5.0) as progress:
         for chosen in plan:
-            batch = collate_branches([[samples[position] for position in groups[index]] for index in chosen])
-            positions = torch.tensor([position for index in chosen for position in groups[index]])
+            held = [[samples[position] for position in units[index]] for index in chosen]
+            batch = collate_branches(held) if branched else collate([sample for (sample,) in held], batching)
+            positions = torch.tensor([position for index in chosen for position in units[index]])
             yield batch.to(device), positions[batch.sample_of_target]
-            progress.update(batch.input_ids.numel())
+            progress.update(int(batch.is_token.sum()))
 
 
 @torch.no_grad()
