@@ -123,12 +123,6 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def registry_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A storage root whose MLflow database all tests share that give their models names of their own."""
-    return tmp_path_factory.mktemp("registry")
-
-
-@pytest.fixture(scope="session")
 def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with nothing in it, to be copied: to make one takes seconds."""
     from osft.tracking import runs
@@ -139,11 +133,18 @@ def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mlflow(registry_root: Path, empty_registry: Path) -> Any:
+def registry_root(tmp_path_factory: pytest.TempPathFactory, empty_registry: Path) -> Path:
+    """A storage root whose MLflow database all tests share that give their models names of their own."""
+    folder = tmp_path_factory.mktemp("registry")
+    (folder / "mlflow").mkdir()
+    shutil.copyfile(empty_registry, folder / "mlflow" / "mlflow.db")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mlflow(registry_root: Path) -> Any:
     from osft.tracking import runs
 
-    (registry_root / "mlflow").mkdir()
-    shutil.copyfile(empty_registry, registry_root / "mlflow" / "mlflow.db")
     return runs.client(runs.local_tracking_uri(registry_root), registry_root)
 
 

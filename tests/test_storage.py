@@ -213,7 +213,7 @@ def test_full_disk_is_named_before_anything_is_fetched(bucket, object_store, mon
 
 
 def test_missing_extra_is_named(bucket, monkeypatch):
-    client._connected.cache_clear()
+    monkeypatch.setattr(client, "_connected", client._connected.__wrapped__)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(ValueError, match=r"pip install 'osft\[s3\]'"):
