@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from docs import scaling
 from osft.api import osft
 from osft.cli import app
-from osft.kubernetes.settings import PyTorchJobSettings
+from osft.kubernetes.settings import JobSettings
 from osft.models.training_summary import FittedStep, SavedUpdate, TrainingSummary, TriedScale, WeightSummary
 from osft.settings import compatibility
 from osft.settings.base import default_text, meaning, type_text
@@ -67,7 +67,7 @@ def render() -> str:
                 _compatibility(),
                 "## The PyTorchJob",
                 _WHERE_JOB_SETTINGS_GO,
-                _settings(PyTorchJobSettings.model_fields),
+                _settings(JobSettings.model_fields),
                 "## The result",
                 _result(),
                 *_records(),

@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from osft.evaluation.gate import GateRules
-from osft.kubernetes.settings import PyTorchJobSettings
+from osft.kubernetes.settings import JobSettings
 from osft.orchestration import CompiledPipeline, pipeline_arguments
 from osft.settings.base import Settings
 from osft.settings.values import Boolean, Integer, Number, boolean, number
@@ -129,7 +129,7 @@ def test_gate_of_a_form_is_the_gate():
 
 def test_training_job_of_a_form_has_whole_numbers_all_the_way_down():
     """A form's mapping holds 300.0, which the API server refuses as `tolerationSeconds`."""
-    settings = PyTorchJobSettings.from_parameters(
+    settings = JobSettings.from_parameters(
         {
             "num_workers": 2.0,
             "gpus": "8",
@@ -144,7 +144,7 @@ def test_training_job_of_a_form_has_whole_numbers_all_the_way_down():
     assert "'weight': 50," in repr(settings.affinity)
     assert "0.5" in repr(settings.affinity)
     with pytest.raises(ValueError, match="gpus must be int, got 1.5"):
-        PyTorchJobSettings.from_parameters({"gpus": 1.5})
+        JobSettings.from_parameters({"gpus": 1.5})
 
 
 def test_pipeline_argument_of_a_form_is_a_number(tmp_path):

@@ -57,7 +57,7 @@ def train_osft(
         nproc_per_node: Processes; 0 for one per GPU. Not with a PyTorchJob, which has num_procs_per_worker.
         more_settings: Further settings of `osft train` by name, which go before those above.
         launcher: "local": processes of this step. "pytorchjob": a PyTorchJob of Kubeflow's training operator.
-        pytorchjob: Settings of the PyTorchJob by name (osft.kubernetes.settings.PyTorchJobSettings).
+        pytorchjob: Settings of the PyTorchJob by name (osft.kubernetes.settings.JobSettings).
         training_image: Image of the PyTorchJob's pods, unless pytorchjob has one.
         storage_claim: ReadWriteMany claim that the pods mount where the steps have it.
         storage_secret: Secret with the credentials of an s3:// storage_root, as the pods' environment.

@@ -1,1 +1,1 @@
-"""Training as a PyTorchJob of Kubeflow's training operator: its settings, its manifest, its life."""
+"""Training as a job on a cluster: its settings, its manifest, its life."""

@@ -21,11 +21,11 @@ from typing import Any
 
 import urllib3
 from kubeflow.training import TrainingClient
-from kubeflow.training.constants import constants
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config import ConfigException, list_kube_config_contexts
 from tenacity import RetryCallState, Retrying, retry_if_exception
 
+from osft.kubernetes.kinds import Resource
 from osft.training.job import JobUnreachable
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,16 @@ _TIMEOUT = (10, 30)  # seconds to connect and to answer in
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _REFUSED = {401, 403}
 _DOUBTED_SECONDS = 2.0  # a restarting server refuses everything for less than half a second
-_KIND = {"group": constants.GROUP, "version": constants.VERSION, "plural": constants.PYTORCHJOB_PLURAL}
 _READ_LOGS = "get pods/log"
 _SERVICE_ACCOUNT_NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
 class AlreadyExists(Exception):
-    """There is a job of that name."""
+    """There is an object of that name."""
+
+
+class NotServed(Exception):
+    """The API server knows no such objects, or not the namespace."""
 
 
 class ClusterApi:
@@ -60,61 +63,90 @@ class ClusterApi:
             client = TrainingClient(config_file=os.environ.get("KUBECONFIG"), namespace=self.namespace)
         except ConfigException as error:
             raise ValueError(
-                f"launcher=pytorchjob needs a cluster, and there is none: {error}. Run this step in a pod, or set "
-                "KUBECONFIG; or use launcher=local"
+                f"there is no cluster to train on: {error}. Run this step in a pod, or set KUBECONFIG; or use "
+                "launcher=local"
             ) from None
-        self._jobs, self._core = client.custom_api, client.core_api
+        self._custom, self._core = client.custom_api, client.core_api
 
-    def create_job(self, manifest: dict[str, Any]) -> None:
-        """Raises AlreadyExists, ValueError if the server refuses the manifest, PermissionError."""
+    def create(self, resource: Resource, manifest: dict[str, Any]) -> None:
+        """Raises AlreadyExists, NotServed, ValueError if the server refuses the manifest, PermissionError.
+
+        A field that the server does not know is refused, too; it would drop it otherwise.
+        """
         try:
             self._object(
-                "create PyTorchJobs",
-                lambda: self._jobs.create_namespaced_custom_object(
-                    **_KIND, namespace=self.namespace, body=manifest, _request_timeout=_TIMEOUT
+                f"create {resource.kind}s",
+                lambda: self._custom.create_namespaced_custom_object(
+                    **_address(resource),
+                    namespace=self.namespace,
+                    body=manifest,
+                    field_validation="Strict",
+                    _request_timeout=_TIMEOUT,
                 ),
             )
         except ApiException as error:
             if error.status == 409:
                 raise AlreadyExists from None
             if error.status == 404:
-                raise ValueError(
-                    f"the cluster knows no PyTorchJobs, or there is no namespace {self.namespace}. Is Kubeflow's "
-                    "training operator installed?"
-                ) from None
-            raise ValueError(f"the API server refused the PyTorchJob ({error.status}): {_message(error)}") from None
+                raise NotServed from None
+            raise ValueError(
+                f"the API server refused the {resource.kind} ({error.status}): {_message(error)}"
+            ) from None
 
-    def get_job(self, name: str) -> dict[str, Any] | None:
-        """The job, or None."""
-        job: dict[str, Any] | None = self._found(
-            "get PyTorchJobs",
-            lambda: self._jobs.get_namespaced_custom_object(
-                **_KIND, namespace=self.namespace, name=name, _request_timeout=_TIMEOUT
+    def ensure(self, resource: Resource, manifest: dict[str, Any]) -> None:
+        """Create the object unless there is one of its name. Raises as `create` does, but for AlreadyExists."""
+        if self.get(resource, manifest["metadata"]["name"]) is None:
+            try:
+                self.create(resource, manifest)
+            except AlreadyExists:
+                return  # made by another meanwhile
+
+    def get(self, resource: Resource, name: str) -> dict[str, Any] | None:
+        """The object, or None."""
+        found: dict[str, Any] | None = self._found(
+            f"get {resource.kind}s",
+            lambda: self._custom.get_namespaced_custom_object(
+                **_address(resource), namespace=self.namespace, name=name, _request_timeout=_TIMEOUT
             ),
         )
-        return job
+        return found
 
-    def delete_job(self, name: str, uid: str) -> None:
-        """Have the job `uid` deleted, after its pods. Nothing happens if it is gone or another one has its name."""
+    def serves(self, resource: Resource) -> bool:
+        """Whether the server is known to have such objects; False also without the right to ask."""
+        try:
+            self._object(
+                f"get {resource.kind}s",
+                lambda: self._custom.get_namespaced_custom_object(
+                    **_address(resource), namespace=self.namespace, name="any", _request_timeout=_TIMEOUT
+                ),
+            )
+        except ApiException as error:
+            return error.status == 404 and _names_object(error)
+        except (PermissionError, JobUnreachable):
+            return False
+        return True
+
+    def delete(self, resource: Resource, name: str, uid: str) -> None:
+        """Have the object `uid` deleted, after its pods. Nothing happens if it is gone or another has its name."""
         body = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
         try:
             self._found(
-                "delete PyTorchJobs",
-                lambda: self._jobs.delete_namespaced_custom_object(
-                    **_KIND, namespace=self.namespace, name=name, body=body, _request_timeout=_TIMEOUT
+                f"delete {resource.kind}s",
+                lambda: self._custom.delete_namespaced_custom_object(
+                    **_address(resource), namespace=self.namespace, name=name, body=body, _request_timeout=_TIMEOUT
                 ),
             )
         except ApiException as error:
             if error.status != 409:
                 raise
 
-    def pods(self, job: str) -> list[dict[str, Any]]:
-        """The pods of a job."""
+    def pods(self, label_selector: str) -> list[dict[str, Any]]:
+        """The pods that have the label `name=value`."""
         return self._items(
             "list pods",
             lambda: self._core.list_namespaced_pod(
                 self.namespace,
-                label_selector=f"{constants.JOB_NAME_LABEL}={job}",
+                label_selector=label_selector,
                 _preload_content=False,
                 _request_timeout=_TIMEOUT,
             ),
@@ -143,12 +175,17 @@ class ClusterApi:
         )
         return sorted(events, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
 
-    def log(self, pod: str, *, tail_lines: int) -> list[str]:
-        """The last lines of a pod's log; none if it cannot be read."""
+    def log(self, pod: str, container: str, *, tail_lines: int) -> list[str]:
+        """The last lines of the log of a pod's container; none if it cannot be read."""
 
         def read() -> str:
             response = self._core.read_namespaced_pod_log(
-                pod, self.namespace, tail_lines=tail_lines, _preload_content=False, _request_timeout=_TIMEOUT
+                pod,
+                self.namespace,
+                container=container,
+                tail_lines=tail_lines,
+                _preload_content=False,
+                _request_timeout=_TIMEOUT,
             )
             return bytes(response.data).decode("utf-8", "replace")
 
@@ -157,7 +194,7 @@ class ClusterApi:
         except (ApiException, PermissionError, JobUnreachable):
             return []  # 400: the container has not started
 
-    def follow_log(self, pod: str, *, since_seconds: int | None) -> Iterator[str]:
+    def follow_log(self, pod: str, container: str, *, since_seconds: int | None) -> Iterator[str]:
         """The lines of a pod's log with their timestamps, as they come, until the container or the connection ends.
 
         It is not repeated here: the caller knows which line it has seen last.
@@ -165,6 +202,7 @@ class ClusterApi:
         response = self._core.read_namespaced_pod_log(
             pod,
             self.namespace,
+            container=container,
             follow=True,
             timestamps=True,
             since_seconds=since_seconds,
@@ -247,6 +285,10 @@ class ClusterApi:
             raise JobUnreachable(f"the Kubernetes API did not answer for {self._patience:.0f} s: {error}") from None
         self._allowed.add(right)
         return answer
+
+
+def _address(resource: Resource) -> dict[str, str]:
+    return {"group": resource.group, "version": resource.version, "plural": resource.plural}
 
 
 def own_namespace() -> str:

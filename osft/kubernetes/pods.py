@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from kubeflow.training.constants import constants
-
+from osft.kubernetes.kinds import JobKind
 from osft.process.exit_codes import CONNECTION_LOST, INTERRUPTED
 
-_CONTAINER = constants.JOB_PARAMETERS[constants.PYTORCHJOB_KIND]["container"]
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
 _STARTING = {"ContainerCreating", "PodInitializing"}
 
@@ -34,10 +32,17 @@ class PodEnd:
         return f"node {self.node_rank} (pod {self.pod}) ended {code} ({self.reason})"
 
 
-def node_rank(pod: dict[str, Any]) -> int:
-    """The pod's place in the job: the Master is 0, the Workers follow."""
-    labels = pod["metadata"].get("labels", {})
-    return int(labels.get(constants.REPLICA_INDEX_LABEL, 0)) + (labels.get(constants.REPLICA_TYPE_LABEL) == "worker")
+def newest_pods(pods: Iterable[dict[str, Any]], kind: JobKind) -> list[dict[str, Any]]:
+    """Of each node the pod that was made last, in the nodes' order: those that ended before may still be there."""
+    ordered = sorted(pods, key=lambda pod: _age(pod, kind))
+    newest = {kind.node_rank(pod): pod for pod in ordered}
+    return [newest[rank] for rank in sorted(newest)]
+
+
+def _age(pod: dict[str, Any], kind: JobKind) -> tuple[int, str, bool]:
+    """Sorts earlier pods before later ones; of those of the same second, the ones that have ended."""
+    ended = pod.get("status", {}).get("phase") in ("Failed", "Succeeded")
+    return kind.attempt(pod), pod["metadata"].get("creationTimestamp", ""), not ended
 
 
 def is_active(pod: dict[str, Any]) -> bool:
@@ -45,13 +50,13 @@ def is_active(pod: dict[str, Any]) -> bool:
     return pod.get("status", {}).get("phase") in ("Running", "Succeeded") and "deletionTimestamp" not in pod["metadata"]
 
 
-def pod_end(pod: dict[str, Any]) -> PodEnd | None:
+def pod_end(pod: dict[str, Any], kind: JobKind) -> PodEnd | None:
     """How the pod failed; None if it has not."""
     status = pod.get("status", {})
-    found = {"pod": pod["metadata"]["name"], "node_rank": node_rank(pod)}
+    found = {"pod": pod["metadata"]["name"], "node_rank": kind.node_rank(pod)}
     for container in status.get("containerStatuses", []):
         ended = container.get("state", {}).get("terminated")
-        if container["name"] == _CONTAINER and ended:
+        if container["name"] == kind.container and ended:
             if ended["exitCode"] == 0:
                 return None
             return PodEnd(
@@ -67,7 +72,7 @@ def pod_end(pod: dict[str, Any]) -> PodEnd | None:
     return None
 
 
-def end_in_events(pod: dict[str, Any], events: list[dict[str, Any]]) -> PodEnd | None:
+def end_in_events(pod: dict[str, Any], kind: JobKind, events: list[dict[str, Any]]) -> PodEnd | None:
     """How the pod that had this one's name before ended, by what the operator last said of it in the job's events."""
     name = pod["metadata"]["name"]
     for event in reversed(events):
@@ -75,7 +80,7 @@ def end_in_events(pod: dict[str, Any], events: list[dict[str, Any]]) -> PodEnd |
         if found:
             return PodEnd(
                 pod=name,
-                node_rank=node_rank(pod),
+                node_rank=kind.node_rank(pod),
                 exit_code=int(found[1]),
                 reason=event.get("reason", ""),
                 message="",
@@ -92,20 +97,30 @@ def root_failure(ends: Iterable[PodEnd]) -> PodEnd | None:
 
 
 def waiting_reason(
-    job: dict[str, Any], pods: list[dict[str, Any]], events: Callable[[str], list[dict[str, Any]]], *, expected: int
+    job: dict[str, Any],
+    pods: list[dict[str, Any]],
+    events: Callable[[str], list[dict[str, Any]]],
+    *,
+    kind: JobKind,
+    expected: int,
 ) -> str:
     """What a job that does not run yet waits for; "" if it is only starting. `events` gives those of an object."""
-    if job["spec"].get("runPolicy", {}).get("suspend"):
+    if kind.is_suspended(job):
         queue = job["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name")
         return f"suspended: waits for Kueue to admit it to the queue {queue}" if queue else "suspended"
     reasons = [reason for pod in pods if (reason := _pod_waits_for(pod, events))]
     if len(pods) < expected:
-        warnings = [e for e in events(job["metadata"]["name"]) if e.get("type") == "Warning"]
-        failed = [e for e in warnings if e.get("reason", "").startswith("Failed")]
+        warnings = [
+            e
+            for name in kind.event_sources(job["metadata"]["name"])
+            for e in events(name)
+            if e.get("type") == "Warning"
+        ]
+        failed = [e for e in warnings if "Failed" in e.get("reason", "")]
         if failed:
             reasons.append(f"{failed[-1]['reason']}: {failed[-1]['message']}")
-        elif not job.get("status", {}).get("conditions"):
-            reasons.append("the training operator has not taken the job up. Is it running?")
+        elif not kind.is_taken_up(job):
+            reasons.append(f"{kind.controller} has not taken the job up. Is it running?")
     return "; ".join(dict.fromkeys(reasons))
 
 
@@ -123,11 +138,6 @@ def _pod_waits_for(pod: dict[str, Any], events: Callable[[str], list[dict[str, A
             return f"{name} is in {waiting['reason']}: {waiting.get('message', '')}"
     warnings = [e for e in events(name) if e.get("type") == "Warning"]  # FailedMount, FailedAttachVolume, …
     return f"{name}: {warnings[-1]['reason']}: {warnings[-1]['message']}" if warnings else ""
-
-
-def moment(text: str | None) -> datetime:
-    """A time of the API, or now."""
-    return datetime.fromisoformat(text) if text else datetime.now(UTC)
 
 
 class LogPosition:

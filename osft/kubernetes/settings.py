@@ -1,4 +1,4 @@
-"""What a user sets of a PyTorchJob, as one validated structure: the pipeline's parameter `pytorchjob`."""
+"""What a user sets of a training job on a cluster, as one validated structure: the pipeline's parameter `job`."""
 
 import re
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def _quantity(value: str) -> str:
 Quantity = Annotated[str, AfterValidator(_quantity)]
 
 
-class PyTorchJobSettings(Settings):
+class JobSettings(Settings):
     """The pods that train, and how long they may. Every field has a default that works on a cluster with GPUs."""
 
     num_workers: Annotated[Integer, Field(ge=1, le=1000)] = 1
@@ -146,7 +146,7 @@ class PyTorchJobSettings(Settings):
         return self
 
     @classmethod
-    def from_parameters(cls, given: Mapping[str, Any]) -> "PyTorchJobSettings":
+    def from_parameters(cls, given: Mapping[str, Any]) -> "JobSettings":
         """The settings from named values. Raises ValueError for an unknown name and for what cannot be."""
         return cls(**{name: value for name, value in given.items() if value is not None})
 
@@ -172,23 +172,23 @@ def _check_reference(where: str, reference: Any, more_keys: set[str]) -> None:
     kinds = {"secret", "config_map"}
     if not (isinstance(reference, Mapping) and len(kinds & set(reference)) == 1):
         raise ValueError(
-            f"pytorchjob {where} must refer to a secret or a config map, like {{'secret': 'name'"
+            f"job {where} must refer to a secret or a config map, like {{'secret': 'name'"
             f"{', ' + repr('key') + ': ...' if more_keys else ''}}}. Values are refused: they would stand in the "
             "manifest for everyone to read"
         )
     refuse_unknown(reference, [*sorted(kinds), *sorted(more_keys)])
     missing = more_keys - set(reference)
     if missing:
-        raise ValueError(f"pytorchjob {where} has no {missing.pop()!r}")
+        raise ValueError(f"job {where} has no {missing.pop()!r}")
     (name,) = (reference[kind] for kind in kinds & set(reference))
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
-        raise ValueError(f"pytorchjob {where} does not hold the name of a secret or config map")
+        raise ValueError(f"job {where} does not hold the name of a secret or config map")
 
 
 def _check_volume(where: str, volume: Mapping[str, Any]) -> None:
     refuse_unknown(volume, ["claim", "mount_path", "read_only"])
     for key in ("claim", "mount_path"):
         if not isinstance(volume.get(key), str):
-            raise ValueError(f"pytorchjob {where} has no {key!r}")
+            raise ValueError(f"job {where} has no {key!r}")
     if not volume["mount_path"].startswith("/"):
-        raise ValueError(f"pytorchjob {where}: mount_path must be absolute, got {volume['mount_path']!r}")
+        raise ValueError(f"job {where}: mount_path must be absolute, got {volume['mount_path']!r}")

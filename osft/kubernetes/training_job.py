@@ -1,13 +1,15 @@
-"""From a training run's settings to its PyTorchJob."""
+"""From a training run's settings to its job on a cluster."""
 
 import logging
 import os
 from pathlib import PurePosixPath
 
 from osft.kubernetes.api import ClusterApi, own_namespace
-from osft.kubernetes.launcher import PyTorchJobLauncher
-from osft.kubernetes.manifest import JobIdentity, JobOwner, Storage, build_manifest, job_name, label_value
-from osft.kubernetes.settings import PyTorchJobSettings
+from osft.kubernetes.kinds import JobKind
+from osft.kubernetes.launcher import JobLauncher
+from osft.kubernetes.manifest import JobIdentity, JobOwner, Storage, job_name, label_value
+from osft.kubernetes.pytorchjob import PyTorchJob
+from osft.kubernetes.settings import JobSettings
 from osft.process import logs
 from osft.settings.training import TrainConfig
 from osft.training.job import train_arguments
@@ -17,27 +19,33 @@ logger = logging.getLogger(__name__)
 TASK = "train-osft"
 """The pipeline's task that this is the job of."""
 
+KINDS: tuple[JobKind, ...] = (PyTorchJob(),)
+"""What can train on a cluster."""
+
 
 def training_job(
     config: TrainConfig,
-    settings: PyTorchJobSettings,
+    settings: JobSettings,
     *,
+    launcher: str,
     image: str,
     storage: Storage,
     pipeline_run_id: str,
     mlflow_run_id: str,
-) -> PyTorchJobLauncher:
+) -> JobLauncher:
     """The launcher of the job that trains with `config` in each of its pods. Nothing is created yet.
+
+    `launcher` is the name of its kind, such as "pytorchjob".
 
     Raises ValueError for settings that cannot work and without a cluster.
     """
     if config.nnodes != 1 or config.nproc_per_node != "auto":
         raise ValueError(
-            "nnodes and nproc_per_node are set by the PyTorchJob: give num_workers and num_procs_per_worker there"
+            "nnodes and nproc_per_node are set by the job: give num_workers and num_procs_per_worker there"
         )
     image = settings.image or image
     if not image:
-        raise ValueError("pytorchjob has no image, and the pipeline was compiled without one. Set pytorchjob.image")
+        raise ValueError("the job has no image, and the pipeline was compiled without one. Set job.image")
     if storage.claim:
         mount = PurePosixPath(settings.storage_mount)
         for name in ("model_path", "data_path", "factors", "ckpt_output_dir"):
@@ -45,7 +53,7 @@ def training_job(
             if mount not in PurePosixPath(os.path.normpath(path)).parents:
                 raise ValueError(
                     f"{name} {path} is not below {mount}, where the pods have the claim {storage.claim}. Set "
-                    "pytorchjob.storage_mount to the folder where the steps have it"
+                    "job.storage_mount to the folder where the steps have it"
                 )
     api = ClusterApi(settings.namespace)
     identity = JobIdentity(
@@ -60,7 +68,9 @@ def training_job(
         log_context=logs.context_of(TASK, pipeline_run_id),
     )
     command = ["osft", *train_arguments(config)]
-    return PyTorchJobLauncher(api, build_manifest(identity, settings, image=image, command=command, storage=storage))
+    kind = next(kind for kind in KINDS if kind.launcher == launcher)
+    manifests = kind.manifests(identity, settings, image=image, command=command, storage=storage)
+    return JobLauncher(api, kind, manifests, other_kinds=[other for other in KINDS if other is not kind])
 
 
 def _owner(api: ClusterApi) -> JobOwner | None:

@@ -57,13 +57,13 @@ def pipeline_arguments(
 
 
 def _check_training_job(arguments: Mapping[str, Any]) -> None:
-    from osft.kubernetes.settings import PyTorchJobSettings
+    from osft.kubernetes.settings import JobSettings
 
     launcher = arguments.get("launcher", "local")
     if launcher not in ("local", "pytorchjob"):
         raise ValueError(f"launcher must be 'local' or 'pytorchjob', got {launcher!r}")
     try:
-        PyTorchJobSettings.from_parameters(arguments.get("pytorchjob", {}))
+        JobSettings.from_parameters(arguments.get("pytorchjob", {}))
     except ValueError as error:
         raise ValueError(f"pytorchjob: {str(error).removeprefix('pytorchjob ')}") from None
 

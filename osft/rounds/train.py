@@ -26,7 +26,7 @@ class LauncherSettings:
     launcher: str = "local"
     """"local": on this machine. "pytorchjob": in pods of a PyTorchJob, for which the rest is."""
     pytorchjob: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `osft.kubernetes.settings.PyTorchJobSettings`."""
+    """Fields of `osft.kubernetes.settings.JobSettings`."""
     training_image: str = ""
     storage_claim: str = ""
     storage_secret: str = ""
@@ -125,10 +125,10 @@ def _training_job(run: PipelineRun, config: TrainConfig, where: LauncherSettings
     if where.launcher != "pytorchjob":
         raise ValueError(f"launcher must be 'local' or 'pytorchjob', got {where.launcher!r}")
     from osft.kubernetes.manifest import Storage
-    from osft.kubernetes.settings import PyTorchJobSettings
+    from osft.kubernetes.settings import JobSettings
     from osft.kubernetes.training_job import training_job
 
-    settings = PyTorchJobSettings.from_parameters(where.pytorchjob)
+    settings = JobSettings.from_parameters(where.pytorchjob)
     if storage.is_remote(run.storage_root):
         volume = Storage(secret=where.storage_secret or None)
     else:
@@ -136,6 +136,7 @@ def _training_job(run: PipelineRun, config: TrainConfig, where: LauncherSettings
     job = training_job(
         config,
         settings,
+        launcher=where.launcher,
         image=where.training_image,
         storage=volume,
         pipeline_run_id=run.pipeline_run_id,

@@ -17,9 +17,10 @@ import pytest
 from kubernetes.client.exceptions import ApiException
 
 from osft.kubernetes.api import ClusterApi
-from osft.kubernetes.launcher import PyTorchJobLauncher
-from osft.kubernetes.manifest import JobIdentity, Storage, build_manifest
-from osft.kubernetes.settings import PyTorchJobSettings
+from osft.kubernetes.launcher import JobLauncher
+from osft.kubernetes.manifest import JobIdentity, Storage
+from osft.kubernetes.pytorchjob import PyTorchJob
+from osft.kubernetes.settings import JobSettings
 from osft.training.job import JobStatus, JobUnreachable, Limits, Phase, run_job
 from tests.cluster.cluster import Cluster
 
@@ -34,15 +35,16 @@ class Launched:
 
     def __init__(self, cluster: Cluster, folder: Path, script: str, settings: dict[str, Any], patience: float) -> None:
         api = ClusterApi(cluster.namespace, patience_seconds=patience)
-        self.settings = PyTorchJobSettings.from_parameters({"gpus": 0, "num_workers": 2} | settings)
-        self.manifest = build_manifest(
+        self.settings = JobSettings.from_parameters({"gpus": 0, "num_workers": 2} | settings)
+        manifests = PyTorchJob().manifests(
             JobIdentity(name=NAME, namespace=cluster.namespace),
             self.settings,
             image="registry.example/osft:1",
             command=["sh", "-c", script],
             storage=Storage(claim="osft-storage"),
         )
-        self.launcher = PyTorchJobLauncher(api, self.manifest, poll_seconds=POLL)
+        self.manifest = manifests[-1]
+        self.launcher = JobLauncher(api, PyTorchJob(), manifests, poll_seconds=POLL)
         self.output = folder / "output"
         self.printed = io.StringIO()
 
@@ -469,10 +471,10 @@ def test_deleting_a_job_that_is_gone_leaves_the_one_that_has_its_name_now(cluste
     launch("sleep 60").launcher.submit()
     (now,) = uids(cluster)
     api = ClusterApi(cluster.namespace)
-    api.delete_job(NAME, earlier)
+    api.delete(PyTorchJob.resource, NAME, earlier)
     (job,) = cluster.jobs()
     assert (job["metadata"]["uid"], job["metadata"].get("deletionTimestamp")) == (now, None)
-    api.delete_job(NAME, now)
+    api.delete(PyTorchJob.resource, NAME, now)
     cluster.wait_until(lambda: not cluster.jobs())
 
 

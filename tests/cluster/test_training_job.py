@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from osft.kubernetes.manifest import Storage
-from osft.kubernetes.settings import PyTorchJobSettings
+from osft.kubernetes.settings import JobSettings
 from osft.kubernetes.training_job import training_job
 from osft.settings.training import TrainConfig
 from osft.training.job import run_job
@@ -40,7 +40,8 @@ def job(*, storage=Storage(claim="osft-storage"), image=IMAGE, settings=None, **
     }
     return training_job(
         TrainConfig(**(config | given)),
-        PyTorchJobSettings(**({"gpus": 0} | (settings or {}))),
+        JobSettings(**({"gpus": 0} | (settings or {}))),
+        launcher="pytorchjob",
         image=image,
         storage=storage,
         pipeline_run_id="4f1c9f0e-53a8-4d0c-9f6e-0f8f4c1f2a77",
@@ -104,7 +105,7 @@ def test_launcher_uses_the_rights_of_the_role_and_no_others(cluster, tmp_path):
         pass
     cluster.recover()
     with redirect_stdout(io.StringIO()), pytest.raises(RuntimeError, match="ended with exit code 2"):
-        run_job(first, limits=PyTorchJobSettings().limits, output=tmp_path, poll_seconds=0.1)
+        run_job(first, limits=JobSettings().limits, output=tmp_path, poll_seconds=0.1)
     first.cancel()
     assert cluster.jobs() == []
     allowed = {
@@ -121,7 +122,7 @@ def test_launcher_uses_the_rights_of_the_role_and_no_others(cluster, tmp_path):
     ("given", "message"),
     [
         ({"nproc_per_node": 2}, "give num_workers and num_procs_per_worker there"),
-        ({"image": ""}, "Set pytorchjob.image"),
+        ({"image": ""}, "Set job.image"),
         ({"model_path": "/home/me/model"}, "model_path /home/me/model is not below /mnt/osft"),
         ({"ckpt_output_dir": "/mnt/osft/../other"}, "ckpt_output_dir .* is not below /mnt/osft"),
     ],
@@ -144,5 +145,5 @@ def test_object_store_needs_no_claim_and_gives_the_credentials_by_reference(clus
 
 def test_without_a_cluster_the_error_says_what_to_do(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="launcher=pytorchjob needs a cluster.*or use launcher=local"):
+    with pytest.raises(ValueError, match="there is no cluster to train on.*or use launcher=local"):
         job()

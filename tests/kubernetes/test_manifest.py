@@ -9,12 +9,12 @@ from osft.kubernetes.manifest import (
     JobIdentity,
     JobOwner,
     Storage,
-    build_manifest,
     differences,
     job_name,
     label_value,
 )
-from osft.kubernetes.settings import PyTorchJobSettings
+from osft.kubernetes.pytorchjob import PyTorchJob
+from osft.kubernetes.settings import JobSettings
 from osft.settings.training import TrainConfig
 from osft.training.job import train_arguments
 from tests.cluster.schema import job_problems, metadata_problems
@@ -57,12 +57,13 @@ EVERYTHING = {
 
 
 def manifest(given=None, *, storage=Storage(claim="osft-storage"), command=("osft", "train"), owner=None):  # noqa: B008
-    settings = PyTorchJobSettings.from_parameters(given or {})
+    settings = JobSettings.from_parameters(given or {})
     identity = JobIdentity(
         name=job_name(RUN, "train-osft"), namespace="user", labels={"osft/pipeline-run-id": RUN}, owner=owner
     )
     image = settings.image or "registry.example/osft:1"
-    return build_manifest(identity, settings, image=image, command=list(command), storage=storage)
+    (job,) = PyTorchJob().manifests(identity, settings, image=image, command=list(command), storage=storage)
+    return job
 
 
 def pod_specs(job):

@@ -3,6 +3,7 @@
 import pytest
 
 from osft.kubernetes.pods import waiting_reason
+from osft.kubernetes.pytorchjob import PyTorchJob
 
 STARTING = {"phase": "Pending", "containerStatuses": [{"state": {"waiting": {"reason": "ContainerCreating"}}}]}
 
@@ -13,4 +14,4 @@ STARTING = {"phase": "Pending", "containerStatuses": [{"state": {"waiting": {"re
 def test_pod_whose_volume_cannot_be_mounted_says_so(kind, reason):
     pod = {"metadata": {"name": "job-master-0"}, "status": STARTING}
     told = {"job-master-0": [{"type": kind, "reason": "FailedMount", "message": "no such export"}]}
-    assert waiting_reason({"spec": {}}, [pod], told.__getitem__, expected=1) == reason
+    assert waiting_reason({"spec": {}}, [pod], told.__getitem__, kind=PyTorchJob(), expected=1) == reason

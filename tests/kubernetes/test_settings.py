@@ -2,11 +2,11 @@
 
 import pytest
 
-from osft.kubernetes.settings import PyTorchJobSettings
+from osft.kubernetes.settings import JobSettings
 
 
 def settings(**given):
-    return PyTorchJobSettings.from_parameters(given)
+    return JobSettings.from_parameters(given)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_processes_follow_the_gpus_unless_they_are_given():
 
 
 def test_every_field_is_documented_and_has_a_default():
-    for name, field in PyTorchJobSettings.model_fields.items():
+    for name, field in JobSettings.model_fields.items():
         assert not field.is_required(), name
         assert len(field.description) > 15, name
 
