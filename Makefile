@@ -103,8 +103,13 @@ check-compiled: setup
 	@$(BIN)/python -m components.readme --check
 	@$(BIN)/python -m docs.generate --check
 
-bench: setup ## Measure one training step of ours, of full fine-tuning and of PEFT's OSF (under five minutes)
+bench: setup $(VENV)/peers/.complete ## Measure a training step of ours, full fine-tuning, LoRA, PEFT's OSF and mini-trainer (ten minutes)
 	$(BIN)/python -m benchmarks.step
+
+# mini-trainer, beside this project's own packages: without what it requires, which would change those.
+$(VENV)/peers/.complete: benchmarks/peers.txt $(VENV)/.complete
+	$(if $(filter uv,$(INSTALLER)),VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip,$(BIN)/python -m pip) install --no-deps --target $(VENV)/peers --requirement benchmarks/peers.txt
+	@touch $@
 
 bench-data: setup ## Measure preparing, resolving and planning 10,000 and 100,000 chats (minutes): SIZES=10000,100000,1000000
 	$(BIN)/python -m benchmarks.data $(if $(SIZES),--sizes '$(SIZES)')

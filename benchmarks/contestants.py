@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from benchmarks.peers import LORA_RANK, adapted
+from benchmarks.peers import LORA_RANK, adapted, mini_trainer_model, project_steps_
 from osft.data.chat import Sample
 from osft.data.packing import Feeding, MicroBatch, collate
 from osft.settings.subspace import SubspaceConfig
@@ -29,12 +29,14 @@ METHODS = {
     "full": "full fine-tuning, every parameter",
     "full_targets": "full fine-tuning of the same weights",
     "peft_osf": "PEFT OSF",
+    "mini_trainer": "mini-trainer OSFT",
     "lora": f"PEFT LoRA, rank {LORA_RANK}",
 }
 RATIO = 0.25
 STIFFNESS = 1.0
 """Any but 0 costs the same."""
-CALIBRATION_SAMPLES = 4
+CALIBRATION_SAMPLES, CALIBRATION_TOKENS = 4, 1024
+MAX_TOKENS = 4096
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,9 +52,9 @@ class Settings:
     vocab_size: int = 8192
     """The head is then 16 % of the linear weights: between an 8B Llama's 7 % and a 1B Llama's 21 %. Only full
     fine-tuning trains it, so a larger one would flatter every other method."""
-    micro_batches: int = 2
-    tokens: int = 1024
-    """Of one micro-batch, all of them in the loss."""
+    micro_batches: int = 4
+    tokens: int = 512
+    """Of one micro-batch, which is one sample, all of them in the loss."""
     repetitions: int = 5
     threads: int = 2
     seed: int = 0
@@ -98,7 +100,7 @@ def prepare(folder: Path, settings: Settings) -> dict[str, float]:
         num_attention_heads=settings.num_heads,
         num_key_value_heads=settings.num_key_value_heads,
         vocab_size=settings.vocab_size,
-        max_position_embeddings=max(settings.tokens, 2048),
+        max_position_embeddings=MAX_TOKENS,
         tie_word_embeddings=False,
     )
     with torch.device(settings.device):
@@ -107,14 +109,14 @@ def prepare(folder: Path, settings: Settings) -> dict[str, float]:
     with torch.no_grad():
         for target in select_targets(model):
             give_spectrum_(model.get_submodule(target.name).weight, generator)
-    samples = [random_sample(settings, settings.tokens, generator) for _ in range(CALIBRATION_SAMPLES)]
+    samples = [random_sample(settings, CALIBRATION_TOKENS, generator) for _ in range(CALIBRATION_SAMPLES)]
     seconds: dict[str, float] = {}
     with _timed(seconds, "statistics", settings.device):
         statistics = measure(
             model,
             select_targets(model),
             samples,
-            feeding=Feeding(max_tokens=max(settings.tokens, 2048), device=torch.device(settings.device)),
+            feeding=Feeding(max_tokens=MAX_TOKENS, device=torch.device(settings.device)),
         )
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     del model
@@ -171,8 +173,8 @@ def train_config(folder: Path, method: str, settings: Settings, learning_rate: f
         factors=json.loads((folder / "prepared.json").read_text())["factors"][method],
         ckpt_output_dir="unused",
         effective_batch_size=1,
-        max_tokens_per_gpu=settings.tokens,
-        max_seq_len=max(settings.tokens, 2),
+        max_tokens_per_gpu=MAX_TOKENS,
+        max_seq_len=MAX_TOKENS,
         learning_rate=learning_rate,
         dtype=settings.dtype,
         stiffness=STIFFNESS if method == "ours_activations" else 0.0,
@@ -197,9 +199,9 @@ def build(method: str, folder: Path, settings: Settings) -> Any:
         model.requires_grad_(False)
         for target in select_targets(model):
             model.get_submodule(target.name).weight.requires_grad_(True)
-    elif method == "peft_osf":
+    elif method in ("peft_osf", "mini_trainer"):
         with _svd_by_eigenvectors() if settings.device == "cuda" else nullcontext():
-            model = adapted(model, "peft_osf", RATIO)
+            model = adapted(model, "peft_osf", RATIO) if method == "peft_osf" else mini_trainer_model(model, RATIO)
     elif method == "lora":
         model = adapted(model, "lora")
     return model.train()
@@ -251,6 +253,8 @@ def stepper(model: nn.Module, config: TrainConfig) -> Callable[[Sequence[MicroBa
     """A function that does one training step on some micro-batches."""
     # As the worker does: the fused kernel, on a single process.
     optimizer = make_optimizer(model, config, fused=True)
+    if hasattr(model, "project_gradients"):
+        project_steps_(optimizer, model)
 
     def step(batches: Sequence[MicroBatch]) -> None:
         loss_tokens = sum(len(batch.targets) for batch in batches)

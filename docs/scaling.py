@@ -172,6 +172,8 @@ def _wire(found: Counts) -> float:
 
 def _measured(device: str) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"step_{device}.json").read_text())
+    if "shapes" in result:  # several lengths
+        result["methods"] = result["shapes"][str(result["settings"]["tokens"])]
     return result
 
 
