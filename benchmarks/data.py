@@ -1,4 +1,4 @@
-"""Data at the size that people have: seconds and memory of preparing, of finding what is new, and of planning.
+"""Data at the size that people have: seconds and memory of preparing, finding what is new, planning and evaluating.
 
     python -m benchmarks.data                               # 10,000 and 100,000 chats of about 300 tokens
     python -m benchmarks.data --sizes 10000,100000,1000000  # about an hour of one core, 10 GB of disk
@@ -6,9 +6,11 @@
 prepare     `osft.data.prepare`: chats as JSON lines -> a dataset of tokens and loss masks
 resolve     `osft.rounds.new_records`: which of them are not among ten million known records
 plan        `osft.data.packing`: their micro-batches of one epoch, for eight processes
+evaluate    `osft.evaluation.scoring`: their likelihood in a model of two narrow blocks, of at most 100,000
 
-Each is a fresh process. Memory is what it holds beside mapped files, which the kernel can drop, at its peak, with the
-imports and with what its own processes hold. The chats are words of Python's source, the tokenizer is trained on it.
+Each is a fresh process. CPU seconds are those of all of its processes. Memory is what it holds beside mapped files,
+which the kernel can drop, at its peak, with the imports and with what its own processes hold. The chats are words of
+Python's source, the tokenizer is trained on it.
 """
 
 import json
@@ -32,6 +34,8 @@ from benchmarks.texts import python_source
 from osft.data.packing import plan_micro_batches
 from osft.data.prepare import prepare
 from osft.data.record_hashes import HASH, read_hashes, union, write_hashes
+from osft.data.records import read_records
+from osft.evaluation.scoring import score_records
 from osft.rounds.new_records import find_new_records
 from osft.rounds.sources import open_source
 from osft.storage.atomic import write_json
@@ -40,6 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 KNOWN = 10_000_000
 TOKENS = 300
 MAX_TOKENS, PROCESSES = 8192, 8
+MOST_EVALUATED = 100_000
 SPREAD = 0.8
 """Standard deviation of the logarithm of a chat's length."""
 _CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -79,13 +84,19 @@ def write_chats(path: Path, count: int) -> None:
 def measure(step: str, folder: Path, count: int) -> dict[str, Any]:
     """Seconds and peak bytes of a step, and what it found. Runs in a process of its own."""
     chats = str(folder / f"{count}.jsonl")
-    work = {"prepare": _prepare, "resolve": _resolve, "plan": _plan}[step]
+    work = {"prepare": _prepare, "resolve": _resolve, "plan": _plan, "evaluate": _evaluate}[step]
     with _PeakMemory() as memory:
-        started, cpu = time.perf_counter(), time.process_time()
+        started, cpu = time.perf_counter(), _cpu_seconds()
         found = work(chats, folder, count)
-        return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu, **found} | {
+        return {"seconds": time.perf_counter() - started, "cpu_seconds": _cpu_seconds() - cpu, **found} | {
             "peak_bytes": memory.peak()
         }
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has started and that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _prepare(chats: str, folder: Path, count: int) -> dict[str, Any]:
@@ -108,6 +119,25 @@ def _plan(chats: str, folder: Path, count: int) -> dict[str, Any]:
         "lost": 1 - filled.sum() / (filled.size * MAX_TOKENS),
         "imbalance": filled.sum(axis=1).max() / filled.sum(axis=1).mean() - 1,
     }
+
+
+def _evaluate(chats: str, folder: Path, count: int) -> dict[str, Any]:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=MAX_TOKENS,
+        )
+    )
+    records = list(read_records(chats))
+    scores = score_records(model.eval(), tokenizer, records, max_tokens=512, description="evaluate")
+    return {"loss_tokens": sum(scores.num_loss_tokens)}
 
 
 class _PeakMemory:
@@ -150,10 +180,11 @@ def report(result: dict[str, Any], folder: Path) -> None:
     """Write data_cpu.json and data_cpu.md, and print the table."""
     rows = [
         f"| {row['step']} | {row['samples']:,} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | "
-        f"{row['peak_bytes'] / 2**20:,.0f} |"
+        f"{1e6 * row['cpu_seconds'] / row['samples']:.0f} | {row['peak_bytes'] / 2**20:,.0f} |"
         for row in result["measured"]
     ]
-    table = ["| | samples | seconds | CPU seconds of the main process | MiB |", "|---|---|---|---|---|", *rows]
+    head = "| | samples | seconds | CPU seconds | microseconds of CPU a sample | MiB |"
+    table = [head, "|---" * 6 + "|", *rows]
     machine = result["machine"]
     plans = [row for row in result["measured"] if row["step"] == "plan"]
     lines = [
@@ -182,7 +213,7 @@ def main(
     step: Annotated[str | None, typer.Option(hidden=True)] = None,
     folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Measure preparing, resolving and planning at several sizes, and write the table to --results."""
+    """Measure what is done with data at several sizes, and write the table to --results."""
     if step and folder:
         write_json(folder / "measured.json", measure(step, folder, int(sizes)))
         return
@@ -196,7 +227,7 @@ def main(
             write_hashes(where / f"known-{part}.bin", np.frombuffer(generator.bytes(KNOWN // 10 * 16), HASH))
         for count in map(int, sizes.split(",")):
             write_chats(where / f"{count}.jsonl", count)
-            for name in ("prepare", "resolve", "plan"):
+            for name in ("prepare", "resolve", "plan", *(["evaluate"] if count <= MOST_EVALUATED else [])):
                 print(f"{name} {count:,}", file=sys.stderr, flush=True)
                 command = [sys.executable, "-m", "benchmarks.data", "--step", name, "--folder", temporary]
                 subprocess.run([*command, "--sizes", str(count)], check=True, stdout=sys.stderr)
