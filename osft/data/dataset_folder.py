@@ -24,10 +24,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, List, Value, load_from_disk
+from datasets import Dataset, load_from_disk
 
 from osft import storage
 from osft.data.chat import IGNORE, Sample
+from osft.data.sample_table import SAMPLES, Row, to_batch
 from osft.storage.hashes import file_sha256, files_sha256
 from osft.storage.sealed import DamagedFile, read_sealed, write_sealed
 
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 4
 """Part of every dataset's hash: raise it when a preparation or the layout changes."""
 
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "source": Value("string")})
 _STATISTICS = "dataset.json"
 _WRITTEN = "written"
 """In dataset.json: the other files of the folder, each with its size and SHA-256."""
@@ -141,8 +141,8 @@ class SplitWriter:
         self._folder = folder
         self._max_seq_len = max_seq_len
         self._stream = folder.with_suffix(".arrow")
-        self._writer = pa.ipc.new_stream(str(self._stream), FEATURES.arrow_schema)
-        self._rows: list[tuple[np.ndarray, np.ndarray, str]] = []
+        self._writer = pa.ipc.new_stream(str(self._stream), SAMPLES)
+        self._rows: list[Row] = []
         self._buffered_tokens = 0
         self.num_samples = self.num_tokens = self.num_loss_tokens = 0
         self.longest_sample, self.longest_sample_source = 0, ""
@@ -200,11 +200,7 @@ class SplitWriter:
     def _flush(self) -> None:
         if not self._rows:
             return
-        input_ids, labels, sources = zip(*self._rows, strict=True)
-        offsets = pa.array(np.cumsum([0, *map(len, input_ids)]), pa.int32())
-        columns = [pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(part))) for part in (input_ids, labels)]
-        columns.append(pa.array(sources, pa.string()))
-        self._writer.write_batch(pa.record_batch(columns, schema=FEATURES.arrow_schema))
+        self._writer.write_batch(to_batch(self._rows))
         self._rows.clear()
         self._buffered_tokens = 0
 

@@ -1,9 +1,11 @@
 """Chats -> a validated, deduplicated, split and tokenized dataset on disk (see `osft.data.dataset_folder`)."""
 
 import logging
+import shutil
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ def prepare(
     loss on all messages but the system's. Samples longer than `max_seq_len` tokens are dropped and counted
     (`validation.jsonl` keeps them). A maximum of 0 uses all records; otherwise those with the smallest hashes are
     used, a sample that does not depend on their order. What is left out of training either way is not among the
-    records that the dataset says it took, and so is new to a later round. `report` gets the lines that say what was
+    records that the dataset says it took, and so is new to a later round. Killed, and called again, it reads everything
+    again and tokenizes what is left. `report` gets the lines that say what was
     found; by default they are logged. Memory holds a few hundred bytes of a record, however long it is, the disk below
     `output_root` a copy of it.
 
@@ -127,9 +130,11 @@ def prepare(
         num_left_out -= len(train) + len(held_out)
 
         writer = stack.enter_context(DatasetWriter(temporary, max_seq_len=max_seq_len))
-        work = Tokenizing(records, tokenizer, unmask_messages)
+        kept = _kept(address)
+        stack.enter_context(_removed_unless_killed(kept))
+        work = Tokenizing(records, tokenizer, unmask_messages, kept / "training")
         learned = _write(work, train, writer.train, counts, description="training")
-        work = Tokenizing(others, tokenizer, unmask_messages)
+        work = Tokenizing(others, tokenizer, unmask_messages, kept / "validation")
         _write(work, held_out, writer.validation, counts, description="validation", hold_out=writer.hold_out)
         for side, uri, split in (
             ("training", data_uri, writer.train),
@@ -171,6 +176,25 @@ def prepare(
     for line in report_lines(counts):
         report(f"data: {line}")
     return publish_dataset(address, statistics)
+
+
+def _kept(address: str) -> Path:
+    """Where what is tokenized waits for the rest: a name that nothing reads, and the same for the next attempt."""
+    folder = storage.local(address)
+    return folder.with_name(f"{folder.name}.incomplete-{folder.name[:8]}")
+
+
+@contextmanager
+def _removed_unless_killed(folder: Path) -> Iterator[None]:
+    """Remove the folder when it is of no use any more: at the end, and where the next attempt would fail alike."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(uri: str, folder: Path, counts: Counter[str]) -> RecordSpool:

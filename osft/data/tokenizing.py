@@ -4,8 +4,13 @@ The processes are forked, so that a caller's script is not run again in each of 
 themselves; few of these are under way at a time, whatever the number of records. Few records stay in this process.
 The first record that cannot be tokenized ends it all with its DataError; a process that is killed, for want of memory
 mostly, with BrokenProcessPool. The processes end with this one, however it ends.
+
+What has been tokenized is kept in files until the caller is done with all of it, so that after a kill only the rest has
+to be: a chunk's file is there whole or not at all, two preparations of the same records write the same ones, and one
+whose files the other has removed makes them again.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -16,12 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from osft.data.chat import tokenize_all
 from osft.data.record_spool import RecordSpool
+from osft.data.sample_table import SAMPLES, Row, rows_of, to_batch
 from osft.data.template_keys import replaced_roles
 from osft.process.termination import end_with_parent
+from osft.storage.atomic import atomic_path
 
 CHUNK = 256
 """Records that are tokenized together."""
@@ -29,6 +37,7 @@ LEAST_CHUNKS = 8
 """For each process; less is not worth one."""
 _MOST_PROCESSES = 16
 """One process reads and writes for all of them."""
+_ROLES = b"replaced_roles"
 _AHEAD = 2
 """Chunks under way, for each process."""
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
@@ -41,10 +50,26 @@ class TokenizedChunk:
 
     numbers: Sequence[int]
     """Theirs in the spool."""
-    samples: list[tuple[np.ndarray, np.ndarray, str]]
-    """Tokens and labels, (T,) int32 each, and the record's source."""
+    samples: list[Row]
     replaced_roles: Counter[str]
     """`osft.data.template_keys.replaced_roles` of all of them."""
+
+    def save(self, file: Path) -> None:
+        """Write it to a file, whole or not at all."""
+        schema = SAMPLES.with_metadata({_ROLES: json.dumps(self.replaced_roles)})
+        with atomic_path(file) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
+            writer.write_batch(to_batch(self.samples))
+
+    @classmethod
+    def load(cls, file: Path, numbers: Sequence[int]) -> "TokenizedChunk | None":
+        """What was saved for these numbers, or None."""
+        try:
+            with pa.memory_map(str(file)) as mapped, pa.ipc.open_file(mapped) as reader:
+                samples = rows_of(reader.get_batch(0))
+                roles: Counter[str] = Counter(json.loads(reader.schema.metadata[_ROLES]))
+        except FileNotFoundError:
+            return None
+        return cls(numbers, samples, roles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,28 +79,48 @@ class Tokenizing:
     spool: RecordSpool
     tokenizer: PreTrainedTokenizerBase
     unmask_messages: bool
+    kept: Path
+    """Folder for the files of the chunks: of these records, tokenized so, and nothing else."""
 
     def chunks(self, numbers: Sequence[int]) -> Iterator[TokenizedChunk]:
         """The records with these numbers in the spool, in this order. Raises as `osft.data.chat.tokenize`."""
         parts = [numbers[at : at + CHUNK] for at in range(0, len(numbers), CHUNK)]
+        if len(parts) < LEAST_CHUNKS:
+            yield from map(self._chunk, parts)
+            return
+        self.kept.mkdir(parents=True, exist_ok=True)
         processes = min(_usable_cores(), _MOST_PROCESSES, len(parts) // LEAST_CHUNKS)
         if processes < 2:
-            yield from map(self._chunk, parts)
+            for at, part in enumerate(parts):
+                self._save(at, part)
+                yield self._saved(at, part)
             return
         with ProcessPoolExecutor(
             processes, multiprocessing.get_context("fork"), initializer=_begin, initargs=(self, os.getpid())
         ) as pool:
-            pending: deque[Future[TokenizedChunk]] = deque()
+            pending: deque[Future[None]] = deque()
+            begun = 0
             try:
-                for part in parts:
-                    pending.append(pool.submit(_chunk, part))
-                    if len(pending) >= _AHEAD * processes:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
+                for at, part in enumerate(parts):
+                    while begun < min(len(parts), at + _AHEAD * processes):
+                        pending.append(pool.submit(_save, begun, parts[begun]))
+                        begun += 1
+                    pending.popleft().result()
+                    yield self._saved(at, part)
             finally:
                 for future in pending:
                     future.cancel()
+
+    def _save(self, at: int, numbers: Sequence[int]) -> None:
+        """Tokenize chunk `at` if that has not been done yet."""
+        if not self._file(at).exists():
+            self._chunk(numbers).save(self._file(at))
+
+    def _saved(self, at: int, numbers: Sequence[int]) -> TokenizedChunk:
+        return TokenizedChunk.load(self._file(at), numbers) or self._chunk(numbers)
+
+    def _file(self, at: int) -> Path:
+        return self.kept / f"{at:08d}.arrow"
 
     def _chunk(self, numbers: Sequence[int]) -> TokenizedChunk:
         records = self.spool.read(numbers)
@@ -104,8 +149,8 @@ def _begin(tokenizing: Tokenizing, parent: int) -> None:
     _of_this_process.append(tokenizing)
 
 
-def _chunk(numbers: Sequence[int]) -> TokenizedChunk:
-    return _of_this_process[-1]._chunk(numbers)
+def _save(at: int, numbers: Sequence[int]) -> None:
+    _of_this_process[-1]._save(at, numbers)
 
 
 def _usable_cores() -> int:

@@ -1,6 +1,10 @@
 """Many records, tokenized together and by several processes, are what each of them is alone."""
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +57,52 @@ def test_a_chat_that_is_refused_in_a_process_is_named_and_leaves_nothing(model_f
     with pytest.raises(DataError, match=r"a\.jsonl:61: the model's chat template does not read style"):
         prepare(str(file), model_folder, tmp_path / "out", validation_fraction=0)
     assert not any((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_killed_preparation_tokenizes_what_is_left(model_folder, tmp_path, monkeypatch, processes):
+    """In a process of its own, which is killed at its twelfth chunk; what was kept is used, and then removed."""
+    monkeypatch.setattr(tokenizing, "CHUNK", 5)
+    monkeypatch.setattr(tokenizing, "_usable_cores", lambda: processes)
+    long = {"messages": [{"role": "developer", "content": "x"}, *arithmetic(1, seed=1)[0]["messages"]]}
+    file = write_jsonl(tmp_path / "a.jsonl", [*arithmetic(120), long])
+    done = tmp_path / "done"
+
+    def begin_and_die() -> None:
+        chunk = tokenizing.Tokenizing._chunk
+
+        def counted(work, numbers):
+            with done.open("a") as lines:
+                lines.write("x\n")
+            if len(done.read_text().splitlines()) == 12:
+                os.kill(os.getpid() if processes == 1 else os.getppid(), signal.SIGKILL)
+                time.sleep(60)
+            return chunk(work, numbers)
+
+        tokenizing.Tokenizing._chunk = counted
+        prepare(str(file), model_folder, tmp_path / "out")
+
+    first = multiprocessing.get_context("fork").Process(target=begin_and_die)
+    first.start()
+    first.join()
+    assert first.exitcode == -signal.SIGKILL
+    kept = sorted(file.name for file in (tmp_path / "out").glob("*.incomplete-*/training/*.arrow"))
+    assert kept[:9] == [f"{number:08d}.arrow" for number in range(9)]
+
+    taken: list[int] = []
+    chunk = tokenizing.Tokenizing._chunk
+    monkeypatch.setattr(tokenizing, "_usable_cores", lambda: 1)
+    monkeypatch.setattr(tokenizing.Tokenizing, "_chunk", lambda *work: taken.append(1) or chunk(*work))
+    again = prepare(str(file), model_folder, tmp_path / "out")
+    assert len(taken) == 25 - len(kept)
+    monkeypatch.undo()
+    whole = prepare(str(file), model_folder, tmp_path / "whole")
+    assert contents(again.folder) == contents(whole.folder)
+    unlike = {"written"}  # `datasets` gives each folder a fingerprint of its own
+    assert {k: v for k, v in again.statistics.items() if k not in unlike} == {
+        k: v for k, v in whole.statistics.items() if k not in unlike
+    }
+    assert not any((tmp_path / "out").glob("*.incomplete-*/training/*.arrow"))
 
 
 @pytest.mark.parametrize(("limit", "cores"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)])
