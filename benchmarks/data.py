@@ -6,7 +6,7 @@
 prepare     `osft.data.prepare`: chats as JSON lines -> a dataset of tokens and loss masks
 resolve     `osft.rounds.new_records`: which of them are not among ten million known records
 plan        `osft.data.packing`: their micro-batches of one epoch, for eight processes
-evaluate    `osft.evaluation.scoring`: the likelihood of a tenth of them, at most 10,000, in a model of two narrow blocks
+evaluate    `osft.evaluation.scoring`: likelihoods of a tenth of them, at most 10,000, in a model of two narrow blocks
 
 Each is a fresh process. CPU seconds are those of all of its processes. Memory is what it holds beside mapped files,
 which the kernel can drop, at its peak, with the imports and with what its own processes hold. The chats are words of
