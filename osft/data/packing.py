@@ -94,7 +94,7 @@ def collate(samples: Sequence[Sample], batching: Batching = Batching.PACKED) -> 
     lengths = [len(sample.input_ids) for sample in samples]
     packed = batching is Batching.PACKED
     width = sum(lengths) if packed else max(lengths)
-    starts = [sum(lengths[:index]) if packed else index * width for index in range(len(samples))]
+    starts = list(accumulate(lengths[:-1], initial=0)) if packed else range(0, len(samples) * width, width)
     rows = 1 if packed else len(samples)
     input_ids = torch.zeros(rows * width, dtype=torch.int64)
     # Counted on over what fills a row up: position ids that start again would announce another sample.

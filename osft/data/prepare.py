@@ -26,9 +26,9 @@ from osft.data.dataset_folder import (
 )
 from osft.data.files import data_files
 from osft.data.record_hashes import RECORDS_FILE, shortened, write_hashes
-from osft.data.record_spool import RecordSpool, hexadecimal
+from osft.data.record_spool import RecordSpool
 from osft.data.records import DataError, read_records, report_lines
-from osft.data.split import check_sides, check_validation, held_out_prompts
+from osft.data.split import by_prompt, check_sides, check_validation
 from osft.data.tokenizing import Tokenizing
 from osft.storage.atomic import atomic_path
 
@@ -114,14 +114,12 @@ def prepare(
                 )
         else:
             others = records
-            prompts, prompt_of = np.unique(records.prompt_hashes[distinct], return_inverse=True)
-            names = hexadecimal(prompts)
-            chosen = held_out_prompts(names, validation_fraction, at_least_one=hold_out_a_prompt)
-            if hold_out_a_prompt and len(prompts) < 2:
+            prompts = records.prompt_hashes[distinct]
+            if hold_out_a_prompt and len(np.unique(prompts)) < 2:
                 raise DataError(
                     f"{data_uri}: the records have one prompt in all, and one to measure is needed. Give more"
                 )
-            is_held_out = np.array([name in chosen for name in names])[prompt_of]
+            is_held_out = by_prompt(prompts, validation_fraction, at_least_one=hold_out_a_prompt)
             train, held_out = distinct[~is_held_out], distinct[is_held_out]
             unit = "distinct records" if deduplicate else "records"
             check_sides(data_uri, unit, len(train), len(held_out), validation_fraction)

@@ -53,9 +53,3 @@ class RecordSpool:
     def close(self) -> None:
         """Give the disk's space back."""
         self._file.close()
-
-
-def hexadecimal(digests: Digests) -> list[str]:
-    """Each digest in hexadecimal digits, as `Record.content_hash` is."""
-    digits, size = digests.tobytes().hex(), 2 * DIGEST.itemsize
-    return [digits[at : at + size] for at in range(0, len(digits), size)]

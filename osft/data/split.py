@@ -1,7 +1,8 @@
 """Which samples train and which are held out to measure the result."""
 
-from collections.abc import Iterable
+import numpy as np
 
+from osft.data.record_spool import Digests
 from osft.data.records import DataError
 
 
@@ -22,19 +23,21 @@ def is_held_out(content_hash: str, validation_fraction: float) -> bool:
     return int(content_hash[:8], 16) < validation_fraction * 2**32
 
 
-def held_out_prompts(
-    prompt_hashes: Iterable[str], validation_fraction: float, *, at_least_one: bool = False
-) -> frozenset[str]:
-    """Those of the prompts that are held out: each by its own hash.
+def by_prompt(prompt_hashes: Digests, validation_fraction: float, *, at_least_one: bool = False) -> np.ndarray:
+    """Of each record, given by its prompt's hash, whether it is held out, (n,) bool: each prompt by its own hash.
 
     If the hashes would leave one side empty, the prompt with the smallest hash is held out, or the one with the largest
     trains. With a fraction of 0 nothing is held out, unless `at_least_one` asks for it.
     """
-    prompts = set(prompt_hashes)
-    chosen = {prompt for prompt in prompts if is_held_out(prompt, validation_fraction)}
+    prompts, prompt_of = np.unique(prompt_hashes, return_inverse=True)
+    leading = np.frombuffer(prompts.tobytes(), ">u4").reshape(len(prompts), -1)[:, 0]
+    held_out: np.ndarray = leading < validation_fraction * 2**32  # as `is_held_out`
     if len(prompts) > 1 and (validation_fraction > 0 or at_least_one):
-        chosen = (chosen or {min(prompts)}) - ({max(prompts)} if chosen == prompts else set())
-    return frozenset(chosen)
+        if not held_out.any():
+            held_out[0] = True
+        elif held_out.all():
+            held_out[-1] = False
+    return held_out[prompt_of]
 
 
 def check_sides(data_uri: str, unit: str, num_train: int, num_validation: int, validation_fraction: float) -> None:

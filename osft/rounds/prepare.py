@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,12 @@ def check_chats(uris: Sequence[str], model_path: Path) -> None:
     """Raise DataError for a record that the model's chat template cannot render as evaluation will ask it to."""
     from transformers import AutoTokenizer
 
-    from osft.data.chat import tokenize
+    from osft.data.chat import tokenize_all
+    from osft.data.tokenizing import CHUNK
 
     if uris:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         for uri in uris:
-            for record in read_records(uri, allow_text=True):
-                tokenize(record, tokenizer)
+            records = read_records(uri, allow_text=True)
+            while chunk := list(islice(records, CHUNK)):
+                tokenize_all(chunk, tokenizer)

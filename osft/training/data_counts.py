@@ -5,13 +5,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from osft import storage
-from osft.data.chat import Sample, tokenize
+from osft.data.chat import IGNORE, Sample, tokenize_all
+from osft.data.record_spool import DIGEST
 from osft.data.records import DataError, read_records
 from osft.data.rows import read_rows
-from osft.data.split import held_out_prompts, is_held_out
+from osft.data.split import by_prompt, is_held_out
 from osft.settings.training import TrainConfig
 from osft.subspace.preflight import TOKENIZER_FILES
 
@@ -89,8 +92,8 @@ def _count_new(config: TrainConfig, folder: Path) -> DataCounts:
         statistics = storage.fetch(config.data_path) / "dataset.json"
         if statistics.is_file():
             return _from_statistics(config, statistics)
-        sources, samples = _processed(config, folder)
-        return _count(config, sources, samples, total=len(samples))
+        sizes = _processed(config, folder)
+        return _count(config, sizes, total=len(sizes))
     if not any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
         return _without_tokenizer(config)
     from transformers import AutoTokenizer
@@ -98,14 +101,28 @@ def _count_new(config: TrainConfig, folder: Path) -> DataCounts:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     if config.is_pretraining:
         return _count_documents(config, tokenizer)
-    everything = [(record.prompt_hash, record) for record in read_records(config.data_path)]
-    held_out = held_out_prompts((prompt for prompt, _ in everything), config.validation_split)
-    records = [record for prompt, record in everything if prompt not in held_out]
-    if not records:
+    # Read twice rather than kept, here and below: the records may not fit into memory.
+    hashes = b"".join(bytes.fromhex(record.prompt_hash) for record in read_records(config.data_path))
+    (positions,) = (~by_prompt(np.frombuffer(hashes, DIGEST), config.validation_split)).nonzero()
+    if not len(positions):
         raise DataError(f"{config.data_path}: validation_split={config.validation_split} leaves no training sample")
-    chosen = [records[position] for position in _spread(len(records))]
-    samples = [tokenize(record, tokenizer, unmask_messages=config.unmask_messages) for record in chosen]
-    return _count(config, [record.source for record in chosen], samples, total=len(records))
+    chosen = set(positions[_spread(len(positions))].tolist())
+    records = [record for position, record in enumerate(read_records(config.data_path)) if position in chosen]
+    samples = tokenize_all(records, tokenizer, unmask_messages=config.unmask_messages)
+    sizes = [_Size.of(sample, record.source) for sample, record in zip(samples, records, strict=True)]
+    return _count(config, sizes, total=len(positions))
+
+
+class _Size(NamedTuple):
+    """Of a sample."""
+
+    source: str
+    tokens: int
+    loss_tokens: int
+
+    @classmethod
+    def of(cls, sample: Sample, source: str) -> "_Size":
+        return cls(source, len(sample.input_ids), sample.num_loss_tokens)
 
 
 def _spread(count: int) -> Sequence[int]:
@@ -115,11 +132,10 @@ def _spread(count: int) -> Sequence[int]:
     return [position * count // MAX_COUNTED for position in range(MAX_COUNTED)]
 
 
-def _count(config: TrainConfig, sources: Sequence[str], samples: Sequence[Sample], *, total: int) -> DataCounts:
+def _count(config: TrainConfig, samples: Sequence[_Size], *, total: int) -> DataCounts:
     """Counts of `total` samples, of which some or all are given."""
     kept, dropped_tokens = [], 0
-    for source, sample in zip(sources, samples, strict=True):
-        length = len(sample.input_ids)
+    for source, length, loss_tokens in samples:
         if length > config.max_seq_len:
             dropped_tokens += length
         elif length > config.max_tokens_per_gpu:
@@ -128,7 +144,7 @@ def _count(config: TrainConfig, sources: Sequence[str], samples: Sequence[Sample
                 "Raise that, or lower max_seq_len, which drops longer samples"
             )
         else:
-            kept.append((length, sample.num_loss_tokens))
+            kept.append((length, loss_tokens))
     if not kept:
         raise DataError(f"{config.data_path}: every sample is longer than max_seq_len={config.max_seq_len}. Raise it")
     scale = total / len(samples)
@@ -144,20 +160,19 @@ def _count(config: TrainConfig, sources: Sequence[str], samples: Sequence[Sample
     )
 
 
-def _processed(config: TrainConfig, folder: Path) -> tuple[list[str], list[Sample]]:
-    """All records that are tokenized already, checked as the preparation does."""
+def _processed(config: TrainConfig, folder: Path) -> list[_Size]:
+    """Of all records that are tokenized already, checked as the preparation does."""
     from osft.data.processed import read_rows
     from osft.data.processed_row import check_row
     from osft.training.prepare import vocabulary_size
 
     vocabulary = vocabulary_size(folder, trust_remote_code=config.trust_remote_code)
-    sources, samples = [], []
+    sizes = []
     for source, row in read_rows(config.data_path):
         input_ids, labels = check_row(row, source, vocabulary)
         if not is_held_out(hashlib.sha256(input_ids.tobytes()).hexdigest(), config.validation_split):
-            sources.append(source)
-            samples.append(Sample(input_ids.tolist(), labels.tolist()))
-    return sources, samples
+            sizes.append(_Size(source, len(input_ids), int((labels[1:] != IGNORE).sum())))
+    return sizes
 
 
 def _count_documents(config: TrainConfig, tokenizer: Any) -> DataCounts:
@@ -171,7 +186,7 @@ def _count_documents(config: TrainConfig, tokenizer: Any) -> DataCounts:
 
     block_size = config.block_size
     assert block_size is not None, "checked by TrainConfig"
-    total = sum(1 for _ in texts())  # read twice rather than kept: a corpus may not fit into memory
+    total = sum(1 for _ in texts())
     chosen = set(_spread(total))
     counted = 0
     for position, text in enumerate(texts()):
