@@ -1,4 +1,4 @@
-"""The command `osft`: train, decompose, evaluate, export, lineage, clean; of runs: `orchestration.commands`.
+"""The command `osft`: train, decompose, evaluate, export, lineage, clean, doctor; of runs: `orchestration.commands`.
 
 Importing this module loads neither torch nor transformers, so that `--help` answers at once; each command imports
 what it needs.
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+from osft.doctor.doctor_command import DoctorCommand, doctor
 from osft.models.export_command import export
 from osft.orchestration.commands import add_commands
 from osft.process import exit_codes
@@ -272,4 +273,5 @@ def plan_tables(plan: "TrainingPlan") -> Group:
 app.command()(export)
 app.command()(lineage)
 app.command()(clean)
+app.command(cls=DoctorCommand)(doctor)
 add_commands(app)

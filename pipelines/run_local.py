@@ -88,13 +88,8 @@ def _absolute(location: str) -> str:
 
 def check(arguments: dict[str, Any]) -> None:
     """Refuse what can be seen to be wrong before a step is started."""
-    from osft.data.examples import SCHEME
-    from osft.data.files import check_names, is_hub_dataset
-    from osft.data.records import read_records
-    from osft.models.checkpoint import CheckpointReader
-    from osft.models.loading import empty_model
-    from osft.subspace import select_targets, unfrozen_rank
-    from osft.subspace.preflight import preflight
+    from osft.data.files import check_names
+    from osft.doctor.inputs import count_records, is_local_model, look_at_model
     from osft.tracking.addresses import check_model_name, checked_address
 
     check_model_name(arguments["model_name"])
@@ -105,15 +100,10 @@ def check(arguments: dict[str, Any]) -> None:
     training = PipelineParameters(**arguments).training()
     check_names([arguments["data_uri"], *arguments["anchor_uris"]])
     for uri in (arguments["data_uri"], *arguments["anchor_uris"]):
-        if not uri.startswith(SCHEME) and not is_hub_dataset(uri):
-            for _ in read_records(uri, allow_text=uri != arguments["data_uri"]):
-                pass
-    if Path(model).is_dir() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        CheckpointReader(model)
-        errors.print(preflight(model).line())  # the parameters alone go to the standard output
-        skeleton = empty_model(model)
-        for target in select_targets(skeleton, training.target_patterns):
-            unfrozen_rank(target.shape, training.unfreeze_rank_ratio)
+        count_records(uri, allow_text=uri != arguments["data_uri"])
+    if is_local_model(model):
+        found = look_at_model(model, training.target_patterns, training.unfreeze_rank_ratio)
+        errors.print(found.line())  # the parameters alone go to the standard output
 
 
 def run(arguments: dict[str, Any], storage: Path) -> Path:
