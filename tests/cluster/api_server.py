@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.cluster.container import ContainerLog
+from tests.cluster.installation import Installation
 from tests.cluster.store import API_VERSIONS, KINDS, ApiError, Object, Store
 
 POLL_SECONDS = 0.02
@@ -90,6 +91,8 @@ class ApiServer:
 
     def __init__(self, store: Store, logs: Mapping[str, ContainerLog]) -> None:
         self.store, self.logs = store, logs
+        self.installation = Installation(store.namespace)
+        """What there is besides jobs and pods, to be read."""
         self.calls: list[Call] = []
         """Every request, refused ones too."""
         self.faults: list[Fault] = []
@@ -138,13 +141,16 @@ class ApiServer:
     def answer(self, call: Call, target: re.Match[str], query: Mapping[str, str], body: Object) -> tuple[int, Object]:
         """Status and body. Raises ApiError."""
         plural, name = target["plural"], target["name"]
-        if KINDS.get(plural) is None or API_VERSIONS[KINDS[plural]] != target["api_version"]:
+        known = KINDS.get(plural) is not None and API_VERSIONS[KINDS[plural]] == target["api_version"]
+        if not known or not self.installation.serves(target["api_version"], plural):
             raise ApiError(404, "404 page not found")
         with self.store.lock:
             if call.verb == "list":
                 items = [found for found in self.store.objects(plural) if _selected(found, query)]
                 return 200, {"kind": f"{KINDS[plural]}List", "items": json.loads(json.dumps(items))}
             if call.verb == "create":
+                if query.get("dryRun") == "All":
+                    return 201, self._tried(plural, body)
                 created = json.loads(json.dumps(self.store.create(plural, body)))
                 _keep_manifest(body)
                 return 201, created
@@ -154,16 +160,26 @@ class ApiServer:
                 self.store.delete(found, propagation=body.get("propagationPolicy", "Background"), uid=uid)
             return 200, json.loads(json.dumps(found))
 
+    def _tried(self, plural: str, body: Object) -> Object:
+        """What a creation would answer, of which nothing is kept. Raises ApiError."""
+        if plural == "pods":
+            self.installation.admit(body)
+        return self.store.create(plural, body, keep=False)
+
     def authorize(self, call: Call) -> None:
         """Raises ApiError (401, 403) while the server starts, and for what no rule of the role covers."""
         if self._refusal is not None:
             raise self._refusal
-        rules = [{"verbs": ["*"]}] if self.role is None else self.role["rules"]
-        wanted = {"verbs": call.verb, "apiGroups": call.group, "resources": call.resource}
-        if not any(
-            all(value in rule.get(key, [value]) or "*" in rule[key] for key, value in wanted.items()) for rule in rules
-        ):
+        if not self.allows(call.verb, call.group, call.resource):
             raise ApiError(403, f"the service account cannot {call.verb} resource {call.resource}")
+
+    def allows(self, verb: str, group: str, resource: str) -> bool:
+        """Whether a rule of the role covers it."""
+        rules = [{"verbs": ["*"]}] if self.role is None else self.role["rules"]
+        wanted = {"verbs": verb, "apiGroups": group, "resources": resource}
+        return any(
+            all(value in rule.get(key, [value]) or "*" in rule[key] for key, value in wanted.items()) for rule in rules
+        )
 
     def log(self, name: str) -> ContainerLog:
         """Raises ApiError where a real kubelet has none."""
@@ -187,6 +203,9 @@ class _Handler(BaseHTTPRequestHandler):
         target = PATH.fullmatch(url.path)
         cut = ""
         try:
+            installed = api.installation.answer(self.command, url.path, body, api.allows)
+            if installed is not None:
+                return self._send(*installed)
             if target is None:
                 raise ApiError(404, "404 page not found")
             call = _call(self.command, target)
@@ -204,9 +223,16 @@ class _Handler(BaseHTTPRequestHandler):
             status, answer, headers = error.status, error.body(), error.headers
         if cut == "after":
             return _cut(self.connection)
+        return self._send(status, answer, headers, cut_within=cut == "within")
+
+    def _send(
+        self, status: int, answer: Object, headers: Mapping[str, str] | None = None, *, cut_within: bool = False
+    ) -> None:
+        if "as=PartialObjectMetadata" in (self.headers.get("Accept") or "") and status == 200:
+            answer = {"kind": "PartialObjectMetadata", "metadata": answer["metadata"]}
         content = json.dumps(answer).encode()
-        self._begin(status, {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers})
-        if cut == "within":
+        self._begin(status, {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})})
+        if cut_within:
             self.wfile.write(content[: len(content) // 2])
             return _cut(self.connection)
         self.wfile.write(content)

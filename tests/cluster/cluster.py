@@ -19,6 +19,7 @@ import yaml
 
 from tests.cluster.api_server import ApiServer, Call, Fault
 from tests.cluster.container import marked_processes
+from tests.cluster.installation import Installation
 from tests.cluster.kubelet import Kubelet, PodFaults
 from tests.cluster.operator import Operator
 from tests.cluster.store import Object, Store
@@ -87,6 +88,11 @@ class Cluster:
                 self._failure = self._failure or error
 
     # What there is.
+
+    @property
+    def installation(self) -> Installation:
+        """Nodes, claims, queues and the like, which a test may spoil."""
+        return self.api.installation
 
     @property
     def calls(self) -> list[Call]:

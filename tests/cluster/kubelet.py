@@ -28,6 +28,8 @@ class PodFaults:
     unschedulable: bool = False
     unpullable: bool = False
     missing_claims: set[str] = field(default_factory=set)
+    missing_images: set[str] = field(default_factory=set)
+    """Of containers for which no process stands."""
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Kubelet:
         if "deletionTimestamp" in pod["metadata"]:
             self._stop_pod(pod, run)
         elif spec is None:  # such as the step's own, for which no process stands
-            status["phase"] = "Running"
+            self._only_pull(pod)
         elif run.container is None:
             self._start_pod(pod, spec, run)
         elif status["phase"] == "Running" and run.container.poll() is not None:
@@ -113,6 +115,17 @@ class Kubelet:
         pod["status"]["phase"] = "Running"
         state = {"running": {"startedAt": timestamp()}}
         pod["status"]["containerStatuses"] = [{"name": CONTAINER, "state": state}]
+
+    def _only_pull(self, pod: Object) -> None:
+        """The images of a pod without a process are pulled, or are not in their registry."""
+        missing = [one for one in pod["spec"]["containers"] if one["image"] in self.faults.missing_images]
+        pod["status"]["phase"] = "Pending" if missing else "Running"
+        pod["status"]["containerStatuses"] = [
+            _waiting(one, "ErrImagePull", f"{one['image']}: not found")
+            if one in missing
+            else {"name": one["name"], "state": {"running": {"startedAt": timestamp()}}}
+            for one in pod["spec"]["containers"]
+        ]
 
     def _scheduling_problem(self, pod: Object) -> str:
         if self.faults.unschedulable:

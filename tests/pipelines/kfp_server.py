@@ -43,6 +43,7 @@ class KfpServer:
         self.runs: dict[str, dict[str, Any]] = {}
         self.recurring_runs: dict[str, dict[str, Any]] = {}
         self.multi_user = False
+        self.release = "2.17.0"
         self.can_orphan = False
         """Whether runs outlive the recurring run that started them: since 2.16, where the call asks for it."""
         self.requests: list[tuple[str, str, Any]] = []
@@ -97,7 +98,7 @@ class KfpServer:
 
     def get(self, path: str, query: dict[str, str], _: Any) -> Any:
         if path == "/healthz":
-            return {"multi_user": self.multi_user}
+            return {"multi_user": self.multi_user, "tag_name": self.release, "commit_sha": "0123abc"}
         versions = re.fullmatch(r"/pipelines/([^/]+)/versions(?:/([^/]+))?", path)
         if versions:
             kept = {key: one for key, one in self.versions.items() if one["pipeline_id"] == versions[1]}
