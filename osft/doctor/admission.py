@@ -47,37 +47,47 @@ def check_namespace(subject: Subject) -> Iterator[Finding]:
 
 
 def check_job(subject: Subject) -> Iterator[Finding]:
-    """Does the server take the job as it would be sent?"""
+    """Does the server take the job, and what it needs, as they would be sent?"""
     cluster, job = subject.cluster, _job(subject)
-    about = f"dry run of {job.manifest['kind']}"
-    try:
-        cluster.try_create(_path(job, job.api, job.resource), job.manifest)
-    except Refused as refusal:
-        yield error(about, f"the server refuses it ({refusal.status}): {refusal}", remedy_for(str(refusal)))
-    else:
-        yield ok(about, "the server accepts it, strictly")
+    resources = [*job.kind.needs, job.kind.resource]
+    absent = False
+    for resource, manifest in zip(resources, job.manifests, strict=True):
+        about = f"dry run of the {resource.kind}"
+        path = f"/apis/{resource.api_version}/namespaces/{job.namespace}/{resource.plural}"
+        try:
+            cluster.try_create(path, manifest)
+        except Refused as refusal:
+            if refusal.status == 409:
+                yield ok(about, "is there already")
+            elif absent and job.manifests[0]["metadata"]["name"] in str(refusal):
+                yield ok(about, f"cannot be tried before the {resources[0].kind} that the step brings along is there")
+            else:
+                remedy = job.kind.refusal_hint(str(refusal)) or remedy_for(str(refusal))
+                yield error(about, f"the server refuses it ({refusal.status}): {refusal}", remedy)
+        else:
+            absent = True
+            yield ok(about, "the server accepts it, strictly")
 
 
 def check_pods(subject: Subject) -> Iterator[Finding]:
     """Would the job's pods be admitted: PodSecurity, quotas, limit ranges, webhooks?"""
     cluster, job = subject.cluster, _job(subject)
-    for role, pod in job.pods.items():
-        about = f"dry run of a {role} pod"
-        try:
-            cluster.try_create(_path(job, "v1", "pods"), pod)
-        except Refused as refusal:
-            yield error(about, f"it would be refused ({refusal.status}): {refusal}", remedy_for(str(refusal)))
-            continue
-        yield ok(about, "it would be admitted")
-        if role == "Worker":
-            yield from _init_container(cluster, job, pod)
+    about = "dry run of a pod of the job"
+    try:
+        cluster.try_create(_pods(job), job.pod)
+    except Refused as refusal:
+        yield error(about, f"it would be refused ({refusal.status}): {refusal}", remedy_for(str(refusal)))
+        return
+    yield ok(about, "it would be admitted")
+    if job.gets_init_container:
+        yield from _init_container(cluster, job)
 
 
-def _init_container(cluster: ClusterView, job: TrialJob, pod: dict[str, object]) -> Iterator[Finding]:
+def _init_container(cluster: ClusterView, job: TrialJob) -> Iterator[Finding]:
     """The training operator adds one to Workers, which a restricted namespace refuses unless it has a template."""
     about = "init container of the training operator"
     try:
-        cluster.try_create(_path(job, "v1", "pods"), with_init_container(pod))
+        cluster.try_create(_pods(job), with_init_container(job.pod))
     except Refused as refusal:
         remedy = (
             "Start the training operator with --pytorch-init-container-template-file and a template that PodSecurity "
@@ -127,6 +137,5 @@ def _job(subject: Subject) -> TrialJob:
         raise NotChecked(f"no job can be made of the parameters: {reason}") from None
 
 
-def _path(job: TrialJob, api: str, resource: str) -> str:
-    root = f"/api/{api}" if "/" not in api else f"/apis/{api}"
-    return f"{root}/namespaces/{job.manifest['metadata']['namespace']}/{resource}"
+def _pods(job: TrialJob) -> str:
+    return f"/api/v1/namespaces/{job.namespace}/pods"

@@ -9,7 +9,7 @@ import yaml
 
 from osft import storage
 from osft.kubernetes.manifest import Storage
-from osft.kubernetes.settings import PyTorchJobSettings
+from osft.kubernetes.settings import JobSettings
 from osft.orchestration import CompiledPipeline, pipeline_arguments
 
 
@@ -47,9 +47,9 @@ class Configuration:
         return str(self.values.get("launcher", "local"))
 
     @property
-    def job(self) -> PyTorchJobSettings:
+    def job(self) -> JobSettings:
         """The settings of the training job."""
-        return PyTorchJobSettings.from_parameters(self.values.get("pytorchjob", {}))
+        return JobSettings.from_parameters(self.values.get("job") or self.values.get("pytorchjob") or {})
 
     @property
     def job_image(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from osft.doctor.cluster_view import ClusterView
 from osft.doctor.finding import Finding, NotChecked, error, not_checked, ok
 from osft.doctor.subject import Subject
-from osft.kubernetes.settings import PyTorchJobSettings
+from osft.kubernetes.settings import JobSettings
 
 _KUEUE = "kueue.x-k8s.io"
 _VERSIONS = ("v1beta2", "v1beta1")
@@ -50,7 +50,7 @@ def check_queue(subject: Subject) -> Iterator[Finding]:
     yield _cluster_queue(cluster, api, str(queue["spec"]["clusterQueue"]), job)
 
 
-def _cluster_queue(cluster: ClusterView, api: str, name: str, job: PyTorchJobSettings) -> Finding:
+def _cluster_queue(cluster: ClusterView, api: str, name: str, job: JobSettings) -> Finding:
     about = f"ClusterQueue {name}"
     try:
         queue = cluster.get(cluster.path("clusterqueues", name, api=api, namespaced=False))

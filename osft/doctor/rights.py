@@ -1,6 +1,6 @@
 """Whether the steps' account may do what the launcher of a job does.
 
-`RIGHTS` is what manifests/common/role.yaml grants; a test compares the two.
+What it does follows from the kinds of jobs; a test compares that with what manifests/common/role.yaml grants.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ from typing import NamedTuple
 from osft.doctor.cluster_view import ClusterView
 from osft.doctor.finding import Finding, error, ok
 from osft.doctor.subject import Subject
+from osft.doctor.trial_job import kind_of
+from osft.kubernetes.kinds import JobKind
 
 
 class Right(NamedTuple):
@@ -24,10 +26,13 @@ _PODS = (
     Right("", "pods/log", ("get",)),
     Right("", "events", ("list",)),
 )
-RIGHTS: dict[str, tuple[Right, ...]] = {
-    "pytorchjob": (Right("kubeflow.org", "pytorchjobs", ("create", "get", "delete")), *_PODS),
-}
-"""Launcher -> what the step that trains calls."""
+
+
+def rights_of(kind: JobKind) -> tuple[Right, ...]:
+    """What the step that trains calls, with such a job: what the job needs is made once and never changed."""
+    own = Right(kind.resource.group, kind.resource.plural, ("create", "get", "delete"))
+    return (own, *(Right(needed.group, needed.plural, ("create", "get")) for needed in kind.needs), *_PODS)
+
 
 _REMEDY = (
     "kubectl apply -k pipelines/continual_learning/manifests/base, and bind its role osft-pipeline to the account of "
@@ -41,7 +46,9 @@ def check_rights(subject: Subject) -> Iterator[Finding]:
     namespace = configuration.job.namespace or cluster.namespace
     whose = f"account {subject.account}" if subject.account else "this account"
     refused = []
-    for right in RIGHTS[configuration.launcher]:
+    kind = kind_of(configuration.launcher)
+    assert kind is not None, "the parameters were checked"
+    for right in rights_of(kind):
         for verb in right.verbs:
             status = _review(cluster, namespace, subject.account, verb, right)
             if not status.get("allowed"):

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from osft.doctor.configuration import Configuration
-from osft.kubernetes.manifest import JobIdentity, build_manifest
+from osft.kubernetes.kinds import JobKind
+from osft.kubernetes.manifest import JobIdentity, plain
+from osft.kubernetes.pod_template import pod_template
+from osft.kubernetes.training_job import KINDS
 
 NAME = "osft-doctor-trial"
 
@@ -13,40 +16,46 @@ NAME = "osft-doctor-trial"
 class TrialJob:
     """A job that is not created."""
 
-    api: str
-    """Such as kubeflow.org/v1."""
-    resource: str
-    manifest: dict[str, Any]
-    pods: dict[str, dict[str, Any]]
-    """Role in the job -> a pod as its controller would make it, but for what the controller adds."""
-    number_of_pods: int
+    kind: JobKind
+    namespace: str
+    manifests: list[dict[str, Any]]
+    """What has to be there before it, and last the job."""
+    pod: dict[str, Any]
+    """One of its pods, but for what its controller adds."""
+    gets_init_container: bool
+    """Whether the controller adds one that runs as root: the training operator does so to Workers."""
+
+
+def kind_of(launcher: str) -> JobKind | None:
+    """The kind of job that a launcher makes; None if this release has no such launcher."""
+    return next((kind for kind in KINDS if kind.launcher == launcher), None)
 
 
 def trial_job(configuration: Configuration, namespace: str) -> TrialJob:
     """The job. Raises ValueError for settings that cannot be."""
-    settings = configuration.job
+    settings, kind = configuration.job, kind_of(configuration.launcher)
+    if kind is None:
+        raise ValueError(f"launcher must be one of {', '.join(one.launcher for one in KINDS)}")
     if not configuration.job_image:
         raise ValueError("the job has no image, and the pipeline was compiled without one. Set its image")
-    manifest = build_manifest(
-        JobIdentity(name=NAME, namespace=settings.namespace or namespace),
-        settings,
-        image=configuration.job_image,
-        command=["true"],
-        storage=configuration.storage,
-    )
-    replicas = manifest["spec"]["pytorchReplicaSpecs"]
-    pods = {}
-    for role, spec in replicas.items():
-        template = spec["template"]
-        metadata = {**template["metadata"], "name": f"{NAME}-{role.lower()}-0"}
-        pod = {**template["spec"], "restartPolicy": "Never"}
-        pods[role] = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod}
+    identity = JobIdentity(name=NAME, namespace=settings.namespace or namespace)
+    how: dict[str, Any] = {
+        "image": configuration.job_image,
+        "command": ["true"],
+        "storage": configuration.storage,
+    }
+    template = plain(pod_template(kind.container, identity, settings, **how))
     return TrialJob(
-        api=manifest["apiVersion"],
-        resource="pytorchjobs",
-        manifest=manifest,
-        pods=pods,
-        number_of_pods=settings.num_workers,
+        kind=kind,
+        namespace=identity.namespace,
+        manifests=kind.manifests(identity, settings, **how),
+        pod={
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {**template["metadata"], "name": f"{NAME}-0"},
+            "spec": {**template["spec"], "restartPolicy": "Never"},
+        },
+        gets_init_container=kind.launcher == "pytorchjob" and settings.num_workers > 1,
     )
 
 

@@ -8,50 +8,32 @@ from typing import Any
 from osft.doctor.cluster_view import ClusterView
 from osft.doctor.finding import Finding, NotChecked, error, not_checked, ok, warning
 from osft.doctor.subject import Subject, Unreachable
+from osft.kubernetes.kinds import JobKind
+from osft.kubernetes.training_job import KINDS
 
 OLDEST_KUBERNETES = (1, 27)
 """Since then a server refuses a field that it does not know, where asked to, and keeps PodSecurity."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Backend:
-    """What a launcher needs on the cluster."""
+class Controller:
+    """What makes pods of a kind of job."""
 
-    launcher: str
-    product: str
-    """As a person calls it."""
-    group: str
-    version: str
-    resource: str
-    needs: tuple[str, ...] = ()
-    """Groups of other products that it works with."""
     deployment: str
-    """A pattern for the name of the controller's Deployment."""
+    """A pattern for the name of its Deployment."""
     oldest: tuple[int, int]
-    """The oldest release whose objects osft writes."""
+    """The oldest release that takes the objects that osft writes."""
+    groups: tuple[str, ...] = ()
+    """API groups of other products that it works with."""
 
 
-BACKENDS = (
-    Backend(
-        launcher="pytorchjob",
-        product="Kubeflow's training operator",
-        group="kubeflow.org",
-        version="v1",
-        resource="pytorchjobs",
-        deployment=r"training-operator",
-        oldest=(1, 9),
+CONTROLLERS = {
+    "pytorchjob": Controller(deployment=r"training-operator", oldest=(1, 9)),
+    "trainjob": Controller(
+        deployment=r"trainer-controller-manager|^kubeflow-trainer", oldest=(2, 2), groups=("jobset.x-k8s.io",)
     ),
-    Backend(
-        launcher="trainjob",
-        product="Kubeflow Trainer",
-        group="trainer.kubeflow.org",
-        version="v1alpha1",
-        resource="trainjobs",
-        needs=("jobset.x-k8s.io",),
-        deployment=r"trainer-controller-manager|^kubeflow-trainer",
-        oldest=(2, 2),
-    ),
-)
+}
+"""Launcher -> what stands behind it on the cluster."""
 
 
 def check_api_server(subject: Subject) -> Iterator[Finding]:
@@ -80,60 +62,62 @@ def check_launchers(subject: Subject) -> Iterator[Finding]:
     """Are the API and the controller of the configured launcher there, and those of the others?"""
     cluster = subject.cluster
     wanted = subject.configured.launcher if subject.configured else ""
-    problems = {backend.launcher: _unserved(cluster, backend) for backend in BACKENDS}
-    for backend in BACKENDS:
-        problem = problems[backend.launcher]
+    problems = {kind.launcher: _unserved(cluster, kind) for kind in KINDS}
+    for kind in KINDS:
+        problem, about = problems[kind.launcher], kind.resource.brought_by
         if not problem:
-            yield ok(backend.product, f"serves {backend.resource}.{backend.group}/{backend.version}")
-            yield from _controller(cluster, backend, wanted=wanted == backend.launcher)
-        elif wanted != backend.launcher:
-            yield ok(backend.product, f"is not usable, and the launcher {wanted!r} does not need it: {problem}")
+            yield ok(about, f"serves {kind.resource.plural} as {kind.resource.api_version}")
+            yield from _controller(cluster, kind, wanted=wanted == kind.launcher)
+        elif wanted != kind.launcher:
+            yield ok(about, f"is not usable{f', and not needed for launcher {wanted!r}' if wanted else ''}: {problem}")
         else:
-            others = [other for other in BACKENDS if not problems[other.launcher]]
-            instead = "".join(f", or set launcher: {one.launcher}, for which {one.product} is there" for one in others)
-            yield error(
-                backend.product,
-                f"launcher {wanted!r} cannot work: {problem}",
-                f"Install {backend.product} {backend.oldest[0]}.{backend.oldest[1]} or newer{instead}",
+            others = [other for other in KINDS if not problems[other.launcher]]
+            instead = "".join(
+                f", or set launcher: {one.launcher}, for which {one.resource.brought_by} is there" for one in others
             )
+            oldest = ".".join(map(str, CONTROLLERS[kind.launcher].oldest))
+            remedy = f"Install {about} {oldest} or newer{instead}"
+            yield error(about, f"launcher {wanted!r} cannot work: {problem}", remedy)
 
 
-def _unserved(cluster: ClusterView, backend: Backend) -> str:
-    """Why a backend's objects cannot be made; "" if they can."""
-    served = cluster.served(backend.group)
-    if backend.resource in served.get(backend.version, set()):
-        lacking = [group for group in backend.needs if not cluster.served(group)]
-        return f"it needs the API group {lacking[0]}, which the cluster does not serve" if lacking else ""
-    others = [version for version, resources in served.items() if backend.resource in resources]
-    if others:
-        return f"the cluster serves {backend.resource} as {', '.join(others)} only, and osft writes {backend.version}"
-    return f"the cluster does not serve {backend.resource}.{backend.group}"
+def _unserved(cluster: ClusterView, kind: JobKind) -> str:
+    """Why objects of a kind cannot be made; "" if they can."""
+    for resource in (*kind.needs, kind.resource):
+        served = cluster.served(resource.group)
+        if resource.plural in served.get(resource.version, set()):
+            continue
+        others = [version for version, resources in served.items() if resource.plural in resources]
+        if others:
+            there = ", ".join(others)
+            return f"the cluster serves {resource.plural} as {there} only, and osft writes {resource.version}"
+        return f"the cluster does not serve {resource.plural}.{resource.group}"
+    lacking = [group for group in CONTROLLERS[kind.launcher].groups if not cluster.served(group)]
+    return f"it works with {lacking[0]}, which the cluster does not serve" if lacking else ""
 
 
-def _controller(cluster: ClusterView, backend: Backend, *, wanted: bool) -> Iterator[Finding]:
+def _controller(cluster: ClusterView, kind: JobKind, *, wanted: bool) -> Iterator[Finding]:
     """Of the Deployment that does the work, where it may be read."""
-    about = f"controller of {backend.product}"
+    about, expected = f"controller of {kind.resource.brought_by}", CONTROLLERS[kind.launcher]
     try:
         deployments = cluster.items("/apis/apps/v1/deployments")
     except NotChecked as reason:
         yield not_checked(about, f"{reason}. Whether it runs is seen when the first job is taken up")
         return
-    found = [one for one in deployments if re.search(backend.deployment, one["metadata"]["name"])]
+    found = [one for one in deployments if re.search(expected.deployment, one["metadata"]["name"])]
     if not found:
         yield not_checked(about, "no Deployment has its usual name")
-        return
     for deployment in found:
-        name = f"{deployment['metadata']['namespace']}/{deployment['metadata']['name']}"
+        namespace, name = deployment["metadata"]["namespace"], deployment["metadata"]["name"]
         image = deployment["spec"]["template"]["spec"]["containers"][0]["image"]
         version = version_of(image_tag(image))
         if wanted and not deployment.get("status", {}).get("availableReplicas"):
-            remedy = f"See why: kubectl -n {name.replace('/', ' describe deployment ')}"
+            remedy = f"See why: kubectl -n {namespace} describe deployment {name}"
             yield error(about, f"{name} ({image}) has no pod that is ready: no job would be taken up", remedy)
-        elif wanted and version is not None and version < backend.oldest:
-            oldest = ".".join(map(str, backend.oldest))
+        elif wanted and version is not None and version < expected.oldest:
+            oldest = ".".join(map(str, expected.oldest))
             yield warning(about, f"{name} runs {image}, older than {oldest}", f"Upgrade it to {oldest} or newer")
         else:
-            yield ok(about, f"{name} runs {image}")
+            yield ok(about, f"{namespace}/{name} runs {image}")
 
 
 def init_container_template(cluster: ClusterView) -> bool | None:
@@ -143,7 +127,7 @@ def init_container_template(cluster: ClusterView) -> bool | None:
     except NotChecked:
         return None
     for deployment in deployments:
-        if re.search(BACKENDS[0].deployment, deployment["metadata"]["name"]):
+        if re.search(CONTROLLERS["pytorchjob"].deployment, deployment["metadata"]["name"]):
             container = deployment["spec"]["template"]["spec"]["containers"][0]
             given: list[Any] = [*container.get("command", []), *container.get("args", [])]
             return any("--pytorch-init-container-template-file" in str(one) for one in given)

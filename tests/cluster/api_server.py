@@ -141,16 +141,13 @@ class ApiServer:
     def answer(self, call: Call, target: re.Match[str], query: Mapping[str, str], body: Object) -> tuple[int, Object]:
         """Status and body. Raises ApiError."""
         plural, name = target["plural"], target["name"]
-        known = KINDS.get(plural) is not None and API_VERSIONS[KINDS[plural]] == target["api_version"]
-        if not known or not self.installation.serves(target["api_version"], plural):
+        if KINDS.get(plural) is None or API_VERSIONS[KINDS[plural]] != target["api_version"]:
             raise ApiError(404, "404 page not found")
         with self.store.lock:
             if call.verb == "list":
                 items = [found for found in self.store.objects(plural) if _selected(found, query)]
                 return 200, {"kind": f"{KINDS[plural]}List", "items": json.loads(json.dumps(items))}
             if call.verb == "create":
-                if query.get("dryRun") == "All":
-                    return 201, self._tried(plural, body)
                 created = json.loads(json.dumps(self.store.create(plural, body)))
                 _keep_manifest(body)
                 return 201, created
@@ -160,11 +157,15 @@ class ApiServer:
                 self.store.delete(found, propagation=body.get("propagationPolicy", "Background"), uid=uid)
             return 200, json.loads(json.dumps(found))
 
-    def _tried(self, plural: str, body: Object) -> Object:
-        """What a creation would answer, of which nothing is kept. Raises ApiError."""
+    def tried(self, call: Call, target: re.Match[str], query: Mapping[str, str], body: Object) -> tuple[int, Object]:
+        """What `answer` would be to a creation, of which nothing is kept. Raises ApiError."""
+        plural = target["plural"]
         if plural == "pods":
             self.installation.admit(body)
-        return self.store.create(plural, body, keep=False)
+        with self.store.lock:  # no controller sees it
+            found = self.answer(call, target, query, body)
+            self.store.remove(self.store.get(plural, body["metadata"]["name"]))
+        return found
 
     def authorize(self, call: Call) -> None:
         """Raises ApiError (401, 403) while the server starts, and for what no rule of the role covers."""
@@ -217,7 +218,10 @@ class _Handler(BaseHTTPRequestHandler):
             api.authorize(call)
             if call.resource == "pods/log":
                 return self._send_log(api.log(target["name"]), query)
-            status, answer = api.answer(call, target, query, body)
+            if not api.installation.serves(target["api_version"], target["plural"]):
+                raise ApiError(404, "404 page not found")
+            act = api.tried if query.get("dryRun") == "All" else api.answer
+            status, answer = act(call, target, query, body)
             headers: Mapping[str, str] = {}
         except ApiError as error:
             status, answer, headers = error.status, error.body(), error.headers
@@ -231,7 +235,9 @@ class _Handler(BaseHTTPRequestHandler):
         if "as=PartialObjectMetadata" in (self.headers.get("Accept") or "") and status == 200:
             answer = {"kind": "PartialObjectMetadata", "metadata": answer["metadata"]}
         content = json.dumps(answer).encode()
-        self._begin(status, {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})})
+        self._begin(
+            status, {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}
+        )
         if cut_within:
             self.wfile.write(content[: len(content) // 2])
             return _cut(self.connection)

@@ -43,7 +43,10 @@ class Installation:
             "kubeflow.org": {"v1": {"pytorchjobs", "tfjobs"}},
             "trainer.kubeflow.org": {"v1alpha1": {"trainjobs", "trainingruntimes", "clustertrainingruntimes"}},
             "jobset.x-k8s.io": {"v1alpha2": {"jobsets"}},
-            "kueue.x-k8s.io": {"v1beta2": {"localqueues", "clusterqueues"}, "v1beta1": {"localqueues", "clusterqueues"}},
+            "kueue.x-k8s.io": {
+                "v1beta2": {"localqueues", "clusterqueues"},
+                "v1beta1": {"localqueues", "clusterqueues"},
+            },
         }
         """Group -> version -> resources that are served."""
         self.objects: dict[tuple[str, str], Object] = {}
@@ -136,7 +139,10 @@ class Installation:
         if version:
             resources = [{"name": name} for name in sorted(versions[version])]
             return {"kind": "APIResourceList", "groupVersion": f"{group}/{version}", "resources": resources}
-        return {"kind": "APIGroup", "versions": [{"groupVersion": f"{group}/{one}", "version": one} for one in versions]}
+        return {
+            "kind": "APIGroup",
+            "versions": [{"groupVersion": f"{group}/{one}", "version": one} for one in versions],
+        }
 
     def admit(self, pod: Object) -> None:
         """Raise ApiError for a pod that admission refuses, in the words of the plugin that does.
@@ -184,9 +190,7 @@ def _violations(spec: Object) -> list[str]:
                 f'unrestricted capabilities (container "{name}" must set securityContext.capabilities.drop=["ALL"])'
             )
         if not own.get("runAsNonRoot", pod.get("runAsNonRoot")):
-            found.append(
-                f'runAsNonRoot != true (pod or container "{name}" must set securityContext.runAsNonRoot=true)'
-            )
+            found.append(f'runAsNonRoot != true (pod or container "{name}" must set securityContext.runAsNonRoot=true)')
         if not (own.get("seccompProfile") or pod.get("seccompProfile")):
             found.append(f'seccompProfile (pod or container "{name}" must set securityContext.seccompProfile.type)')
     return found

@@ -46,8 +46,8 @@ class Store:
         self.lock = threading.RLock()
         self._objects: dict[tuple[str, str], Object] = {}
 
-    def create(self, plural: str, given: Object, *, keep: bool = True) -> Object:
-        """Keep it (unless it is only tried), filled in as the API server does. Raises ApiError: 409 if the name is taken, 422."""
+    def create(self, plural: str, given: Object) -> Object:
+        """Keep it, filled in as the API server does. Raises ApiError: 409 if the name is taken, 422."""
         kind = KINDS[plural]
         found = copy.deepcopy(given) | {"apiVersion": API_VERSIONS[kind], "kind": kind}
         metadata = found["metadata"]
@@ -64,8 +64,7 @@ class Store:
             if (plural, metadata["name"]) in self._objects:
                 raise ApiError(409, f'{plural} "{metadata["name"]}" already exists', name=metadata["name"])
             metadata |= {"namespace": self.namespace, "uid": str(uuid.uuid4()), "creationTimestamp": timestamp()}
-            if keep:
-                self._objects[plural, metadata["name"]] = found
+            self._objects[plural, metadata["name"]] = found
         return found
 
     def find(self, plural: str, name: str) -> Object | None:

@@ -1,4 +1,4 @@
-"""`osft doctor` on the stand-in cluster: a healthy one has no errors, and each thing that is spoilt is found by name."""
+"""`osft doctor` on the stand-in cluster: a healthy one has no faults, and each thing that is spoilt is found."""
 
 import base64
 import json
@@ -16,7 +16,9 @@ from osft.doctor.checks import examine
 from osft.doctor.cluster_view import ClusterView
 from osft.doctor.configuration import Configuration
 from osft.doctor.finding import Finding
+from osft.doctor.rights import rights_of
 from osft.doctor.subject import Subject
+from osft.kubernetes.training_job import KINDS
 from pipelines.continual_learning.pipeline import YAML
 from tests.cluster.cluster import Cluster
 from tests.cluster.installation import GPU, GPU_TAINT
@@ -101,7 +103,10 @@ def test_healthy_setup_has_no_faults_and_nothing_is_left_unchecked_but_images(se
 def test_nothing_on_the_cluster_is_changed(setup):
     setup.examine()
     assert setup.cluster.jobs() == setup.cluster.pods() == []
-    assert {call.verb for call in setup.cluster.calls if call.resource not in ("pods", "pytorchjobs")} <= {"get", "list"}
+    assert {call.verb for call in setup.cluster.calls if call.resource not in ("pods", "pytorchjobs")} <= {
+        "get",
+        "list",
+    }
 
 
 def test_no_value_of_a_secret_reaches_the_doctor(setup, monkeypatch):
@@ -247,16 +252,26 @@ def image_of_this_machine(setup: Setup) -> None:
 @pytest.mark.parametrize(
     ("spoil", "about", "told", "remedy"),
     [
-        (no_operator, "Kubeflow's training operator", "does not serve pytorchjobs", "set launcher: trainjob"),
-        (no_trainer, "Kubeflow's training operator", "does not serve pytorchjobs", "Install Kubeflow's training operator"),
+        (no_operator, "Kubeflow's training operator", "does not serve pytorchjobs", "Install"),
+        (
+            no_trainer,
+            "Kubeflow's training operator",
+            "does not serve pytorchjobs",
+            "Install Kubeflow's training operator",
+        ),
         (other_version, "Kubeflow's training operator", "as v2 only, and osft writes v1", "Install"),
-        (operator_down, "controller of Kubeflow's training operator", "has no pod that is ready", "describe deployment"),
+        (
+            operator_down,
+            "controller of Kubeflow's training operator",
+            "has no pod that is ready",
+            "describe deployment",
+        ),
         (old_operator, "controller of Kubeflow's training operator", "older than 1.9", "Upgrade it to 1.9"),
         (old_kubernetes, "Kubernetes at", "v1.24.9 is older than 1.27", "Upgrade the cluster to 1.27"),
         (no_right_to_delete, "right to delete pytorchjobs", "may not delete pytorchjobs", "manifests/base"),
         (no_namespace, "namespace kubeflow-user", "does not exist", "kubectl create namespace kubeflow-user"),
         (restricted, "init container", "violates PodSecurity", "--pytorch-init-container-template-file"),
-        (quota_of_limits, "dry run of a Master pod", "must specify limits.cpu for: pytorch", "Set cpu_limit"),
+        (quota_of_limits, "dry run of a pod of the job", "must specify limits.cpu for: pytorch", "Set cpu_limit"),
         (full_quota, "ResourceQuota team", "requests.nvidia.com/gpu 16 of 16", "have the quota raised"),
         (no_claim, "claim osft-storage", "does not exist", "kubectl apply -k"),
         (claim_of_one_node, "claim osft-storage", "has ReadWriteOnce", "accessModes: [ReadWriteMany]"),
@@ -264,7 +279,7 @@ def image_of_this_machine(setup: Setup) -> None:
         (no_secret, "secret osft-huggingface", "does not exist", "create secret generic osft-huggingface"),
         (no_config_map, "config map nccl", "does not exist", "create configmap nccl"),
         (no_account, "service account trainer", "does not exist", "create serviceaccount trainer"),
-        (no_account, "dry run of a Worker pod", 'serviceaccount "trainer" not found', "service_account"),
+        (no_account, "dry run of a pod of the job", 'serviceaccount "trainer" not found', "service_account"),
         (no_priority, "PriorityClass urgent", "does not exist", "priority_class"),
         (too_many_gpus, "the job's pods", "no node has as much (the most of each: 64 cpu", "Ask for less"),
         (too_many_workers, "the job's pods", "2 of 3 pods", "Lower num_workers"),
@@ -286,6 +301,21 @@ def test_what_is_spoilt_is_found_with_its_remedy(
     found = [one for one in faults(setup.examine()) if one.about.startswith(about)]
     assert len(found) >= 1, f"nothing of {about}"
     assert any(told in one.text and remedy in one.remedy for one in found), found
+
+
+def test_rights_that_are_asked_for_are_those_of_the_role():
+    rules = yaml.safe_load(ROLE.read_text())["rules"]
+    granted = {
+        (g, r, verb) for rule in rules for g in rule["apiGroups"] for r in rule["resources"] for verb in rule["verbs"]
+    }
+    asked = {(one.group, one.resource, verb) for kind in KINDS for one in rights_of(kind) for verb in one.verbs}
+    assert asked == granted
+
+
+def test_rights_of_a_service_account_are_those_that_are_told(setup):
+    """Asked for by somebody who may do everything, and told by name."""
+    (found,) = [one for one in setup.examine(("cluster",), account="pipeline-runner") if one.about == "rights"]
+    assert found.text.startswith("account pipeline-runner may do all")
 
 
 def test_every_fault_names_a_remedy(setup):
