@@ -18,7 +18,7 @@ from osft.settings.training import TrainConfig
 from osft.subspace.model import osft_layers
 from osft.subspace.targets import select_targets, transformer_blocks
 from osft.subspace.weight import OSFTWeight
-from osft.training.memory import allowance_line
+from osft.training.memory import ResidentMemory, allowance_line
 from osft.training.plan import described_model, lines_of_tokens, memory_estimate
 from osft.training.sharded_model import gathered_dtype
 
@@ -105,7 +105,7 @@ def _of_model(
     fixed, activations, problem = lines_of_tokens(model, config, Batching.PACKED, 1.0)
     assert activations is not None, problem
     if method in OSFT:
-        memory = {line.name: line.bytes for line in memory_estimate(model, gpus, fixed).lines}
+        memory = {line.name: line.bytes for line in memory_estimate(ResidentMemory(model), gpus, fixed).lines}
     else:
         blocks = len(transformer_blocks(model)[1])
         gradients = trained / blocks if method == LORA else inside / blocks + outside

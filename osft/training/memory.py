@@ -5,6 +5,7 @@ What the backward pass needs is counted too, not guessed: a forward pass on the 
 no values, shows every tensor that autograd saves.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,58 +42,94 @@ class MemoryLine:
     """How it is counted, in a sentence."""
 
 
-def static_lines(model: PreTrainedModel, world_size: int = 1) -> list[MemoryLine]:
-    """What the first of `world_size` processes, which has no fewer rows than any other, holds from load to end.
+class ResidentMemory:
+    """What the first of some processes, which has no fewer rows than any other, holds from load to end, or gathers.
 
-    `model` has its OSFT layers, on any device. Gradients and optimizer moments, which come with the first step, are
-    counted with the coefficients.
+    The model, with its OSFT layers and on any device, is looked at once, for any number of processes.
     """
-    layers = [layer for _, layer in osft_layers(model)]
-    coefficients = [layer.coefficients for layer in layers]
-    bases = [basis for layer in layers for basis in layer.bases()]
-    base_weights = [layer.base_weight for layer in layers]
-    frozen = [layer.frozen_basis for layer in layers if layer.frozen_basis is not None]
-    own = {id(tensor) for tensor in (*coefficients, *bases, *base_weights, *frozen)}
-    weights = [parameter for parameter in model.parameters() if id(parameter) not in own]
-    buffers = [buffer for buffer in model.buffers() if id(buffer) not in own]
 
-    def sharded(tensors: Iterable[torch.Tensor]) -> int:
-        return sum(_first_rows_bytes(tensor, world_size) for tensor in tensors)
+    def __init__(self, model: PreTrainedModel) -> None:
+        layers = [layer for _, layer in osft_layers(model)]
+        self._num_layers = len(layers)
+        self._coefficients = _Tensors(layer.coefficients for layer in layers)
+        self._bases = _Tensors(basis for layer in layers for basis in layer.bases())
+        self._base_weights = _Tensors(layer.base_weight for layer in layers)
+        self._frozen = _Tensors(layer.frozen_basis for layer in layers if layer.frozen_basis is not None)
+        own = set().union(*(part.ids for part in (self._coefficients, self._bases, self._base_weights, self._frozen)))
+        self._weights = _Tensors(parameter for parameter in model.parameters() if id(parameter) not in own)
+        self._buffers = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in own)
+        self._gathered = _gathered_line(model)
 
-    shards = "all rows" if world_size == 1 else f"1/{world_size} of the rows"
-    return [
-        MemoryLine("weights", sharded(weights), f"{_dtypes(weights)}, {shards} of every weight of the model"),
-        MemoryLine(
-            "base weights",
-            sharded(base_weights),
-            f"{_dtypes(base_weights)}, {shards} of the {len(layers)} target weights as the checkpoint stores them; "
-            "each step adds the update to them",
-        ),
-        MemoryLine(
-            "bases", sharded(bases), f"float32, {shards} of the unfrozen directions that the update is expressed in"
-        ),
-        MemoryLine(
-            "frozen bases",
-            sharded(frozen),
-            f"float32, {shards} of what keeps the long side of weights that are not square orthogonal to the frozen "
-            "directions"
-            if frozen
-            else "none: no weight has a side that needs a projection",
-        ),
-        MemoryLine(
-            "coefficients",
-            4 * sharded(coefficients),
-            f"16 bytes for each of {sum(c.numel() for c in coefficients):,} trained numbers / {world_size}: float32 "
-            "value, gradient and AdamW's two moments",
-        ),
-        MemoryLine("buffers", sum(b.nbytes for b in buffers), "whole on every GPU: frequencies of rotary embeddings"),
-    ]
+    def lines(self, world_size: int = 1) -> list[MemoryLine]:
+        """For one of `world_size` processes.
+
+        Gradients and optimizer moments, which come with the first step, are counted with the coefficients.
+        """
+        shards = "all rows" if world_size == 1 else f"1/{world_size} of the rows"
+        weights, base_weights, frozen = self._weights, self._base_weights, self._frozen
+        return [
+            MemoryLine(
+                "weights", weights.shard(world_size), f"{weights.dtypes}, {shards} of every weight of the model"
+            ),
+            MemoryLine(
+                "base weights",
+                base_weights.shard(world_size),
+                f"{base_weights.dtypes}, {shards} of the {self._num_layers} target weights as the checkpoint stores "
+                "them; each step adds the update to them",
+            ),
+            MemoryLine(
+                "bases",
+                self._bases.shard(world_size),
+                f"float32, {shards} of the unfrozen directions that the update is expressed in",
+            ),
+            MemoryLine(
+                "frozen bases",
+                frozen.shard(world_size),
+                f"float32, {shards} of what keeps the long side of weights that are not square orthogonal to the "
+                "frozen directions"
+                if frozen.ids
+                else "none: no weight has a side that needs a projection",
+            ),
+            MemoryLine(
+                "coefficients",
+                4 * self._coefficients.shard(world_size),
+                f"16 bytes for each of {self._coefficients.numbers:,} trained numbers / {world_size}: float32 "
+                "value, gradient and AdamW's two moments",
+            ),
+            MemoryLine("buffers", self._buffers, "whole on every GPU: frequencies of rotary embeddings"),
+            self._gathered if world_size > 1 else MemoryLine("gathered by FSDP2", 0, "nothing: there is one process"),
+        ]
 
 
-def gathered_line(model: PreTrainedModel, world_size: int) -> MemoryLine:
+class _Tensors:
+    """Some tensors, by shape and dtype: a model of eighty blocks has a dozen kinds of them."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        found = list(tensors)
+        self.ids = {id(tensor) for tensor in found}
+        self._kinds = Counter((tensor.shape, tensor.dtype) for tensor in found)
+
+    @property
+    def numbers(self) -> int:
+        """In all of them."""
+        return sum(count * shape.numel() for (shape, _), count in self._kinds.items())
+
+    @property
+    def dtypes(self) -> str:
+        """Theirs, in words."""
+        return " and ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in self._kinds})) or "none"
+
+    def shard(self, world_size: int) -> int:
+        """Bytes of the rows that the first process holds."""
+        total = 0
+        for (shape, dtype), count in self._kinds.items():
+            start, stop = local_rows(shape[0], 0, world_size)
+            total += count * (stop - start) * (shape.numel() // shape[0]) * dtype.itemsize
+        return total
+
+
+def _gathered_line(model: PreTrainedModel) -> MemoryLine:
     """What FSDP2 gathers from the other processes while it computes."""
-    if world_size == 1:
-        return MemoryLine("gathered by FSDP2", 0, "nothing: there is one process")
     dtype = gathered_dtype(model)
 
     def gathered(parameters: Iterable[nn.Parameter]) -> int:
@@ -200,7 +237,7 @@ def logits_line(model: PreTrainedModel, num_loss_tokens: int) -> MemoryLine:
     return MemoryLine(
         "logits",
         2 * head.itemsize * numbers + slices,
-        f"{num_loss_tokens:,} loss tokens x {head.shape[0]:,} words, {_dtypes([head])}, and their gradient; "
+        f"{num_loss_tokens:,} loss tokens x {head.shape[0]:,} words, {_Tensors([head]).dtypes}, and their gradient; "
         f"{_mib(slices)} for the rows that are in float32 at a time; tokens without loss have none",
     )
 
@@ -283,16 +320,6 @@ def use_counted_attention(model: PreTrainedModel, attn_implementation: str) -> s
 def _storage(tensor: torch.Tensor) -> StorageWeakRef:
     """What tells storages apart, on any device; while it is there, no other storage gets the address."""
     return StorageWeakRef(tensor.untyped_storage())
-
-
-def _first_rows_bytes(tensor: torch.Tensor, world_size: int) -> int:
-    """Bytes of the rows of a whole tensor that the first process holds."""
-    start, stop = local_rows(tensor.shape[0], 0, world_size)
-    return (stop - start) * (tensor.nbytes // tensor.shape[0])
-
-
-def _dtypes(tensors: Iterable[torch.Tensor]) -> str:
-    return " and ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})) or "none"
 
 
 def _mib(size: int) -> str:

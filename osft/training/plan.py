@@ -31,11 +31,10 @@ from osft.training.memory import (
     FRAGMENTATION,
     Activations,
     MemoryLine,
+    ResidentMemory,
     allowance_line,
     count_activations,
-    gathered_line,
     logits_line,
-    static_lines,
     use_counted_attention,
 )
 from osft.training.prepare import check_model
@@ -168,7 +167,8 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
     fixed, activations, problem = lines_of_tokens(model, config, found.batching, data.largest_loss_share)
     if problem:
         notes.insert(0, f"The memory is without activations, and so too small: {problem}.")
-    sizes = [memory_estimate(model, gpus, fixed) for gpus in _sizes(config)]
+    resident = ResidentMemory(model)
+    sizes = [memory_estimate(resident, gpus, fixed) for gpus in _sizes(config)]
     smallest = next((e.gpus for e in sizes if e.bytes <= gpu_memory_gib * 2**30), None)
     columns = {*_asked_for(config), *([smallest] if smallest else [])}
     if smallest is None:
@@ -190,7 +190,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
         total_parameters=total_parameters,
         num_target_weights=len(layers),
         ranks=(min(ranks), max(ranks)),
-        memory=tuple(memory_estimate(model, gpus, fixed) for gpus in sorted(columns)),
+        memory=tuple(memory_estimate(resident, gpus, fixed) for gpus in sorted(columns)),
         gpu_memory_gib=gpu_memory_gib,
         smallest_fit=smallest,
         activations_counted=activations is not None,
@@ -220,9 +220,9 @@ def lines_of_tokens(
     return lines, activations, problem
 
 
-def memory_estimate(model: PreTrainedModel, gpus: int, fixed: Sequence[MemoryLine]) -> MemoryEstimate:
-    """The peak on one of `gpus` GPUs of a model with its OSFT layers; `fixed`: `lines_of_tokens`."""
-    lines = [*static_lines(model, gpus), gathered_line(model, gpus), *fixed]
+def memory_estimate(resident: ResidentMemory, gpus: int, fixed: Sequence[MemoryLine]) -> MemoryEstimate:
+    """The peak on one of `gpus` GPUs; `fixed`: `lines_of_tokens`."""
+    lines = [*resident.lines(gpus), *fixed]
     return MemoryEstimate(gpus, (*lines, allowance_line(sum(line.bytes for line in lines), gpus)))
 
 
