@@ -64,7 +64,7 @@ def test_answers_share_their_prompt_where_the_attention_takes_any_mask_and_sees_
     settings, expected = BRANCHES[kind]
     found = preflight(saved(AutoConfig.for_model(kind, **settings), tmp_path))
     assert found.branches is expected
-    assert (found.batching_of_answers is Batching.BRANCHED) is expected
+    assert (found.shared_batching is Batching.BRANCHED) is expected
 
 
 REFUSED = {

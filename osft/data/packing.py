@@ -3,7 +3,7 @@
 Packed, samples follow each other in one row; their position ids start again at 0, which is how `transformers`
 recognizes packed samples and keeps them from attending to each other. A model that cannot keep them apart (a recurrent
 state runs through the row) gets one sample a row: rows are filled up on the right, where a causal model does not look.
-Which of the two a model needs is measured (`osft.subspace.preflight`).
+Which of the two a model needs is measured (`osft.subspace.preflight`), and whether samples can share a beginning.
 """
 
 from bisect import bisect_right
@@ -15,6 +15,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from osft.data.branches import branches_of, plan_branches
 from osft.data.chat import IGNORE, Sample
 from osft.data.samples import Samples
 
@@ -27,7 +28,7 @@ class Batching(StrEnum):
     PADDED = "padded"
     """One sample a row."""
     BRANCHED = "branched"
-    """As packed, and answers to one prompt share it (`osft.data.branches`)."""
+    """In one row, and samples that begin alike share what they begin with (`osft.data.branches`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,9 @@ class MicroBatch:
     """What one forward pass reads. R rows of T tokens; L of these tokens count in the loss."""
 
     input_ids: torch.Tensor
-    """(R, T), int64. R is 1 where samples are packed."""
+    """(R, T), int64. R is 1 but where samples have rows of their own."""
     position_ids: torch.Tensor
-    """(R, T), int64; starts at 0 with each sample."""
+    """(R, T), int64: of each token in its sample, from 0."""
     loss_positions: torch.Tensor
     """(L,), int64: the positions in all rows, one row after the other, whose output predicts a token that counts."""
     targets: torch.Tensor
@@ -47,8 +48,8 @@ class MicroBatch:
     is_token: torch.Tensor
     """(R, T), bool: False where a row is filled up."""
     batching: Batching
-    branches: torch.Tensor | None = None
-    """(R, T), int64, where samples branch from one beginning, whose tokens have 0, and those of each a number of it."""
+    ends: torch.Tensor | None = None
+    """(R, T), int64, of branched samples: the place in the row behind all tokens that see this one."""
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same on `device`."""
@@ -60,7 +61,7 @@ class MicroBatch:
             self.sample_of_target.to(device),
             self.is_token.to(device),
             self.batching,
-            None if self.branches is None else self.branches.to(device),
+            None if self.ends is None else self.ends.to(device),
         )
 
 
@@ -81,16 +82,34 @@ class Feeding:
         Every rank gets as many as the others; one that has nothing to do, micro-batches without a loss.
         """
         chosen = range(len(samples.lengths)) if indices is None else indices
+        if self.batching is Batching.BRANCHED:
+            yield from self._branched(samples, chosen)
+            return
         plan = plan_micro_batches([samples.lengths[i] for i in chosen], self.max_tokens, self.world_size, self.batching)
         for positions in plan[self.rank]:
             held = [chosen[position] for position in positions]
             yield held, collate([samples[i] for i in held], self.batching).to(self.device)
+
+    def _branched(self, samples: Samples, chosen: Sequence[int]) -> Iterator[tuple[list[int], MicroBatch]]:
+        """What they begin with says which belong together, so they are read before that is planned: some at a time."""
+        for start in range(0, max(1, len(chosen)), _READ_AT_ONCE):
+            numbers = chosen[start : start + _READ_AT_ONCE]
+            read = [samples[i] for i in numbers]
+            plan = plan_branches([sample.input_ids for sample in read], self.max_tokens, self.world_size)
+            for positions in plan[self.rank]:
+                batch = collate([read[position] for position in positions], self.batching)
+                yield [numbers[position] for position in positions], batch.to(self.device)
+
+
+_READ_AT_ONCE = 1024
 
 
 def collate(samples: Sequence[Sample], batching: Batching = Batching.PACKED) -> MicroBatch:
     """Lay samples out in rows. Without samples: one token and no loss, for a process that has nothing to do."""
     if not samples:
         samples = [Sample([0], [IGNORE])]
+    if batching is Batching.BRANCHED:
+        return _collate_branches(samples)
     lengths = [len(sample.input_ids) for sample in samples]
     packed = batching is Batching.PACKED
     width = sum(lengths) if packed else max(lengths)
@@ -117,6 +136,29 @@ def collate(samples: Sequence[Sample], batching: Batching = Batching.PACKED) -> 
         sample_of_target=sample_index[target_positions],
         is_token=(sample_index >= 0).view(rows, width),
         batching=batching,
+    )
+
+
+def _collate_branches(samples: Sequence[Sample]) -> MicroBatch:
+    """`collate`, of a prefix tree. What several samples predict at one place are as many targets."""
+    branches = branches_of([sample.input_ids for sample in samples])
+    found = [
+        (places[position - 1], sample.labels[position], index)
+        for index, (sample, places) in enumerate(zip(samples, branches.places, strict=True))
+        for position in range(1, len(places))
+        if sample.labels[position] != IGNORE
+    ]
+    loss_positions, targets, sample_of_target = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    rows = torch.tensor([branches.input_ids, branches.position_ids, branches.ends])[:, None]
+    return MicroBatch(
+        input_ids=rows[0],
+        position_ids=rows[1],
+        loss_positions=loss_positions,
+        targets=targets,
+        sample_of_target=sample_of_target,
+        is_token=torch.ones_like(rows[0], dtype=torch.bool),
+        batching=Batching.BRANCHED,
+        ends=rows[2],
     )
 
 

@@ -71,7 +71,7 @@ class MeasuredModel:
                 tokenizer,
                 records,
                 max_tokens=self._max_tokens,
-                batching=self._preflight.batching_of_answers,
+                batching=self._preflight.shared_batching,
                 description=description,
             )
             return asdict(scores)
@@ -90,7 +90,9 @@ class MeasuredModel:
         """
         if reference._model_hash == self._model_hash:
             reference = self
-        batching = Batching.PACKED if self._batching is reference._batching is Batching.PACKED else Batching.PADDED
+        batching, other = (model._preflight.shared_batching for model in (self, reference))
+        if other is not batching:
+            batching = Batching.PADDED
 
         def measure() -> dict[str, Any]:
             (before, before_tokenizer), (after, after_tokenizer) = reference._loaded, self._loaded

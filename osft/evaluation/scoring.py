@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osft.data.branches import collate_branches, num_tokens
+from osft.data.branches import plan_branches
 from osft.data.chat import Sample, tokenize
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.data.records import Record
@@ -120,9 +120,7 @@ def score_records(
                 samples.append(sample)
             of_record.append(position)
         answers.append(of_record)
-    nll, exact = _score_samples(
-        model, samples, [list(dict.fromkeys(of_record)) for of_record in answers], max_tokens, batching, description
-    )
+    nll, exact = _score_samples(model, samples, max_tokens, batching, description)
 
     right = [
         of_record[record.choices.index(record.messages[-1]["content"]) if record.choices else 0]
@@ -182,21 +180,18 @@ def _answered(record: Record, answer: str) -> Record:
 def _score_samples(
     model: PreTrainedModel,
     samples: Sequence[Sample],
-    groups: Sequence[Sequence[int]],
     max_tokens: int,
     batching: Batching,
     description: str,
 ) -> tuple[list[float], list[bool]]:
     """Per sample: the sum of its targets' negative log-likelihoods, and whether each is more probable than any other.
 
-    groups: which samples answer one prompt. A target that ties with another token is not more probable: which of them
-    greedy decoding takes is chance.
+    A target that ties with another token is not more probable: which of them greedy decoding takes is chance.
     """
     device = next(model.parameters()).device
     nll = torch.zeros(len(samples), dtype=torch.float64)
     wrong = torch.zeros(len(samples), dtype=torch.int64)
-    batches = micro_batches(samples, device, max_tokens, batching, description, groups=groups)
-    for batch, sample_of_target in batches:
+    for batch, sample_of_target in micro_batches(samples, device, max_tokens, batching, description):
         logits = target_logits(model, batch)
         losses = cross_entropy(logits, batch.targets).double().cpu()
         as_probable = (logits >= logits.gather(1, batch.targets[:, None])).sum(-1)  # the target itself, too
@@ -212,25 +207,22 @@ def micro_batches(
     max_tokens: int,
     batching: Batching,
     description: str,
-    *,
-    groups: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
     """All samples in micro-batches on a device, each with its targets' samples: (L,), int64, on the CPU.
 
-    `groups`: which samples answer one prompt, for `Batching.BRANCHED`, where these share one copy of what they begin
-    with. A longer sample, or group, than `max_tokens` has a micro-batch of its own. A progress bar shows `description`.
+    A longer sample than `max_tokens` makes it so many. A progress bar shows `description`.
     """
-    branched = batching is Batching.BRANCHED
-    units = groups if branched and groups is not None else [[position] for position in range(len(samples))]
-    lengths = [num_tokens([samples[position] for position in unit]) for unit in units]
-    (plan,) = plan_micro_batches(lengths, max(max_tokens, *lengths), batching=batching)
+    lengths = [len(sample.input_ids) for sample in samples]
+    longest = max(max_tokens, *lengths)
+    if batching is Batching.BRANCHED:
+        (plan,) = plan_branches([sample.input_ids for sample in samples], longest)
+    else:
+        (plan,) = plan_micro_batches(lengths, longest, batching=batching)
     with tqdm(total=sum(lengths), desc=description, unit="token", mininterval=5.0) as progress:
         for chosen in plan:
-            held = [[samples[position] for position in units[index]] for index in chosen]
-            batch = collate_branches(held) if branched else collate([sample for (sample,) in held], batching)
-            positions = torch.tensor([position for index in chosen for position in units[index]])
-            yield batch.to(device), positions[batch.sample_of_target]
-            progress.update(int(batch.is_token.sum()))
+            batch = collate([samples[position] for position in chosen], batching)
+            yield batch.to(device), torch.tensor(chosen)[batch.sample_of_target]
+            progress.update(sum(lengths[position] for position in chosen))
 
 
 @torch.no_grad()

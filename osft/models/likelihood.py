@@ -62,13 +62,12 @@ def _attention_mask(model: Any, batch: MicroBatch) -> Any:
     # Only its shape, dtype and device are read.
     hidden_states = torch.empty(*batch.input_ids.shape, 0, dtype=embeddings.dtype, device=batch.input_ids.device)
     known: dict[str, Any] = {"attention_mask": None, "past_key_values": None}
-    if batch.branches is None:
+    if batch.ends is None:
         return create_masks_for_generate(model.config, hidden_states, position_ids=batch.position_ids, **known)
-    branches, beginnings = batch.branches, (batch.position_ids == 0).cumsum(-1)
+    ends = batch.ends
 
     def visible(row: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        of_key = branches[row, key]
-        return (beginnings[row, query] == beginnings[row, key]) & ((of_key == 0) | (of_key == branches[row, query]))
+        return query < ends[row, key]  # and key <= query, as of any causal model
 
     return create_masks_for_generate(model.config, hidden_states, and_mask_function=visible, **known)
 

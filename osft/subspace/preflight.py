@@ -9,7 +9,7 @@ sample alone:
     as alone only with a row for each sample    PADDED
     neither, or other without what follows      refused
 
-Where packed samples stay apart, answers that branch from one prompt are tried, too.
+Where packed samples stay apart, samples that branch from one beginning are tried, too.
 """
 
 import math
@@ -23,7 +23,6 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
-from osft.data.branches import collate_branches
 from osft.data.chat import IGNORE, Sample
 from osft.data.packing import Batching, collate
 from osft.models.checkpoint import CheckpointReader
@@ -55,11 +54,11 @@ class Preflight:
     reason: str
     """Why, in a few words."""
     branches: bool = False
-    """Whether answers to one prompt can share it: see `osft.data.branches`."""
+    """Whether samples can share what they begin with: see `osft.data.branches`."""
 
     @property
-    def batching_of_answers(self) -> Batching:
-        """How the answers that are compared of a record are fed."""
+    def shared_batching(self) -> Batching:
+        """How samples are fed where a mask over all of a row costs little: with shared beginnings, if that is right."""
         return Batching.BRANCHED if self.branches else self.batching
 
     def text(self) -> str:
@@ -255,9 +254,12 @@ def _try_branches(model: PreTrainedModel, samples: Sequence[Sample]) -> bool:
         Sample(beginning.input_ids + sample.input_ids, [IGNORE] * len(beginning.input_ids) + sample.labels)
         for sample in others
     ]
+    together = [*answers, samples[1]]
     try:
-        branched = target_logits(model, collate_branches([answers, answers[1:]]).to(model.device))
-        packed = target_logits(model, collate([*answers, answers[1]]).to(model.device))
+        branched, packed = (
+            target_logits(model, collate(together, batching).to(model.device))
+            for batching in (Batching.BRANCHED, Batching.PACKED)
+        )
     except Exception:  # it takes no mask of this form
         return False
     return _difference(branched.float(), packed.float()) <= TOLERANCE

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,8 @@ def train_process(work: dict[str, Any]) -> None:
         rank=rank,
         world_size=world_size,
     )
+    # A GPU's kernels for packed samples take no mask.
+    steps_feeding = replace(feeding, batching=preflight.shared_batching) if device.type == "cpu" else feeding
     new, selection = new_samples(dataset, work["selection"])
     replay = Path(work["replay"]) if work["replay"] else None
     samples = JoinedSamples([new, load_split(replay, "train")]) if replay else new
@@ -161,7 +163,7 @@ def train_process(work: dict[str, Any]) -> None:
             model,
             samples,
             config,
-            feeding=feeding,
+            feeding=steps_feeding,
             on_step=on_step,
             validation=validation,
             text=text,

@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from osft.data.branches import collate_branches, num_tokens
-from osft.data.chat import IGNORE, Sample, tokenize
+from osft.data.chat import tokenize
 from osft.data.packing import Batching
 from osft.data.records import Record
 from osft.evaluation.scoring import RecordScores, changes, describe_accuracy, generate, score_records
@@ -76,15 +75,6 @@ def test_answers_that_share_their_prompt_have_the_scores_that_they_have_alone(mo
     only = [record for record in asked_for if record.choices]
     branched, alone = (score_records(model, tokenizer, only, batching=b) for b in (Batching.BRANCHED, Batching.PADDED))
     assert (branched.correct, branched.num_ties) == (alone.correct, alone.num_ties)
-
-
-def test_a_prompt_is_computed_once_for_all_its_answers():
-    prompt, answers = list(range(50, 90)), ([7, 1], [7, 2, 3], [8, 9])
-    group = [Sample(prompt + answer, [IGNORE] * len(prompt) + answer) for answer in answers]
-    batch = collate_branches([group, group[:1]])
-    assert batch.input_ids.numel() == num_tokens(group) + num_tokens(group[:1]) == 40 + 7 + 42
-    assert batch.targets.tolist() == [7, 1, 7, 2, 3, 8, 9, 7, 1]
-    assert batch.sample_of_target.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3]
 
 
 def test_exact_match_of_a_model_that_has_learned_the_answer(tokenizer):
