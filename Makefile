@@ -41,7 +41,8 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "Python 3.11 with venv is needed (PYTHON=$(PYTHON))" >&2; exit 1; }
 ifeq ($(INSTALLER),uv)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --constraint constraints.txt --editable '.[dev]'
+	@# pip compiles what it installs; otherwise each process would, where PYTHONDONTWRITEBYTECODE is set.
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --compile-bytecode --constraint constraints.txt --editable '.[dev]'
 else
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 endif
