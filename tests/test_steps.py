@@ -354,6 +354,20 @@ def test_object_store_without_a_tracking_server_is_refused_at_once(monkeypatch):
     )
 
 
+def test_database_on_a_volume_is_refused_in_a_pod_unless_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = str(tmp_path)
+    rounds.PipelineRun(storage_root=root, pipeline_run_id="on-this-machine")
+    monkeypatch.setenv("KFP_POD_NAME", "osft-continual-learning-resolve-round-1")
+    with pytest.raises(ValueError, match="mlflow_tracking_uri is empty.*address of an MLflow server") as refused:
+        rounds.PipelineRun(storage_root=root, pipeline_run_id="r")
+    assert list(tmp_path.iterdir()) == []
+    asked_for = str(refused.value).rpartition("mlflow_tracking_uri=")[2]
+    assert asked_for == f"sqlite:///{root}/mlflow/mlflow.db"
+    for address in ("http://mlflow:5000", asked_for):
+        rounds.PipelineRun(storage_root=root, pipeline_run_id="r", mlflow_tracking_uri=address)
+
+
 def test_data_address_with_credentials_is_not_written_down(tmp_path, monkeypatch):
     monkeypatch.setenv("OSFT_SCRATCH", str(tmp_path / "scratch"))
     where = (str(tmp_path), "1", "")

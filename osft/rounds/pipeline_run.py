@@ -22,6 +22,8 @@ EVALUATION_FILE, REPORT_FILE, VERSION_FILE = "evaluation.json", "report.html", "
 """What steps leave in a round's folder for those that follow."""
 TRAINING_FILE = ("train", "training.json")
 """What the training run leaves there."""
+_POD = "KFP_POD_NAME"
+"""Kubeflow Pipelines sets it in the pod of each step."""
 _REMEDY = "Start a new pipeline run, or retry the step that writes it"
 R = TypeVar("R", bound=Record)
 
@@ -50,7 +52,7 @@ class PipelineRun:
     mlflow_run_id: str = ""
     """The pipeline run's MLflow run; empty until `resolve_round` has made it."""
     mlflow_tracking_uri: str = ""
-    """Empty: MLFLOW_TRACKING_URI, or a database below the storage root."""
+    """Empty: MLFLOW_TRACKING_URI, or outside of a pod a database below the storage root."""
 
     def __post_init__(self) -> None:
         if expanded(self.storage_root) != self.storage_root:
@@ -63,6 +65,13 @@ class PipelineRun:
             raise ValueError(
                 f"storage_root {self.storage_root} cannot hold MLflow's database. Give mlflow_tracking_uri, or set "
                 "MLFLOW_TRACKING_URI to a tracking server"
+            )
+        if _POD in os.environ and not tracking:
+            raise ValueError(
+                f"mlflow_tracking_uri is empty, and this step runs in a pod: MLflow's database would be a SQLite file on "
+                f"the volume {self.storage_root}, which pods of several nodes damage (network file systems do not keep "
+                "its locks). Give mlflow_tracking_uri, or MLFLOW_TRACKING_URI, the address of an MLflow server; on a "
+                f"cluster of one node with a disk of its own, mlflow_tracking_uri={runs.local_tracking_uri(self.storage_root)}"
             )
 
     @property

@@ -87,7 +87,8 @@ class PipelineParameters(Settings):
     """Ask only the first so many questions of each; 0 asks all."""
 
     mlflow_tracking_uri: Text = ""
-    """MLflow server; empty uses MLFLOW_TRACKING_URI, or else a database below storage_root."""
+    """MLflow server; empty uses MLFLOW_TRACKING_URI. Without either, a run on this machine keeps a database below
+    storage_root; on a cluster it is refused. One of one node may have it: sqlite:////mnt/osft/mlflow/mlflow.db."""
     mlflow_experiment: Text = "osft-continual-learning"
     """MLflow experiment of the run."""
     copy_checkpoint: Boolean = True
