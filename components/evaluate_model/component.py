@@ -46,7 +46,7 @@ def evaluate_model(
         max_lm_eval_samples: Ask only the first so many questions of each; 0 asks all.
         accelerators: What the step's pod asks for, such as "1 x nvidia.com/gpu", for the record.
         storage_root: Folder that all steps share.
-        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside a pod a database in storage_root.
+        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside pods a database in storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
         pipeline_run_id: Id of the pipeline run.
 

@@ -34,7 +34,7 @@ def precompute_svd(
         more_settings: As in train_osft; here those that determine the directions, such as calibration_tokens, count.
         accelerators: What the step's pod asks for, such as "1 x nvidia.com/gpu", for the record.
         storage_root: Folder that all steps share.
-        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside a pod a database in storage_root.
+        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside pods a database in storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
         pipeline_run_id: Id of the pipeline run.
 

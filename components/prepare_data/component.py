@@ -33,7 +33,7 @@ def prepare_data(
         records: File of the new records, as resolve_round has written it.
         anchor_uris: Evaluation sets of what the model should not forget: file, folder, glob, or example: URI.
         storage_root: Folder that all steps share.
-        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside a pod a database in storage_root.
+        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside pods a database in storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
         pipeline_run_id: Id of the pipeline run.
         max_seq_len: Longer samples are dropped and counted.

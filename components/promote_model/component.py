@@ -23,7 +23,7 @@ def promote_model(
         parent_version: The champion that it was compared with; 0 if there was none. If there is another one now,
             nothing is promoted.
         storage_root: Folder that all steps share.
-        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside a pod a database in storage_root.
+        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside pods a database in storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
         pipeline_run_id: Id of the pipeline run.
     """

@@ -28,7 +28,7 @@ def register_model(
         image: Image that trained.
         copy_checkpoint: Copy the checkpoint into MLflow's artifacts; else the version names where it is.
         storage_root: Folder that all steps share.
-        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside a pod a database in storage_root.
+        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside pods a database in storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
         pipeline_run_id: Id of the pipeline run.
 

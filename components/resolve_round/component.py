@@ -41,7 +41,7 @@ def resolve_round(
         gate: Rules of the gate, which are checked here.
         min_new_samples: With fewer new records there is nothing to learn.
         storage_root: Folder that all steps share.
-        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside a pod a database in storage_root.
+        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside pods a database in storage_root.
         mlflow_experiment: Experiment that the pipeline run is recorded in.
         pipeline_run_id: Id of the pipeline run.
         pipeline_name: Name that the MLflow run gets.

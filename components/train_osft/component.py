@@ -62,7 +62,7 @@ def train_osft(
         storage_claim: ReadWriteMany claim that the pods mount where the steps have it.
         storage_secret: Secret with the credentials of an s3:// storage_root, as the pods' environment.
         storage_root: Folder that all steps share.
-        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside a pod a database in storage_root.
+        mlflow_tracking_uri: Tracking server; empty for MLFLOW_TRACKING_URI, or outside pods a database in storage_root.
         mlflow_run_id: MLflow run of the pipeline run.
         pipeline_run_id: Id of the pipeline run.
 

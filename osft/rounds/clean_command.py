@@ -29,7 +29,9 @@ def clean(
     ended: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ID", help="A pipeline run that is over, whatever MLflow says. Repeatable.", show_default=False
+            metavar="ID",
+            help="A pipeline run that is over, whatever MLflow says; with --yes, MLflow is told. Repeatable.",
+            show_default=False,
         ),
     ] = None,
     retry_days: Annotated[float, typer.Option(min=0.0, help="A round that failed keeps its files for so long.")] = 7.0,
@@ -37,7 +39,7 @@ def clean(
 ) -> None:
     """Remove what no model version, alias or running round refers to, below the storage root of the pipeline."""
     with failures():
-        from osft.rounds.leftovers import remove, sort_files
+        from osft.rounds.leftovers import end_runs, remove, sort_files
 
         root = expanded(storage_root)
         elsewhere = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or storage.is_remote(root)
@@ -54,4 +56,6 @@ def clean(
             output.print(Text(f"Nothing was removed. With --yes, {size} are."))
             return
         remove(root, parts)
+        if left := end_runs(mlflow, ended or ()):
+            output.print(Text(f"MLflow took {left} for running: now KILLED."))
         output.print(Text(f"{size} were removed."))

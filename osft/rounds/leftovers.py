@@ -111,6 +111,17 @@ def remove(storage_root: str, parts: Collection[Part]) -> None:
             _remove_empty_folders(Path(storage_root), part.files)
 
 
+def end_runs(mlflow: "MlflowClient", ended: Collection[str]) -> int:
+    """End the MLflow runs that the pipeline runs `ended`, which are over, have left RUNNING. Returns how many."""
+    left = 0
+    for id in ended:
+        for run in _runs(mlflow, f"tags.`{runs.PIPELINE_RUN_TAG}` = '{id}' AND attributes.status = 'RUNNING'"):
+            if run.info.lifecycle_stage == "active":
+                runs.end_killed(mlflow, run.info.run_id)
+                left += 1
+    return left
+
+
 def remove_factors(mlflow: "MlflowClient", storage_root: str, *, ended: str) -> None:
     """Remove the factors that no champion has any more, when the round `ended` has promoted one.
 
@@ -177,13 +188,7 @@ class _Needed:
 
 def _round_states(mlflow: "MlflowClient", retry_days: float) -> dict[str, str]:
     """Id of a pipeline run that MLflow has -> why its files stay; empty if it has ended."""
-    from mlflow.entities import ViewType
-
-    experiments = [found.experiment_id for found in _pages(mlflow.search_experiments, ViewType.ALL)]
-    if not experiments:
-        return {}
-    query = f"tags.`{runs.PIPELINE_RUN_TAG}` LIKE '%'"
-    found = list(_pages(lambda **page: mlflow.search_runs(experiments, query, run_view_type=ViewType.ALL, **page)))
+    found = _runs(mlflow, f"tags.`{runs.PIPELINE_RUN_TAG}` LIKE '%'")
     of_rounds = {run.info.run_id for run in found}
     states = {}
     for run in found:
@@ -196,6 +201,16 @@ def _round_states(mlflow: "MlflowClient", retry_days: float) -> dict[str, str]:
             state = f"the round failed less than {retry_days:g} days ago, and may be retried"
         states[run.data.tags[runs.PIPELINE_RUN_TAG]] = state
     return states
+
+
+def _runs(mlflow: "MlflowClient", query: str) -> list[Any]:
+    """The runs of all experiments, deleted ones too."""
+    from mlflow.entities import ViewType
+
+    experiments = [found.experiment_id for found in _pages(mlflow.search_experiments, ViewType.ALL)]
+    if not experiments:
+        return []
+    return list(_pages(lambda **page: mlflow.search_runs(experiments, query, run_view_type=ViewType.ALL, **page)))
 
 
 def _pages(search: Any, *arguments: Any) -> Iterator[Any]:

@@ -68,10 +68,11 @@ class PipelineRun:
             )
         if _POD in os.environ and not tracking:
             raise ValueError(
-                f"mlflow_tracking_uri is empty, and this step runs in a pod: MLflow's database would be a SQLite file on "
-                f"the volume {self.storage_root}, which pods of several nodes damage (network file systems do not keep "
-                "its locks). Give mlflow_tracking_uri, or MLFLOW_TRACKING_URI, the address of an MLflow server; on a "
-                f"cluster of one node with a disk of its own, mlflow_tracking_uri={runs.local_tracking_uri(self.storage_root)}"
+                "mlflow_tracking_uri is empty, and this step runs in a pod: MLflow's database would be a SQLite file "
+                f"on the volume {self.storage_root}, which pods of several nodes damage (network file systems do not "
+                "keep its locks). Give mlflow_tracking_uri, or MLFLOW_TRACKING_URI, the address of an MLflow server; "
+                "on a cluster of one node with a disk of its own, "
+                f"mlflow_tracking_uri={runs.local_tracking_uri(self.storage_root)}"
             )
 
     @property

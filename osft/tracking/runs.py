@@ -27,6 +27,10 @@ When the tracking server does not answer:
                                   what was trained and sends every line of `metrics.jsonl` again
     a step that fails meanwhile   fails with its own error; that MLflow does not know of it is told in the log
     wrong credentials             are refused at once, before any work
+
+A process that is killed cannot end its run, which stays RUNNING. That of a step is KILLED by the step's next attempt;
+those of a round for which there will be none by `osft clean --ended ID --yes`. No age tells that a round is over: its
+next pod may wait for a node for days.
 """
 
 import logging
@@ -272,7 +276,8 @@ def injected_run(mlflow: "MlflowClient") -> "Run | None":
 def step_run(mlflow: "MlflowClient", parent_run_id: str, step: str) -> Iterator[StepRun]:
     """A nested run for one step; FINISHED if the block ends, FAILED (and the parent too) if it raises.
 
-    The nested run that Kubeflow Pipelines made for the task is adopted. Raises what `recorded` does.
+    A process that is killed leaves its run RUNNING: the step's next attempt ends it as KILLED. The nested run
+    that Kubeflow Pipelines made for the task is adopted. Raises what `recorded` does.
     """
     parent = mlflow.get_run(parent_run_id)
     if parent.info.status != "RUNNING":  # a step that is retried after it failed
@@ -288,9 +293,28 @@ def step_run(mlflow: "MlflowClient", parent_run_id: str, step: str) -> Iterator[
         mlflow.update_run(run_id, status="RUNNING")
         mlflow.set_tag(run_id, PIPELINE_RUN_TAG, tags.get(PIPELINE_RUN_TAG, ""))
     else:
+        _end_earlier_attempts(mlflow, parent, step)
         run_id = str(mlflow.create_run(parent.info.experiment_id, run_name=step, tags=tags).info.run_id)
     with recorded(mlflow, run_id, parent_run_id) as recording:
         yield recording
+
+
+def _end_earlier_attempts(mlflow: "MlflowClient", parent: "Run", step: str) -> None:
+    """End what earlier attempts of the step have left RUNNING. Each begins when the pod of the one before is gone."""
+    found = mlflow.search_runs(
+        [parent.info.experiment_id],
+        filter_string=f"tags.`{_PARENT_TAG}` = '{parent.info.run_id}' AND attributes.run_name = '{step}' "
+        "AND attributes.status = 'RUNNING'",
+    )
+    for run in found:
+        end_killed(mlflow, run.info.run_id)
+
+
+def end_killed(mlflow: "MlflowClient", run_id: str) -> None:
+    """End a run whose process is known to be gone, and had no time to."""
+    logger.warning(f"mlflow: run {run_id} was left RUNNING by a process that was killed; it is KILLED now")
+    mlflow.set_tag(run_id, "error", "its process was killed before it could say how it ended")
+    mlflow.set_terminated(run_id, "KILLED")
 
 
 @contextmanager

@@ -206,3 +206,21 @@ def test_command_removes_nothing_unless_it_is_told_to(rounds, monkeypatch):
     assert rounds.files() == held("first") | factors("base")
     refused = CliRunner().invoke(app, ["clean", str(rounds.folder / "lineages")])
     assert refused.exit_code == 2
+
+
+def test_command_ends_the_runs_of_a_round_that_is_said_to_be_over(rounds, monkeypatch):
+    """A cancelled pipeline whose step was killed at once: nothing else would ever end them."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    rounds.play("first", "running")
+    rounds.play("second", "running")
+
+    def states() -> dict[str, str]:
+        found = rounds.mlflow.search_runs([rounds.mlflow.get_experiment_by_name("e").experiment_id])
+        return {run.info.run_name: run.info.status for run in found if run.info.run_name in ("first", "second")}
+
+    for told in ([], ["--ended", "first"]):
+        CliRunner().invoke(app, ["clean", rounds.root, *told])
+        assert states() == {"first": "RUNNING", "second": "RUNNING"}
+    done = CliRunner().invoke(app, ["clean", rounds.root, "--ended", "first", "--yes"])
+    assert "MLflow took 1 for running: now KILLED" in done.output
+    assert states() == {"first": "KILLED", "second": "RUNNING"}

@@ -56,6 +56,23 @@ def test_failed_step_marks_its_run_and_the_pipelines(mlflow, new_round):
     assert "osft.outcome" not in retried.data.tags
 
 
+def test_run_that_a_killed_attempt_left_is_ended_by_the_next_attempt_of_that_step(mlflow, new_round):
+    parent = new_round("killed")
+    experiment = mlflow.get_run(parent).info.experiment_id
+    begun = {
+        (round, step): mlflow.create_run(experiment, run_name=step, tags={PARENT: round}).info.run_id
+        for round, step in ((parent, "train"), (parent, "evaluate"), (new_round("beside"), "train"))
+    }
+    with runs.step_run(mlflow, parent, "train") as retried:
+        states = {key: mlflow.get_run(run).info.status for key, run in begun.items()}
+        assert mlflow.get_run(retried.run_id).info.status == "RUNNING"
+    killed = begun.pop((parent, "train"))
+    assert states.pop((parent, "train")) == "KILLED"
+    assert "killed" in mlflow.get_run(killed).data.tags["error"]
+    assert set(states.values()) == {"RUNNING"}, "what others do is not touched"
+    assert mlflow.get_run(parent).info.status == "RUNNING"
+
+
 def test_step_fails_with_its_own_error_when_the_server_is_away(leaving, new_round, monkeypatch, capsys):
     monkeypatch.setenv("OSFT_MLFLOW_WAIT_SECONDS", "0.2")
     parent = new_round("failing-away")
