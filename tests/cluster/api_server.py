@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import socket
 import sys
 import threading
@@ -51,6 +52,8 @@ class Fault:
     """What is answered, and nothing is done."""
     message: str = "the test refuses this"
     headers: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    """That a call waits for its turn, as in an overloaded server; for who has hung up by then nothing is done."""
     cut: str = ""
     """The connection is cut `after` the request was served, or `within` the answer's body."""
 
@@ -212,6 +215,10 @@ class _Handler(BaseHTTPRequestHandler):
             call = _call(self.command, target)
             api.calls.append(call)
             fault = api.fault(call)
+            if fault is not None and fault.seconds:
+                time.sleep(fault.seconds)
+                if _has_hung_up(self.connection):
+                    return None
             if fault is not None and fault.status is not None:
                 raise ApiError(fault.status, fault.message, headers=dict(fault.headers))
             cut = fault.cut if fault is not None else ""
@@ -297,6 +304,11 @@ def _selected(found: Object, query: Mapping[str, str]) -> bool:
     for key in path.split(".") if path else ():
         part = part.get(key, {})
     return not path or part == value
+
+
+def _has_hung_up(connection: socket.socket) -> bool:
+    """Whether the client has closed it, or is dead; it says nothing more until it has an answer."""
+    return bool(select.select([connection], [], [], 0)[0])
 
 
 def _cut(connection: socket.socket) -> None:

@@ -211,6 +211,10 @@ class Cluster:
         """Cut the connection of the next matching call: `after` it was served, or `within` the answer's body."""
         self.api.faults.append(Fault(verb=verb, resource=resource, times=1, cut=where))
 
+    def slow_down(self, seconds: float, verb: str, resource: str) -> None:
+        """Every matching call waits so long for its turn, until `recover()`."""
+        self.api.faults.append(Fault(verb=verb, resource=resource, times=None, seconds=seconds))
+
     def restart_api(self) -> None:
         """As `ApiServer.restart`; takes less than 3 s."""
         self.api.restart()

@@ -114,7 +114,7 @@ def prepared(storage: Path, small_smollm2: Path) -> dict[str, Any]:
         "storage_claim": "osft-storage",
         "storage_secret": "osft-s3",
         "storage_root": str(root),
-        "mlflow_tracking_uri": "",
+        "mlflow_tracking_uri": runs.local_tracking_uri(root),  # all pods of this cluster are on one machine
         "mlflow_run_id": mlflow_run_id,
     }
 
@@ -281,8 +281,7 @@ def test_pods_without_a_shared_volume_train_the_same_from_an_object_store(
         parameters[name] = f"{bucket}/osft/{path.relative_to(prepared['storage_root'])}"
         object_store.files.put(str(path), parameters[name], recursive=True)
     cluster.add_secret("osft-s3", object_store.environment)
-    tracking = f"sqlite:///{prepared['storage_root']}/mlflow/mlflow.db"
-    step = training.start(**parameters, mlflow_tracking_uri=tracking)
+    step = training.start(**parameters)
     output = f"{bucket}/osft/rounds/{training.id}/train"
     cluster.wait_until(lambda: _has_state(object_store, output), seconds=200)
     training.kill("master-0")
