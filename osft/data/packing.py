@@ -31,6 +31,11 @@ class Batching(StrEnum):
     """In one row, and samples that begin alike share what they begin with (`osft.data.branches`)."""
 
 
+FAST_TOKENS = {"cuda": 2048, "cpu": 512}
+"""Of a micro-batch, by the kind of device: with how many the model computes fast what need not be in few batches.
+Attention goes over all of a packed row, of which a CPU computes what the mask hides, too."""
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """What one forward pass reads. R rows of T tokens; L of these tokens count in the loss."""

@@ -15,7 +15,7 @@ there even so is copied from the CPU's memory while it computes.
 Its standard error is that of a ratio of two sums over records, as the loss's (`osft.evaluation.scoring`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from osft.data.chat import tokenize
 from osft.data.packing import Batching
 from osft.data.records import Record
 from osft.evaluation.record import SetDrift
-from osft.evaluation.scoring import MAX_TEXT_TOKENS, micro_batches
+from osft.evaluation.scoring import MAX_TEXT_TOKENS, RecordScores, SampleScores, micro_batches
 from osft.models.checkpoint import CheckpointReader
 from osft.models.likelihood import kl_divergence, residuals, stderr_of_sum, target_logits
 from osft.models.loading import ROOM_FOR_WEIGHTS
@@ -60,12 +60,16 @@ def measure_drift(
     max_tokens: int = 2048,
     batching: Batching = Batching.PACKED,
     description: str = "drift",
+    on_scores: Callable[[RecordScores, RecordScores], None] | None = None,
 ) -> RecordDrift | None:
     """The divergence of `model` from `reference` on `records` (at least one), of answers or of plain texts.
 
     tokenizers: the reference's and the model's. None if the two read the records as different tokens, or give
     probabilities to different numbers of them: then there is nothing to compare. Both models take inputs on one
     device, and samples are batched to at most `max_tokens` tokens.
+
+    on_scores: is told of the reference's and the model's scores, whose logits are at hand; not of records with choices,
+    of which only the right answer is compared.
     """
     samples, others = (
         [tokenize(record, tokenizer, max_text_tokens=MAX_TEXT_TOKENS) for record in records] for tokenizer in tokenizers
@@ -73,6 +77,8 @@ def measure_drift(
     if samples != others:
         return None
     kl = torch.zeros(len(samples), dtype=torch.float64)
+    wanted = on_scores is not None and not any(record.choices for record in records)
+    scored = [SampleScores(len(samples)) for _ in range(2)] if wanted else []
     parameter = next(model.parameters())
     device, dtype = parameter.device, str(parameter.dtype).removeprefix("torch.")
     for batch, sample_of_target in micro_batches(samples, device, max_tokens, batching, description):
@@ -80,6 +86,10 @@ def measure_drift(
         if logits.shape != moved.shape:
             return None
         kl.index_add_(0, sample_of_target, kl_divergence(logits, moved).cpu())
+        for scores, found in zip(scored, (logits, moved), strict=False):
+            scores.add(found, batch, sample_of_target)
+    if on_scores is not None and scored:
+        on_scores(*(scores.of_records(records, samples) for scores in scored))
     return RecordDrift(kl.tolist(), [sample.num_loss_tokens for sample in samples], dtype)
 
 

@@ -79,7 +79,7 @@ def evaluate(
     bfloat16 if the GPUs have no room for both); and only if `score_store` (a path or URI) lacks one of their numbers.
     benchmarks: names of lm-evaluation-harness tasks, groups or tags (`osft.evaluation.benchmarks`), those in the YAML
     files of `benchmark_folder` among them, with the first `max_benchmark_samples` questions of each (0: all).
-    max_tokens: of a micro-batch; None: `MAX_TOKENS` of the device.
+    max_tokens: of a micro-batch; None: `FAST_TOKENS` of the device.
     num_examples: of the new task and of each earlier one, how many records are shown with the models' answers.
 
     The matrix, the decision and the champion's version are for `osft.rounds` to add.
@@ -103,6 +103,16 @@ def evaluate(
     def measured(name: str, **how: Any) -> MeasuredModel:
         return MeasuredModel(folders[name], store, max_tokens=max_tokens, trust_remote_code=trust_remote_code, **how)
 
+    # First, because of plain text the logits that are compared give the scores, too.
+    drift: dict[str, dict[str, SetDrift | None]] = {}
+    dtype = drift_dtype(list(folders.values()))
+    candidate = measured("candidate", dtype=dtype)
+    for name in present[:-1]:
+        reference = measured(name, dtype=dtype)
+        found = {s.name: candidate.drift(reference, s.records, f"{name} to candidate on {s.name}") for s in sets}
+        drift[name] = {key: of_set.summary() if of_set else None for key, of_set in found.items()}
+        del reference
+    del candidate
     scores: dict[str, dict[str, RecordScores]] = {}
     answers: dict[str, dict[str, list[str]]] = {}
     benchmark_results: dict[str, dict[str, BenchmarkScore]] = {}
@@ -113,15 +123,6 @@ def evaluate(
         if public is not None:
             benchmark_results[name] = model.benchmarks(public, f"{name} on benchmarks")
         del model  # the next one needs its memory
-    drift: dict[str, dict[str, SetDrift | None]] = {}
-    dtype = drift_dtype(list(folders.values()))
-    candidate = measured("candidate", dtype=dtype)
-    for name in present[:-1]:
-        reference = measured(name, dtype=dtype)
-        found = {s.name: candidate.drift(reference, s.records, f"{name} to candidate on {s.name}") for s in sets}
-        drift[name] = {key: of_set.summary() if of_set else None for key, of_set in found.items()}
-        del reference
-    del candidate
     notes = {s.name: describe_accuracy(s.records, scores["candidate"][s.name]) for s in scored}
     for set_name, of_set in notes.items():
         for note in of_set:

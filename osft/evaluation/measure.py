@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer
 
-from osft.data.packing import Batching
+from osft.data.packing import FAST_TOKENS, Batching
 from osft.data.records import Record
 from osft.evaluation.drift import RecordDrift, measure_drift
 from osft.evaluation.record import BenchmarkScore
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from osft.evaluation.benchmarks import Benchmarks
 
 logger = logging.getLogger(__name__)
-
-
-MAX_TOKENS = {"cuda": 2048, "cpu": 512}
-"""Of a micro-batch. Attention goes over all of a packed row, of which a CPU computes what the mask hides, too."""
 
 
 class MeasuredModel:
@@ -57,7 +53,7 @@ class MeasuredModel:
         self._store = store
         self._trust_remote_code = trust_remote_code
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._max_tokens = max_tokens or MAX_TOKENS[self._device]
+        self._max_tokens = max_tokens or FAST_TOKENS[self._device]
         self._exact = exact
         self._dtype = dtype or (torch.bfloat16 if self._device == "cuda" and not exact else torch.float32)
 
@@ -76,23 +72,30 @@ class MeasuredModel:
             )
             return asdict(scores)
 
-        hashes = [record.content_hash for record in records]
+        return RecordScores(**self._store.measured(self._scores_key(records), measure))
+
+    def _scores_key(self, records: Sequence[Record]) -> str:
         determined_by: dict[str, Any] = {"max_tokens": self._max_tokens, "max_text_tokens": MAX_TEXT_TOKENS}
         if self._batching is not Batching.PACKED:  # scores of samples that saw each other may be in the store
             determined_by["batching"] = self._batching
-        key = self._key("scores", records=hashes, **determined_by)
-        return RecordScores(**self._store.measured(key, measure))
+        return self._key("scores", records=[record.content_hash for record in records], **determined_by)
 
     def drift(self, reference: "MeasuredModel", records: Sequence[Record], description: str) -> RecordDrift | None:
         """How far this model is from another one on each record: see `measure_drift`, also for None.
 
         Both models are in memory. One that is the same file for file is not loaded twice, and has moved by exactly 0.
+        The scores of both that the same logits give are kept: those of the records, unless they have choices.
         """
         if reference._model_hash == self._model_hash:
             reference = self
         batching, other = (model._preflight.shared_batching for model in (self, reference))
         if other is not batching:
             batching = Batching.PADDED
+
+        def keep(*scores: RecordScores) -> None:
+            for model, found in zip((reference, self), scores, strict=True):
+                if model._preflight.shared_batching is batching:  # as `scores` would batch them
+                    self._store.measured(model._scores_key(records), partial(asdict, found))
 
         def measure() -> dict[str, Any]:
             (before, before_tokenizer), (after, after_tokenizer) = reference._loaded, self._loaded
@@ -104,6 +107,7 @@ class MeasuredModel:
                 max_tokens=self._max_tokens,
                 batching=batching,
                 description=description,
+                on_scores=keep,
             )
             return asdict(found) if found else {}
 

@@ -97,6 +97,7 @@ def _change(before: float, after: float, stderr: float | None) -> MetricChange:
     return MetricChange(change=after - before, relative=(after - before) / before if before else None, stderr=stderr)
 
 
+@torch.no_grad()
 def score_records(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -120,25 +121,25 @@ def score_records(
                 samples.append(sample)
             of_record.append(position)
         answers.append(of_record)
-    nll, exact = _score_samples(model, samples, max_tokens, batching, description)
+    found = SampleScores(len(samples))
+    device = next(model.parameters()).device
+    for batch, sample_of_target in micro_batches(samples, device, max_tokens, batching, description):
+        found.add(target_logits(model, batch), batch, sample_of_target)
 
     right = [
         of_record[record.choices.index(record.messages[-1]["content"]) if record.choices else 0]
         for record, of_record in zip(records, answers, strict=True)
     ]
-    num_loss_tokens = [samples[position].num_loss_tokens for position in right]
-    scores = RecordScores([nll[position] for position in right], num_loss_tokens, None, None)
-    if all(record.choices for record in records):
-        tie = max(TIE, torch.finfo(next(model.parameters()).dtype).eps)
-        margins = [
-            _margin([nll[p] for p in of_record], record.choices.index(record.messages[-1]["content"]))
-            for record, of_record in zip(records, answers, strict=True)
-        ]
-        ties = sum(abs(margin) <= tie for margin in margins)
-        return replace(scores, correct=[m > tie for m in margins], accuracy_kind="choice", num_ties=ties)
-    if all(map(_has_answer, records)) and max(num_loss_tokens) <= SHORT_ANSWER_TOKENS:
-        return replace(scores, correct=[exact[position] for position in right], accuracy_kind="exact match")
-    return scores
+    scores = found.of_records(records, samples, right)
+    if not all(record.choices for record in records):
+        return scores
+    tie, nll = max(TIE, torch.finfo(next(model.parameters()).dtype).eps), found.nll
+    margins = [
+        _margin([nll[p] for p in of_record], record.choices.index(record.messages[-1]["content"]))
+        for record, of_record in zip(records, answers, strict=True)
+    ]
+    ties = sum(abs(margin) <= tie for margin in margins)
+    return replace(scores, correct=[m > tie for m in margins], accuracy_kind="choice", num_ties=ties)
 
 
 def describe_accuracy(records: Sequence[Record], scores: RecordScores) -> list[str]:
@@ -176,29 +177,46 @@ def _answered(record: Record, answer: str) -> Record:
     return replace(record, messages=messages)
 
 
-@torch.no_grad()
-def _score_samples(
-    model: PreTrainedModel,
-    samples: Sequence[Sample],
-    max_tokens: int,
-    batching: Batching,
-    description: str,
-) -> tuple[list[float], list[bool]]:
-    """Per sample: the sum of its targets' negative log-likelihoods, and whether each is more probable than any other.
+class SampleScores:
+    """What a model says of each sample, added up over its targets as their logits come."""
 
-    A target that ties with another token is not more probable: which of them greedy decoding takes is chance.
-    """
-    device = next(model.parameters()).device
-    nll = torch.zeros(len(samples), dtype=torch.float64)
-    wrong = torch.zeros(len(samples), dtype=torch.int64)
-    for batch, sample_of_target in micro_batches(samples, device, max_tokens, batching, description):
-        logits = target_logits(model, batch)
-        losses = cross_entropy(logits, batch.targets).double().cpu()
+    def __init__(self, num_samples: int) -> None:
+        self._nll = torch.zeros(num_samples, dtype=torch.float64)
+        self._wrong = torch.zeros(num_samples, dtype=torch.int64)
+
+    @torch.no_grad()
+    def add(self, logits: torch.Tensor, batch: MicroBatch, sample_of_target: torch.Tensor) -> None:
+        """Add the targets of a batch: their logits (L, vocabulary), and the samples (L,) that `micro_batches` gave.
+
+        A target that ties with another token is not more probable: which of them greedy decoding takes is chance.
+        """
         as_probable = (logits >= logits.gather(1, batch.targets[:, None])).sum(-1)  # the target itself, too
-        misses = (as_probable != 1).long().cpu()
-        nll.index_add_(0, sample_of_target, losses)
-        wrong.index_add_(0, sample_of_target, misses)
-    return nll.tolist(), (wrong == 0).tolist()
+        self._nll.index_add_(0, sample_of_target, cross_entropy(logits, batch.targets).double().cpu())
+        self._wrong.index_add_(0, sample_of_target, (as_probable != 1).long().cpu())
+
+    @property
+    def nll(self) -> list[float]:
+        """(n,) the sum of a sample's negative log-likelihoods."""
+        found: list[float] = self._nll.tolist()
+        return found
+
+    @property
+    def exact(self) -> list[bool]:
+        """(n,) whether each of its targets is more probable than any other token."""
+        found: list[bool] = (self._wrong == 0).tolist()
+        return found
+
+    def of_records(
+        self, records: Sequence[Record], samples: Sequence[Sample], right: Sequence[int] | None = None
+    ) -> RecordScores:
+        """Of each record the scores of its sample, at `right`, by default in their order; choices are not looked at."""
+        positions = range(len(records)) if right is None else right
+        nll, exact = self.nll, self.exact
+        num_loss_tokens = [samples[position].num_loss_tokens for position in positions]
+        scores = RecordScores([nll[position] for position in positions], num_loss_tokens, None, None)
+        if all(map(_has_answer, records)) and max(num_loss_tokens) <= SHORT_ANSWER_TOKENS:
+            return replace(scores, correct=[exact[position] for position in positions], accuracy_kind="exact match")
+        return scores
 
 
 def micro_batches(

@@ -15,6 +15,7 @@ content; no copy goes with the model, whose size they have a tenth to two thirds
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from osft import storage
 from osft.data.chat import Sample
 from osft.data.files import data_name
-from osft.data.packing import Feeding
+from osft.data.packing import FAST_TOKENS, Feeding
 from osft.data.samples import Samples
 from osft.models.loading import empty_model
 from osft.models.origin import StoredStatistics, read_origin
@@ -101,7 +102,6 @@ class RoundStatistics:
     ) -> None:
         """`model`: in training, of the checkpoint in `folder`. `start`: path or URI of statistics, in their store."""
         self._model, self._seed, self._data_uri, self._start = model, config.seed, data_uri, start
-        self._feeding = feeding
         shared: list[Any] = [None]
         if feeding.rank == 0:
             before = load_statistics(start)
@@ -113,6 +113,9 @@ class RoundStatistics:
         empty = empty_model(folder, trust_remote_code=config.trust_remote_code)
         self._targets = [target for target in select_targets(empty) if target.name in names]
         self._samples = some_of(samples, num_tokens, config.seed)
+        longest = max(len(sample.input_ids) for sample in self._samples)
+        max_tokens = min(feeding.max_tokens, max(FAST_TOKENS[feeding.device.type], longest))
+        self._feeding = replace(feeding, max_tokens=max_tokens)
 
     def __call__(self) -> StoredStatistics | None:
         """Measure the model as it is now, add and store. On rank 0 the sum, else None."""

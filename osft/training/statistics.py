@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from osft import storage
 from osft.data.chat import Sample, tokenize
 from osft.data.files import data_files
-from osft.data.packing import Batching, Feeding
+from osft.data.packing import FAST_TOKENS, Batching, Feeding
 from osft.data.records import read_records
 from osft.data.self_written import FORMAT, as_samples, save_texts
 from osft.models.loading import load_model
@@ -40,7 +40,7 @@ from osft.training.round_statistics import carried_statistics
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2048
-"""Of a micro-batch, and of a record of calibration_data."""
+"""Of a record of calibration_data."""
 
 
 def calibrated(
@@ -125,9 +125,10 @@ def _measured(
         given = _given(subspace.calibration_data, tokenizer, num_tokens or default)
         texts["calibration_data"] = (subspace.calibration_data, given)
     weights = model_contents(folder)["weights"]
-    feeding = Feeding(max_tokens=MAX_TOKENS, device=torch.device(device), batching=batching)
     statistics: Statistics | None = None
     for name, (source, samples) in texts.items():
+        max_tokens = max(FAST_TOKENS[device], *(len(sample.input_ids) for sample in samples))
+        feeding = Feeding(max_tokens=max_tokens, device=torch.device(device), batching=batching)
         statistics = measure(
             model,
             targets,

@@ -3,6 +3,7 @@
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -138,10 +139,19 @@ def test_first_round_compares_with_the_base_model(models):
     assert found.examples == ()
 
 
-def test_models_are_loaded_one_after_the_other_and_beside_the_candidate_for_the_drift(models, loaded, in_memory):
+def test_models_are_loaded_beside_the_candidate_for_the_drift_and_then_one_after_the_other(models, loaded, in_memory):
     evaluate(models, SETS, num_examples=1)
-    assert loaded == [*models.values(), models["base"], models["candidate"], models["champion"]]
-    assert in_memory == [0, 0, 0, 0, 1, 1]
+    assert loaded == [models["base"], models["candidate"], models["champion"], *models.values()]
+    assert in_memory == [0, 1, 1, 0, 0, 0]
+
+
+def test_plain_text_is_scored_by_the_logits_that_are_compared(models, monkeypatch):
+    monkeypatch.setattr("osft.evaluation.measure.score_records", scored := Mock(wraps=score_records))
+    found = evaluate(models, SETS, num_examples=0)
+    measured = [call.kwargs["description"] for call in scored.call_args_list]
+    assert measured == [f"{name} on {of_set}" for name in SEEDS for of_set in ("new", "old")]
+    for name, seed in SEEDS.items():
+        assert found.results[name]["text"] == scores(seed, SETS[0]).summary()
 
 
 def test_what_is_in_the_store_loads_no_model(evaluation, models, store, loaded):
@@ -155,7 +165,7 @@ def test_only_the_model_that_is_new_is_loaded(evaluation, models, store, loaded,
     byte_tokenizer().save_pretrained(tmp_path)
     next_round = {"base": models["base"], "champion": models["candidate"], "candidate": str(tmp_path)}
     found = evaluate(next_round, SETS, num_examples=2, score_store=store)
-    assert loaded == [str(tmp_path), models["base"], str(tmp_path), models["candidate"]]
+    assert loaded == [models["base"], str(tmp_path), models["candidate"], str(tmp_path)]
     assert found.results["champion"] == evaluation.results["candidate"]
 
 
@@ -171,8 +181,8 @@ def test_only_the_model_that_is_new_is_loaded(evaluation, models, store, loaded,
 def test_other_records_or_settings_are_measured(evaluation, models, store, loaded, changed, compared, tmp_path):
     evaluate(models, **({"sets": SETS, "num_examples": 2, "score_store": store} | changed))
     assert loaded == [
-        *models.values(),
         *([models["base"], models["candidate"], models["champion"]] if compared else []),
+        *models.values(),
     ]
 
 
@@ -182,7 +192,7 @@ def test_other_tokenizer_is_another_model(evaluation, models, store, loaded, tmp
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "model")
     tokenizer.save_pretrained(tmp_path)
     evaluate(models | {"base": str(tmp_path)}, SETS, num_examples=2, score_store=store)
-    assert loaded == [str(tmp_path), str(tmp_path), models["candidate"]]
+    assert loaded == [str(tmp_path), models["candidate"], str(tmp_path)]
 
 
 def test_same_model_in_two_roles_is_measured_once(models, loaded):
@@ -204,11 +214,11 @@ def test_killed_evaluation_keeps_the_sets_that_were_measured(models, loaded, tmp
     monkeypatch.setattr(measure, "score_records", score)
     with pytest.raises(KeyboardInterrupt):
         evaluate(models, SETS, score_store=str(tmp_path))
-    assert measured == ["base on text", "base on new"]
+    assert measured == ["base on new", "base on old"]
     measured.clear()
     with pytest.raises(KeyboardInterrupt):
         evaluate(models, SETS, score_store=str(tmp_path))
-    assert measured == ["base on old", "champion on text"]
+    assert measured == ["champion on new", "champion on old"]
 
 
 def test_benchmarks_are_measured_once_and_compared(models, loaded, tmp_path):
