@@ -94,7 +94,7 @@ class JobKind(Protocol):
         """The objects whose events tell why pods are missing."""
 
     def refusal_hint(self, message: str) -> str:
-        """What may help if the API server refuses the job in these words; "" if that is not known."""
+        """What may help if the API server refuses the job, or a pod of it, in these words; "" if that is not known."""
 
 
 def condition(job: Object, kind: str, *, status: str = "True") -> Object | None:

@@ -20,6 +20,8 @@ a pod dies                            It is restarted, alone or with the others,
                                       trainjob.py), at most max_restarts times.
 the job is suspended                  Kueue needs its place: its pods are deleted, and other ones made when it resumes.
                                       That is no restart, however often it happens.
+a pod may never be made               PodSecurity refuses it (of the operator's init container): the job is deleted, and
+                                      the step fails with the remedy.
 the log stream breaks                 It is opened again where it broke; a line is printed once.
 """
 
@@ -42,6 +44,7 @@ from osft.kubernetes.pods import (
     PodEnd,
     end_in_events,
     is_active,
+    is_refused_for_good,
     newest_pods,
     pod_end,
     root_failure,
@@ -142,7 +145,11 @@ class JobLauncher:
                 return JobStatus(phase=Phase.RUNNING, since=moment(since), **seen)
         waits_for = waiting_reason(job, pods, self._api.events, kind=self._kind, expected=self._expected)
         since = self._queued_since(job, pods)
-        return JobStatus(phase=Phase.QUEUED, since=moment(since), reason=waits_for or seen["failure"], **seen)
+        never = is_refused_for_good(waits_for)
+        if never:
+            waits_for = f"{waits_for}. {self._kind.refusal_hint(waits_for)}"
+        reason = waits_for or seen["failure"]
+        return JobStatus(phase=Phase.QUEUED, since=moment(since), reason=reason, cannot_start=never, **seen)
 
     def logs(self, stop: threading.Event) -> Iterator[str]:
         """Rank 0's log: over restarts of its pod, and over broken streams without a line twice."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from osft.kubernetes.kinds import JobKind
+from osft.kubernetes.kinds import JobKind, moment
 from osft.process.exit_codes import CONNECTION_LOST, INTERRUPTED
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
@@ -114,7 +114,7 @@ def waiting_reason(
             e
             for name in kind.event_sources(job["metadata"]["name"])
             for e in events(name)
-            if e.get("type") == "Warning"
+            if e.get("type") == "Warning" and not _is_older(e, job)
         ]
         failed = [e for e in warnings if "Failed" in e.get("reason", "")]
         if failed:
@@ -122,6 +122,17 @@ def waiting_reason(
         elif not kind.is_taken_up(job):
             reasons.append(f"{kind.controller} has not taken the job up. Is it running?")
     return "; ".join(dict.fromkeys(reasons))
+
+
+def is_refused_for_good(reason: str) -> bool:
+    """Whether it says that no pod of that form may be in the namespace: to wait changes nothing."""
+    return "violates PodSecurity" in reason
+
+
+def _is_older(event: dict[str, Any], job: dict[str, Any]) -> bool:
+    """Whether it tells of an earlier job of that name: events stay for an hour."""
+    told, created = event.get("lastTimestamp") or event.get("eventTime"), job["metadata"].get("creationTimestamp")
+    return bool(told and created) and moment(told) < moment(created)
 
 
 def _pod_waits_for(pod: dict[str, Any], events: Callable[[str], list[dict[str, Any]]]) -> str:

@@ -124,5 +124,11 @@ class PyTorchJob:
         return (name,)
 
     def refusal_hint(self, message: str) -> str:
-        """None is known."""
+        """Of the init container that the operator gives to Workers, which runs as root."""
+        if "violates PodSecurity" in message and "init-pytorch" in message:
+            return (
+                "Give the training operator another init container (--pytorch-init-container-template-file; "
+                "pipelines/continual_learning/manifests/examples/init_container.yaml), or train in one pod, with "
+                "num_workers=1, which has none"
+            )
         return ""

@@ -6,7 +6,8 @@
     the job cannot be started       raised; what an earlier call has started, if it did, is left alone
     it succeeds                     returns
     it fails                        JobFailed with the launcher's reason; what is left of it can be looked at
-    a limit is reached              cancelled, then RuntimeError
+    a limit is reached, or it can   cancelled, then RuntimeError
+    never start
     this process gets SIGTERM       cancelled before anything else, and gone before the process ends with 143 (a
                                     cancelled pipeline run)
     this process is killed          the job continues until its lease ends (`osft.training.lease`); the next call with
@@ -63,6 +64,8 @@ class JobStatus:
     """When it came into this phase, with a time zone."""
     reason: str = ""
     """What a queued job waits for, or why it failed."""
+    cannot_start: bool = False
+    """Whether what a queued job waits for does not come by waiting, while a part of it may hold its GPUs."""
     restarts: int = 0
     """How often a part of it was restarted, as far as this process has seen."""
     failure: str = ""
@@ -216,6 +219,8 @@ def _check_limits(status: JobStatus, limits: Limits, follower: Follower) -> None
             f"Last: {status.failure or 'no reason known'}"
         )
     if status.phase is Phase.QUEUED:
+        if status.cannot_start:
+            raise RuntimeError(f"the job cannot start: {status.reason}")
         if limits.queued_minutes is not None and minutes > limits.queued_minutes:
             raise RuntimeError(
                 f"the job did not start within max_queued_minutes={limits.queued_minutes:g}. It waits for: "

@@ -180,6 +180,10 @@ class Cluster:
         """The operator can make none."""
         self.operator.quota_exceeded = True
 
+    def restrict(self) -> None:
+        """The namespace enforces PodSecurity "restricted", until `recover()`."""
+        self.operator.restricted = True
+
     def kill_pod(self, name: str) -> None:
         """SIGKILL to all processes of the container."""
         with self.store.lock:
@@ -227,4 +231,4 @@ class Cluster:
         """End every standing fault."""
         self.api.faults.clear()
         self.kubelet.faults = PodFaults()
-        self.operator.quota_exceeded = False
+        self.operator.quota_exceeded = self.operator.restricted = False

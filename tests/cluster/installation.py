@@ -163,16 +163,21 @@ class Installation:
         if priority and ("priorityclasses", priority) not in self.objects:
             raise ApiError(403, f'pods "{name}" is forbidden: no PriorityClass with name {priority} was found')
         labels = self._get("namespaces", self.namespace)["metadata"].get("labels", {})
-        violations = _violations(spec) if labels.get("pod-security.kubernetes.io/enforce") == "restricted" else []
-        if violations:
-            told = ", ".join(violations)
-            raise ApiError(403, f'pods "{name}" is forbidden: violates PodSecurity "restricted:latest": {told}')
+        if labels.get("pod-security.kubernetes.io/enforce") == "restricted":
+            refuse_unrestricted(pod)
         for (plural, quota), found in self.objects.items():
             if plural == "resourcequotas" and "limits.cpu" in found["spec"]["hard"]:
                 without = [one["name"] for one in spec["containers"] if "cpu" not in one["resources"]["limits"]]
                 if without:
                     told = f"failed quota: {quota}: must specify limits.cpu for: {','.join(without)}"
                     raise ApiError(403, f'pods "{name}" is forbidden: {told}')
+
+
+def refuse_unrestricted(pod: Object) -> None:
+    """Raise ApiError for a pod that PodSecurity "restricted" refuses."""
+    if violations := _violations(pod["spec"]):
+        told = f'violates PodSecurity "restricted:latest": {", ".join(violations)}'
+        raise ApiError(403, f'pods "{pod["metadata"]["name"]}" is forbidden: {told}')
 
 
 def _violations(spec: Object) -> list[str]:

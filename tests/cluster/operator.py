@@ -7,12 +7,20 @@ services, gang scheduling, elastic jobs, times to live and deadlines.
 import copy
 from typing import Any
 
+import yaml
+
 from tests.cluster.environment import operator_environment
+from tests.cluster.installation import refuse_unrestricted
 from tests.cluster.kubelet import INIT_CONTAINER
 from tests.cluster.store import ApiError, Object, Store, timestamp
 
 LABEL = "training.kubeflow.org/"
 RETRYABLE_FROM = 128
+INIT_TEMPLATE = f"""
+- name: {INIT_CONTAINER}
+  image: {{{{.InitContainerImage}}}}
+  command: [sh, -c, "for i in $(seq {{{{.MaxTries}}}}); do nslookup {{{{.MasterAddr}}}} && exit; sleep 2; done; exit 1"]
+"""
 EXCEEDED_QUOTA = (
     "exceeded quota: gpus, requested: requests.nvidia.com/gpu=1, used: requests.nvidia.com/gpu=8, "
     "limited: requests.nvidia.com/gpu=8"
@@ -25,6 +33,10 @@ class Operator:
     def __init__(self, store: Store) -> None:
         self.quota_exceeded = False
         """Whether pods cannot be made."""
+        self.restricted = False
+        """Whether the namespace enforces PodSecurity "restricted"."""
+        self.init_container = INIT_TEMPLATE
+        """The template of what Workers get, which --pytorch-init-container-template-file replaces."""
         self._store = store
 
     def sync(self) -> None:
@@ -88,10 +100,12 @@ class Operator:
             _set_condition(job, "Restarting", message)
 
     def _create_pod(self, job: Object, replica: str, spec: dict[str, Any], index: int) -> None:
-        pod = _pod(job, replica, spec, index)
+        pod = _pod(job, replica, spec, index, self.init_container)
         try:
             if self.quota_exceeded:
                 raise ApiError(403, f'pods "{pod["metadata"]["name"]}" is forbidden: {EXCEEDED_QUOTA}')
+            if self.restricted:
+                refuse_unrestricted(pod)
             self._store.create("pods", pod)
         except ApiError as error:
             if error.status != 409:  # the pod of the job that had this name before is still being stopped
@@ -102,7 +116,7 @@ class Operator:
             self._store.delete(pod)
 
 
-def _pod(job: Object, replica: str, spec: dict[str, Any], index: int) -> Object:
+def _pod(job: Object, replica: str, spec: dict[str, Any], index: int, init_container: str) -> Object:
     template, metadata = copy.deepcopy(spec["template"]), job["metadata"]
     labels = {
         f"{LABEL}job-name": metadata["name"],
@@ -117,9 +131,14 @@ def _pod(job: Object, replica: str, spec: dict[str, Any], index: int) -> Object:
     for container in pod_spec["containers"]:
         container["env"] = (container.get("env") or []) + operator_environment(job, replica, index)
     if replica == "Worker":
-        command = ["sh", "-c", f"until nslookup {metadata['name']}-master-0; do sleep 2; done"]
-        init = {"name": INIT_CONTAINER, "image": "alpine:3.10", "command": command}
-        pod_spec.setdefault("initContainers", []).append(init)
+        given_to_template = {
+            "MasterAddr": f"{metadata['name']}-master-0",
+            "InitContainerImage": "alpine:3.10",
+            "MaxTries": "100",
+        }
+        for name, value in given_to_template.items():
+            init_container = init_container.replace(f"{{{{.{name}}}}}", value)
+        pod_spec.setdefault("initContainers", []).extend(yaml.safe_load(init_container))
     owner = {"apiVersion": job["apiVersion"], "kind": job["kind"], "name": metadata["name"], "uid": metadata["uid"]}
     return {
         "metadata": {
