@@ -1,5 +1,6 @@
 """A real MLflow server over PostgreSQL, with users: what works on a local database works there, outages included."""
 
+import importlib.metadata
 import json
 import logging
 import threading
@@ -9,11 +10,14 @@ from pathlib import Path
 import pytest
 
 from osft.data.record_hashes import NONE
+from osft.doctor.finding import Check
+from osft.doctor.mlflow_server import check_mlflow
 from osft.process.mlflow_errors import TrackingRefused
 from osft.tracking import lineage, registry, runs
 from osft.tracking.champion import promote
 from osft.tracking.description import describe_version
 from osft.training.callbacks import Follower
+from tests.doctor.conftest import subject
 from tests.tracking.evaluations import an_evaluation
 from tests.tracking.rounds import a_lineage
 from tests.tracking.server import START_SECONDS
@@ -143,3 +147,17 @@ def assert_equal_to_the_file(mlflow, run_id: str, file: Path) -> None:
         history = mlflow.get_metric_history(run_id, f"train/{known}")
         measured = sorted((metric.step, metric.value, metric.timestamp) for metric in history)
         assert measured == [(line["step"], line[name], int(line["timestamp"] * 1000)) for line in lines], name
+
+
+def test_doctor_tells_the_release_and_whether_the_credentials_are_taken(address, monkeypatch):
+    def asked() -> list[tuple[str, str, str]]:
+        told = Check("services", "MLflow", check_mlflow).findings(subject({"mlflow_tracking_uri": address}))
+        return [(one.level, one.text, one.remedy) for one in told]
+
+    (level, release, _), access = asked()
+    assert level == access[0] == "ok"
+    assert f"is release {importlib.metadata.version('mlflow')}," in release
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong-and-secret")
+    _, (level, text, remedy) = asked()
+    assert (level, "MLFLOW_TRACKING_PASSWORD" in remedy) == ("error", True)
+    assert "wrong-and-secret" not in text + remedy
