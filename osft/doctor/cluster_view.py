@@ -1,5 +1,6 @@
 """The Kubernetes API as the doctor uses it: it reads by path, asks what is allowed, and tries out without doing."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -49,6 +50,12 @@ class ClusterView:
         self._client: Any = client.ApiClient(settings)
         self.address = str(settings.host)
         self.namespace = namespace or own_namespace()
+
+    def within(self, namespace: str | None) -> "ClusterView":
+        """The same cluster, and another namespace of it; None: the same."""
+        other = copy.copy(self)
+        other.namespace = namespace or self.namespace
+        return other
 
     def path(self, resource: str, name: str = "", *, api: str = "v1", namespaced: bool = True) -> str:
         """The path of an object, or without a name of all of its kind; `api` such as "apps/v1"."""
@@ -131,6 +138,8 @@ class ClusterView:
                 raise NotChecked(f"the API server does not know who asks (401): {message}. Log in again") from None
             if status == 403 and _lacks_right(message):
                 raise NotChecked(f"this account may not look: {message}") from None
+            if "does not support dry run" in message:
+                raise NotChecked(f"a webhook of this cluster cannot be asked without doing it: {message}") from None
             if 400 <= status < 500 and status not in (408, 429):
                 raise Refused(status, message) from None
             raise ConnectionError(f"the API server fails ({status}): {message}") from None

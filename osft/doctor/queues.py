@@ -16,7 +16,7 @@ _GANG_SCHEDULERS = {"scheduling.volcano.sh": "Volcano", "scheduling.x-k8s.io": "
 
 def check_queue(subject: Subject) -> Iterator[Finding]:
     """Does the LocalQueue of Kueue exist, and is it active? Does its ClusterQueue have what the job asks for?"""
-    configuration, cluster = subject.job_wanted(), subject.cluster
+    configuration, cluster = subject.job_wanted(), subject.job_cluster
     job = configuration.job
     if not job.kueue_queue:
         yield ok("Kueue", "the job names no queue of Kueue's")

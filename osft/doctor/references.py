@@ -25,8 +25,13 @@ def check_claims(subject: Subject) -> Iterator[Finding]:
         yield ok("claims", f"none is needed for {configuration.storage_root}")
     else:
         yield _claim(cluster, claim, "storage_claim", read_only=False)
-    for volume in configuration.job.volumes if configuration.launcher != "local" else []:
-        yield _claim(cluster, volume["claim"], "volumes of the job", read_only=bool(volume.get("read_only")))
+    if configuration.launcher == "local":
+        return
+    of_job = subject.job_cluster
+    if claim and of_job.namespace != cluster.namespace:
+        yield _claim(of_job, claim, "namespace of the job", read_only=False)
+    for volume in configuration.job.volumes:
+        yield _claim(of_job, volume["claim"], "volumes of the job", read_only=bool(volume.get("read_only")))
 
 
 def _claim(cluster: ClusterView, name: str, parameter: str, *, read_only: bool) -> Finding:
@@ -82,8 +87,9 @@ def check_secrets(subject: Subject) -> Iterator[Finding]:
             wanted.setdefault((kind, reference.get("secret") or reference["config_map"]), where)
         for name in job.image_pull_secrets:
             wanted.setdefault(("secrets", name), "image_pull_secrets of the job")
+    of_pods = cluster if configuration.launcher == "local" else subject.job_cluster
     for (kind, name), where in wanted.items():
-        yield _existence(cluster, kind, name, where)
+        yield _existence(of_pods, kind, name, where)
     for name, purpose in OPTIONAL_SECRETS.items():
         if ("secrets", name) not in wanted:
             yield _optional_secret(cluster, name, purpose)
@@ -118,7 +124,7 @@ def _optional_secret(cluster: ClusterView, name: str, purpose: str) -> Finding:
 
 def check_account(subject: Subject) -> Iterator[Finding]:
     """Are the service account and the priority class of the job's pods there?"""
-    configuration, cluster = subject.job_wanted(), subject.cluster
+    configuration, cluster = subject.job_wanted(), subject.job_cluster
     job = configuration.job
     if job.service_account:
         yield _existence(cluster, "serviceaccounts", job.service_account, "service_account of the job")

@@ -53,6 +53,11 @@ class Subject:
         return self._connected
 
     @property
+    def job_cluster(self) -> ClusterView:
+        """With the namespace of the training job. Raises as `cluster`, and NotChecked if there is no job."""
+        return self.cluster.within(self.job_wanted().job.namespace)
+
+    @property
     def has_cluster(self) -> bool:
         """Whether a cluster answers."""
         return isinstance(self._connected, ClusterView)
