@@ -1,5 +1,6 @@
 """Whether MLflow can be reached with the credentials that are here, and which release it is."""
 
+import base64
 import importlib.metadata
 import os
 import urllib.error
@@ -74,11 +75,17 @@ def _given_database(subject: Subject, about: str, address: str) -> Finding:
 def _release(address: str) -> str:
     """What the server says of itself. Raises OSError where it does not answer."""
     request = urllib.request.Request(f"{address.rstrip('/')}/version")
+    user, token = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if user:
+        login = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}".encode()
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login).decode()}")
+    elif token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
             return str(answer.read(200).decode("utf-8", "replace")).strip()
     except urllib.error.HTTPError:
-        return ""  # an old one without that path, or one behind a login
+        return ""  # an old one without that path, or one that refuses who asks
 
 
 def _compared(about: str, release: str) -> Finding:
