@@ -17,6 +17,7 @@ from osft.tracking.addresses import checked_address
 OLDEST = (2, 9)
 """The first whose registry has aliases and tags as the champion needs them."""
 _SECONDS = 10.0
+_SERVER = "Set mlflow_tracking_uri (or MLFLOW_TRACKING_URI) to the address of an MLflow server"
 
 
 def check_mlflow(subject: Subject) -> Iterator[Finding]:
@@ -52,23 +53,18 @@ def check_mlflow(subject: Subject) -> Iterator[Finding]:
 def _database(subject: Subject, root: str) -> Finding:
     """Of rounds for which no address is given."""
     if storage.is_remote(root):
-        remedy = "Set mlflow_tracking_uri to an MLflow server"
-        return error("MLflow", f"no address is given, and {root} can hold no database", remedy)
-    text = f"no address is given: a SQLite database below {root}, unless the pods have MLFLOW_TRACKING_URI"
+        return error("MLflow", f"no address is given, and {root} can hold no database", _SERVER)
+    if subject.in_pod:
+        return error("MLflow", f"no address is given: a step refuses a SQLite database below {root}", _SERVER)
     if subject.has_cluster:
-        remedy = (
-            "Set mlflow_tracking_uri to an MLflow server: SQLite on a network file system can be damaged by two steps"
-        )
-        return warning("MLflow", text, remedy)
-    return ok("MLflow", text)
+        text = "no address is given: a step in a pod without MLFLOW_TRACKING_URI refuses to begin"
+        return warning("MLflow", text, _SERVER)
+    return ok("MLflow", f"no address is given: a SQLite database below {root}")
 
 
 def _given_database(subject: Subject, about: str, address: str) -> Finding:
     if address.startswith("sqlite:") and subject.has_cluster:
-        remedy = (
-            "Set mlflow_tracking_uri to an MLflow server: SQLite on a network file system can be damaged by two steps"
-        )
-        return warning(about, "is a file, which the pods of a cluster would share", remedy)
+        return warning(about, "is a file, which pods of several nodes would damage", _SERVER)
     return ok(about, "is a database, which is opened when a round begins")
 
 

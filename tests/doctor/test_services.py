@@ -136,6 +136,13 @@ def test_mlflow_inside_the_cluster_is_not_looked_for_from_outside():
     assert one.level == "not checked"
 
 
+def test_default_database_is_ok_here_and_an_error_in_a_pod(monkeypatch):
+    assert [one.level for one in found(check_mlflow)] == ["ok"]
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    level, _, remedy = fault(check_mlflow)
+    assert (level, "MLFLOW_TRACKING_URI" in remedy) == ("error", True)
+
+
 def test_object_store_without_a_tracking_server_is_an_error():
     assert fault(check_mlflow, {"storage_root": "s3://bucket/a"})[0] == "error"
 
