@@ -94,8 +94,8 @@ format: setup ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-compile: setup ## Compile the pipeline to YAML and write the generated documents: IMAGE=registry/…@sha256:… TRAINING_IMAGE=… set its images, SCRATCH_SIZE=200Gi a scratch volume
-	$(if $(IMAGE),OSFT_IMAGE='$(IMAGE)') $(if $(TRAINING_IMAGE),OSFT_TRAINING_IMAGE='$(TRAINING_IMAGE)') $(if $(SCRATCH_SIZE),OSFT_SCRATCH_SIZE='$(SCRATCH_SIZE)') $(BIN)/python -m pipelines.continual_learning.pipeline
+compile: setup ## Compile the pipeline to YAML and write the generated documents: IMAGE=registry/…@sha256:… TRAINING_IMAGE=… set its images, SCRATCH_SIZE=200Gi a scratch volume, STEP_LIMITS=cpu,memory limits of the steps
+	$(if $(IMAGE),OSFT_IMAGE='$(IMAGE)') $(if $(TRAINING_IMAGE),OSFT_TRAINING_IMAGE='$(TRAINING_IMAGE)') $(if $(SCRATCH_SIZE),OSFT_SCRATCH_SIZE='$(SCRATCH_SIZE)') $(if $(STEP_LIMITS),OSFT_STEP_LIMITS='$(STEP_LIMITS)') $(BIN)/python -m pipelines.continual_learning.pipeline
 	$(BIN)/python -m components.readme
 	$(BIN)/python -m docs.generate
 

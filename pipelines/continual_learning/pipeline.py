@@ -46,8 +46,8 @@ class StepPolicy:
     """
 
     needs: Literal["step", "model", "training"]
-    """Which parameters say what CPUs and memory its pod asks for: <needs>_cpu, <needs>_memory. Requests only: a limit
-    would end a step that a larger node could have finished."""
+    """Which parameters say what CPUs and memory its pod asks for: <needs>_cpu, <needs>_memory. Requests only, unless
+    STEP_LIMITS asks for more: a limit would end a step that a larger node could have finished."""
     timeout_hours: float
     """Of the running pod; time in a queue does not count. 0: no limit."""
     retries: int
@@ -71,6 +71,12 @@ _POLICIES = {
 SCRATCH, SCRATCH_SIZE = "/scratch", os.environ.get("OSFT_SCRATCH_SIZE", "")
 """With a size, such as 200Gi, each step keeps its local copies of an object store in an emptyDir of at most that: no
 parameter can say so, `make compile SCRATCH_SIZE=200Gi` does."""
+
+STEP_LIMITS = frozenset(filter(None, os.environ.get("OSFT_STEP_LIMITS", "").split(",")))
+"""Of "cpu" and "memory": where the namespace's quota asks for limits, each request is the limit too. A parameter could
+not leave it out: Pipelines reads an empty quantity as an error. `make compile STEP_LIMITS=cpu,memory`."""
+if not {"cpu", "memory"} >= STEP_LIMITS:
+    raise ValueError(f"STEP_LIMITS must be of cpu and memory, such as cpu,memory; got {','.join(sorted(STEP_LIMITS))}")
 
 _CREDENTIALS = {
     "osft-huggingface": ("HF_TOKEN",),
@@ -183,6 +189,10 @@ def one_round(given: SimpleNamespace) -> list[dsl.PipelineTask]:
         # Inside of dsl.If, the compiler hands on what a step's arguments name, and what is registered so.
         step.register_pipeline_channels([cpu, memory])
         step.set_cpu_request(cpu).set_memory_request(memory)
+        if "cpu" in STEP_LIMITS:
+            step.set_cpu_limit(cpu)
+        if "memory" in STEP_LIMITS:
+            step.set_memory_limit(memory)
         kubernetes.add_toleration_json(step, given.tolerations)
         kubernetes.add_node_selector_json(step, given.node_selector)
         if SCRATCH_SIZE:

@@ -168,17 +168,43 @@ def test_gate_in_the_form_is_the_one_of_the_library(spec):
     assert GateRules.from_parameters({}).to_parameters() == form["gate"]["defaultValue"]
 
 
-def test_images_of_all_steps_are_set_in_one_place(tmp_path):
+def compiled_with(folder: Path, environment: dict[str, str]) -> dict:
+    """The pipeline as `make compile` makes it in that environment."""
     code = (
         "import sys; from kfp import compiler; from pipelines.continual_learning.pipeline import continual_learning; "
     )
     code += "compiler.Compiler().compile(continual_learning, sys.argv[1])"
-    images = {"OSFT_IMAGE": "registry.example/steps:1", "OSFT_TRAINING_IMAGE": "registry.example/training:1"}
-    environment = {**images, "PATH": "/usr/bin:/bin"}
+    file = folder / "p.yaml"
     subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "p.yaml")], check=True, env=environment, cwd=YAML.parents[2]
+        [sys.executable, "-c", code, str(file)],
+        check=True,
+        env={**environment, "PATH": "/usr/bin:/bin"},
+        cwd=YAML.parents[2],
     )
-    compiled = parse_spec((tmp_path / "p.yaml").read_text())["pipeline_spec"]
+    return parse_spec(file.read_text())["pipeline_spec"]
+
+
+@pytest.mark.parametrize("limits", ["memory", "cpu,memory"])
+def test_requests_are_limits_too_where_a_quota_asks_for_them(tmp_path, spec, limits):
+    fields = {name: f"resource{name.capitalize()}" for name in ("cpu", "memory")}
+    wanted = {f"{fields[name]}Limit" for name in limits.split(",")}
+    for name, executor in compiled_with(tmp_path, {"OSFT_STEP_LIMITS": limits})["deploymentSpec"]["executors"].items():
+        asked = executor["container"]["resources"]
+        assert {field for field in asked if field.endswith("Limit")} == wanted
+        for limit in wanted:
+            assert asked[limit] == asked[limit.replace("Limit", "Request")]
+        default = spec["deploymentSpec"]["executors"][name]["container"]["resources"]
+        assert not any(field.endswith("Limit") for field in default)
+
+
+def test_limit_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError):
+        compiled_with(tmp_path, {"OSFT_STEP_LIMITS": "gpu"})
+
+
+def test_images_of_all_steps_are_set_in_one_place(tmp_path):
+    images = {"OSFT_IMAGE": "registry.example/steps:1", "OSFT_TRAINING_IMAGE": "registry.example/training:1"}
+    compiled = compiled_with(tmp_path, images)
     executors = compiled["deploymentSpec"]["executors"]
     assert {executor["container"]["image"] for executor in executors.values()} == set(images.values())
     assert executors["exec-precompute-svd"]["container"]["image"] == images["OSFT_TRAINING_IMAGE"]
