@@ -43,7 +43,8 @@ def train_osft(
     """Tune the model in the free directions of its weights, in processes of this step or in a PyTorchJob.
 
     The step can be retried: it finds the job that it has started, or resumes from the saved training state. Cancelled,
-    it deletes the job and waits until it is gone. It fails with the reason of the rank that failed first.
+    it deletes the job at once; it is seldom left the time to see it gone. It fails with the reason of the rank that
+    failed first.
 
     What is not described here is the setting of `osft train` of that name.
 

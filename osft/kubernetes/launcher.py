@@ -12,9 +12,9 @@ this process dies                     The job keeps running, until its lease end
                                       meanwhile, nothing is trained again. If it has failed by a program error, the step
                                       fails with the same reason, until somebody deletes the job; by anything else, it
                                       is recreated and resumes from its state.
-the step is cancelled                 SIGTERM: to delete the job is the first thing that happens, by one request. Then
-                                      the step waits until its pods are gone. A step that is killed before it could
-                                      send it (KFP leaves it less than a second) leaves the job to its lease.
+the step is cancelled                 SIGTERM: to delete the job is the first thing that happens, by one request.
+                                      Pipelines leaves the step less than a second; one that is killed before it could
+                                      send it leaves the job to its lease. Elsewhere it waits until the pods are gone.
 the pipeline run is deleted           Kubernetes deletes what the run's workflow owns, the job too.
 a pod dies                            It is restarted, alone or with the others, as its kind does (pytorchjob.py,
                                       trainjob.py), at most max_restarts times.

@@ -8,8 +8,8 @@
     it fails                        JobFailed with the launcher's reason; what is left of it can be looked at
     a limit is reached, or it can   cancelled, then RuntimeError
     never start
-    this process gets SIGTERM       cancelled before anything else, and gone before the process ends with 143 (a
-                                    cancelled pipeline run)
+    this process gets SIGTERM       cancelled before anything else; the process waits until it is gone and ends with
+                                    143, unless it is killed meanwhile (in a cancelled pipeline run it mostly is)
     this process is killed          the job continues until its lease ends (`osft.training.lease`); the next call with
                                     the same job finds it (or, for local processes, they end with this one and the next
                                     call resumes their state)
