@@ -22,9 +22,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.cluster import crds
 from tests.cluster.container import ContainerLog
 from tests.cluster.installation import Installation
 from tests.cluster.store import API_VERSIONS, KINDS, ApiError, Object, Store
+from tests.cluster.trainer import admission_problem
 
 POLL_SECONDS = 0.02
 PATH = re.compile(
@@ -51,6 +53,8 @@ class Fault:
     status: int | None = None
     """What is answered, and nothing is done."""
     message: str = "the test refuses this"
+    details: str | None = None
+    """Name of the object that the answer is about."""
     headers: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     """That a call waits for its turn, as in an overloaded server; for who has hung up by then nothing is done."""
@@ -101,6 +105,8 @@ class ApiServer:
         self.faults: list[Fault] = []
         self.role: dict[str, Any] | None = None
         """The dict of a Role's manifest; calls beyond it are 403. None: everything is allowed."""
+        self.older_trainer = False
+        """Kubeflow Trainer 2.1, whose TrainJobs have no runtimePatches."""
         self.following: set[socket.socket] = set()
         self.failure: BaseException | None = None
         """What went wrong in the stand-in itself."""
@@ -144,13 +150,15 @@ class ApiServer:
     def answer(self, call: Call, target: re.Match[str], query: Mapping[str, str], body: Object) -> tuple[int, Object]:
         """Status and body. Raises ApiError."""
         plural, name = target["plural"], target["name"]
-        if KINDS.get(plural) is None or API_VERSIONS[KINDS[plural]] != target["api_version"]:
+        api_version = API_VERSIONS.get(KINDS.get(plural, ""))
+        if api_version != target["api_version"]:
             raise ApiError(404, "404 page not found")
         with self.store.lock:
             if call.verb == "list":
                 items = [found for found in self.store.objects(plural) if _selected(found, query)]
                 return 200, {"kind": f"{KINDS[plural]}List", "items": json.loads(json.dumps(items))}
             if call.verb == "create":
+                body = self._admitted(plural, body, strict=query.get("fieldValidation") == "Strict")
                 created = json.loads(json.dumps(self.store.create(plural, body)))
                 _keep_manifest(body)
                 return 201, created
@@ -169,6 +177,29 @@ class ApiServer:
             found = self.answer(call, target, query, body)
             self.store.remove(self.store.get(plural, body["metadata"]["name"]))
         return found
+
+    def _admitted(self, plural: str, body: Object, *, strict: bool) -> Object:
+        """What is kept of a body: fields that the CRD lacks are dropped, or, if that was asked for, refused."""
+        if plural not in crds.PLURALS:
+            return body
+        unknown = list(crds.unknown_fields(body, crds.schema(plural)))
+        if self.older_trainer and "runtimePatches" in body["spec"]:
+            unknown.append("spec.runtimePatches")
+        if unknown and strict:
+            told = ", ".join(f'unknown field "{name}"' for name in unknown)
+            raise ApiError(
+                400, f'{body["kind"]} in version "v1alpha1" cannot be handled: strict decoding error: {told}'
+            )
+        for path in unknown:
+            *parents, name = path.split(".")
+            part: Any = body
+            for key in parents:
+                part = part[key]
+            del part[name]
+        if plural == "trainjobs" and (problem := admission_problem(body, self.store)):
+            webhook = "validator.trainjob.trainer.kubeflow.org"
+            raise ApiError(403, f'admission webhook "{webhook}" denied the request: {problem}')
+        return body
 
     def authorize(self, call: Call) -> None:
         """Raises ApiError (401, 403) while the server starts, and for what no rule of the role covers."""
@@ -191,7 +222,7 @@ class ApiServer:
             pod = self.store.get("pods", name)
             log = self.logs.get(pod["metadata"]["uid"])
         if log is None:
-            raise ApiError(400, f'container "pytorch" in pod "{name}" is waiting to start: ContainerCreating')
+            raise ApiError(400, f'container in pod "{name}" is waiting to start: ContainerCreating')
         return log
 
 
@@ -220,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if _has_hung_up(self.connection):
                     return None
             if fault is not None and fault.status is not None:
-                raise ApiError(fault.status, fault.message, headers=dict(fault.headers))
+                raise ApiError(fault.status, fault.message, name=fault.details, headers=dict(fault.headers))
             cut = fault.cut if fault is not None else ""
             api.authorize(call)
             if call.resource == "pods/log":
@@ -317,8 +348,8 @@ def _cut(connection: socket.socket) -> None:
 
 
 def _keep_manifest(job: Object) -> None:
-    """Write an accepted job as it was posted to the folder OSFT_KEPT_MANIFESTS, for another reading of the schema."""
+    """Write an accepted PyTorchJob as it was posted to the folder OSFT_KEPT_MANIFESTS, for another schema."""
     folder = os.environ.get("OSFT_KEPT_MANIFESTS")
-    if folder:
+    if folder and job["kind"] == "PyTorchJob":
         file = Path(folder) / f"{job['metadata']['name']}-{uuid.uuid4().hex[:8]}.json"
         file.write_text(json.dumps(job), encoding="utf-8")

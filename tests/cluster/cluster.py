@@ -1,4 +1,5 @@
-"""A stand-in for a cluster with Kubeflow's training operator v1.9: a real HTTP API, and pods that are real processes.
+"""A stand-in for a cluster with Kubeflow's training operator v1.9 and Kubeflow Trainer 2.3: a real HTTP API, and pods
+that are real processes.
 
     with Cluster(tmp_path) as cluster:
         api = ClusterApi(cluster.namespace)  # with KUBECONFIG=cluster.kubeconfig
@@ -20,9 +21,11 @@ import yaml
 from tests.cluster.api_server import ApiServer, Call, Fault
 from tests.cluster.container import marked_processes
 from tests.cluster.installation import Installation
+from tests.cluster.jobset import JobSets
 from tests.cluster.kubelet import Kubelet, PodFaults
 from tests.cluster.operator import Operator
 from tests.cluster.store import Object, Store
+from tests.cluster.trainer import Trainer
 
 TICK_SECONDS = 0.02
 
@@ -41,7 +44,7 @@ class Cluster:
         self.kubeconfig = folder / "kubeconfig"
         self.store = Store(self.namespace)
         self.kubelet = Kubelet(self.store, pods_folder)
-        self.operator = Operator(self.store)
+        self.operator, self.trainer, self.jobsets = Operator(self.store), Trainer(self.store), JobSets(self.store)
         self.api = ApiServer(self.store, self.kubelet.logs)
         self.api.role = role
         self._stopping = threading.Event()
@@ -84,6 +87,8 @@ class Cluster:
                     self.kubelet.sync()
                     if time.monotonic() >= self._operator_returns:
                         self.operator.sync()
+                        self.trainer.sync()
+                        self.jobsets.sync()
             except Exception as error:  # raised again at the end, where the test can see it
                 self._failure = self._failure or error
 
@@ -100,7 +105,8 @@ class Cluster:
         return list(self.api.calls)
 
     def jobs(self) -> list[Object]:
-        return self._copies("pytorchjobs")
+        """The PyTorchJobs and TrainJobs."""
+        return self._copies("pytorchjobs") + self._copies("trainjobs")
 
     def pods(self) -> list[Object]:
         return self._copies("pods")
@@ -154,13 +160,16 @@ class Cluster:
 
     def admit(self, name: str) -> None:
         """What Kueue does when there is room: the job of that name is suspended no more."""
-        with self.store.lock:
-            self.store.get("pytorchjobs", name)["spec"]["runPolicy"]["suspend"] = False
+        self._suspend(name, False)
 
     def preempt(self, name: str) -> None:
         """What Kueue does when another job needs the place of this one."""
+        self._suspend(name, True)
+
+    def _suspend(self, name: str, suspend: bool) -> None:
         with self.store.lock:
-            self.store.get("pytorchjobs", name)["spec"]["runPolicy"]["suspend"] = True
+            job = self.store.find("pytorchjobs", name) or self.store.get("trainjobs", name)
+            (job["spec"]["runPolicy"] if job["kind"] == "PyTorchJob" else job["spec"])["suspend"] = suspend
 
     # Faults of pods. New pods wait until `recover()`.
 
@@ -177,12 +186,12 @@ class Cluster:
         self.kubelet.faults.missing_claims.add(claim)
 
     def exceed_quota(self) -> None:
-        """The operator can make none."""
-        self.operator.quota_exceeded = True
+        """None can be made."""
+        self.operator.quota_exceeded = self.jobsets.quota_exceeded = True
 
     def restrict(self) -> None:
         """The namespace enforces PodSecurity "restricted", until `recover()`."""
-        self.operator.restricted = True
+        self.operator.restricted = self.jobsets.restricted = True
 
     def kill_pod(self, name: str) -> None:
         """SIGKILL to all processes of the container."""
@@ -199,7 +208,7 @@ class Cluster:
             self.kubelet.evict(self.store.get("pods", name))
 
     def restart_operator(self, seconds: float) -> None:
-        """The operator does nothing for so long; processes, the kubelet and the garbage collector continue."""
+        """The operator and Kubeflow Trainer do nothing for so long; processes and garbage collector continue."""
         self._operator_returns = time.monotonic() + seconds
 
     # Faults of the API.
@@ -231,4 +240,5 @@ class Cluster:
         """End every standing fault."""
         self.api.faults.clear()
         self.kubelet.faults = PodFaults()
-        self.operator.quota_exceeded = self.operator.restricted = False
+        self.operator.quota_exceeded = self.jobsets.quota_exceeded = False
+        self.operator.restricted = self.jobsets.restricted = False

@@ -8,6 +8,7 @@ from typing import Any
 from tests.cluster.store import Object, Store
 
 PORT = "23456"
+ANNOTATION = re.compile(r"metadata\.annotations\['(.+)'\]")
 REFERENCE = re.compile(r"\$(\$|\(([A-Za-z_][\w.-]*)\))")
 
 
@@ -38,8 +39,8 @@ def expand(text: str, values: Mapping[str, str]) -> str:
     return REFERENCE.sub(replaced, text)
 
 
-def container_environment(container: dict[str, Any], store: Store) -> dict[str, str]:
-    """`envFrom` and `env` of a container, the later over the earlier. Raises ConfigError for what is missing."""
+def container_environment(container: dict[str, Any], pod: Object, store: Store) -> dict[str, str]:
+    """`envFrom` and `env` of a pod's container, the later over the earlier. Raises ConfigError for what is missing."""
     values: dict[str, str] = {}
     for source in container.get("envFrom") or []:
         values |= _data(source, "Ref", store)
@@ -47,7 +48,11 @@ def container_environment(container: dict[str, Any], store: Store) -> dict[str, 
         if "valueFrom" not in entry:
             values[entry["name"]] = expand(entry.get("value") or "", values)
             continue
-        ((_, reference),) = entry["valueFrom"].items()
+        ((source, reference),) = entry["valueFrom"].items()
+        if source == "fieldRef":
+            (annotation,) = ANNOTATION.findall(reference["fieldPath"])
+            values[entry["name"]] = pod["metadata"]["annotations"][annotation]
+            continue
         data = _data(entry["valueFrom"], "KeyRef", store)
         if reference["key"] not in data:
             raise ConfigError(f"couldn't find key {reference['key']} in {reference['name']}")

@@ -1,4 +1,4 @@
-"""The scheduler and the kubelet of the stand-in: they run the container `pytorch` of each pod as a local process."""
+"""The scheduler and the kubelet of the stand-in: they run the container that trains of each pod as a local process."""
 
 import os
 import socket
@@ -16,6 +16,7 @@ from tests.cluster.store import Object, Store, timestamp
 # What an image would bring. Nothing else of the test's own environment reaches a pod.
 IMAGE_VARIABLES = ("PATH", "PYTHONPATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
 ROOT = Path(__file__).resolve().parents[2]
+CONTAINERS = (CONTAINER, "node")  # a PyTorchJob's, a TrainJob's
 INIT_CONTAINER = "init-pytorch"
 ROOT_IMAGES = ("alpine", "busybox", "debian", "ubuntu", "python")  # images whose user is root; all others': 1000
 NO_GPU = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
@@ -81,7 +82,7 @@ class Kubelet:
 
     def _sync_pod(self, pod: Object, run: Run) -> None:
         status = pod.setdefault("status", {"phase": "Pending"})
-        spec = next((one for one in pod["spec"]["containers"] if one["name"] == CONTAINER), None)
+        spec = next((one for one in pod["spec"]["containers"] if one["name"] in CONTAINERS), None)
         if "deletionTimestamp" in pod["metadata"]:
             self._stop_pod(pod, run)
         elif spec is None:  # such as the step's own, for which no process stands
@@ -114,7 +115,7 @@ class Kubelet:
         run.container = Container(command, environment, self._folder, self.logs[uid], f"{self.marker}{uid}")
         pod["status"]["phase"] = "Running"
         state = {"running": {"startedAt": timestamp()}}
-        pod["status"]["containerStatuses"] = [{"name": CONTAINER, "state": state}]
+        pod["status"]["containerStatuses"] = [{"name": spec["name"], "state": state}]
 
     def _only_pull(self, pod: Object) -> None:
         """The images of a pod without a process are pulled, or are not in their registry."""
@@ -149,7 +150,7 @@ class Kubelet:
         if problem := _root_problem(pod, spec):
             return "CreateContainerConfigError", problem
         try:
-            container_environment(spec, self._store)
+            container_environment(spec, pod, self._store)
         except ConfigError as error:
             return "CreateContainerConfigError", str(error)
         return None
@@ -160,12 +161,16 @@ class Kubelet:
         values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), values.get("PYTHONPATH", "")]))
         values |= self.image_environment
         values["HOSTNAME"] = pod["metadata"]["name"]
-        values |= container_environment(spec, self._store)
+        values |= container_environment(spec, pod, self._store)
         # The names of services do not resolve here: 127.0.0.1 and a free port, one for each job, take their place.
         (owner,) = pod["metadata"]["ownerReferences"]
         port = self._ports.setdefault(owner["uid"], _free_port())
         for prefix in ("", "PET_"):
-            if values.get(f"{prefix}MASTER_ADDR") == f"{owner['name']}-master-0":
+            # <job>-master-0, or of a TrainJob's Job <job>-0.<service>
+            if values.get(f"{prefix}MASTER_ADDR", "").partition(".")[0] in (
+                f"{owner['name']}-master-0",
+                f"{owner['name']}-0",
+            ):
                 values |= {f"{prefix}MASTER_ADDR": "127.0.0.1", f"{prefix}MASTER_PORT": port}
         # Nor is a volume mounted: a variable with the path of an emptyDir gets a folder of the pod's own.
         empty = {volume["name"] for volume in pod["spec"].get("volumes") or [] if "emptyDir" in volume}
@@ -180,11 +185,13 @@ class Kubelet:
         assert run.container is not None
         run.ended = True
         code = run.container.exit_code
-        (spec,) = (one for one in pod["spec"]["containers"] if one["name"] == CONTAINER)
-        ended = {"exitCode": code, "reason": "Error" if code else "Completed", "finishedAt": timestamp()}
+        (spec,) = (one for one in pod["spec"]["containers"] if one["name"] in CONTAINERS)
+        started = pod["status"]["containerStatuses"][0]["state"].get("running", {}).get("startedAt")
+        ended = {"exitCode": code, "reason": "Error" if code else "Completed", "startedAt": started}
+        ended["finishedAt"] = timestamp()
         if code and spec.get("terminationMessagePolicy") == "FallbackToLogsOnError":
             ended["message"] = run.container.log.last_lines()
-        pod["status"]["containerStatuses"] = [{"name": CONTAINER, "state": {"terminated": ended}}]
+        pod["status"]["containerStatuses"] = [{"name": spec["name"], "state": {"terminated": ended}}]
         pod["status"]["phase"] = "Failed" if code else "Succeeded"
 
     def _stop_pod(self, pod: Object, run: Run) -> None:

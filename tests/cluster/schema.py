@@ -1,4 +1,4 @@
-"""What a real API server and the operator's webhook refuse of a PyTorchJob (training operator v1.9)."""
+"""What a real API server and webhooks refuse: of a PyTorchJob (training operator v1.9), of Kubernetes' own kinds."""
 
 import functools
 import re
@@ -7,9 +7,10 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 
-CONTAINER = "pytorch"
+CONTAINER = "pytorch"  # of a PyTorchJob's pods
 DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # RFC 1035, for the services that bear the pods' names
+RULE_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?")  # of JobSet's failure policy
 LABEL_VALUE = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?")
 LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
@@ -77,12 +78,25 @@ def job_problems(job: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _template_problems(template: dict[str, Any]) -> list[str]:
-    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "any"}, "template": template}
+def kubernetes_problems(found: dict[str, Any]) -> list[str]:
+    """Of an object of Kubernetes' own kinds."""
     try:
-        kubernetes_validate.validate(pod, kubernetes_version(), strict=True)
+        kubernetes_validate.validate(found, kubernetes_version(), strict=True)
     except kubernetes_validate.ValidationError as error:
         return [_told(error)]
+    return []
+
+
+def jobset_problems(found: dict[str, Any]) -> list[str]:
+    """What JobSet's webhook refuses, whatever the CRD takes."""
+    names = [rule["name"] for rule in found["spec"].get("failurePolicy", {}).get("rules", [])]
+    return [f"failurePolicy.rules: {name!r} is no name of a rule" for name in names if not RULE_NAME.fullmatch(name)]
+
+
+def _template_problems(template: dict[str, Any]) -> list[str]:
+    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "any"}, "template": template}
+    if problems := kubernetes_problems(pod):
+        return problems
     spec = template["spec"]
     problems = [f"container {one['name']} has no image" for one in spec["containers"] if not one.get("image")]
     if CONTAINER not in [one["name"] for one in spec["containers"]]:

@@ -7,11 +7,15 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
-from tests.cluster import schema
+from tests.cluster import crds, schema
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 API_VERSIONS = {
     "PyTorchJob": "kubeflow.org/v1",
+    "TrainJob": "trainer.kubeflow.org/v1alpha1",
+    "TrainingRuntime": "trainer.kubeflow.org/v1alpha1",
+    "JobSet": "jobset.x-k8s.io/v1alpha2",
+    "Job": "batch/v1",
     "Pod": "v1",
     "Event": "v1",
     "Secret": "v1",
@@ -54,12 +58,20 @@ class Store:
         problems = schema.metadata_problems(metadata)
         if plural == "pytorchjobs":
             problems += schema.job_problems(found)
+        elif plural in crds.PLURALS:
+            problems += [f"unknown field {name}" for name in crds.unknown_fields(found, crds.schema(plural))]
+            problems += crds.problems(plural, found)
+            problems += schema.jobset_problems(found) if plural == "jobsets" else []
+        elif plural == "jobs":
+            problems += schema.kubernetes_problems(found)
         if problems:
             raise ApiError(422, f'{kind} "{metadata["name"]}" is invalid: ' + "; ".join(problems))
         if plural == "pytorchjobs":  # Kueue's webhook suspends; a test admits
             found["spec"].setdefault("runPolicy", {}).setdefault(
                 "suspend", QUEUE_LABEL in (metadata.get("labels") or {})
             )
+        if plural == "trainjobs":
+            found["spec"].setdefault("suspend", QUEUE_LABEL in (metadata.get("labels") or {}))
         with self.lock:
             if (plural, metadata["name"]) in self._objects:
                 raise ApiError(409, f'{plural} "{metadata["name"]}" already exists', name=metadata["name"])
@@ -119,7 +131,7 @@ class Store:
                 owned = self.owned_by(found)
                 for one in owned:
                     if "deletionTimestamp" not in one["metadata"]:
-                        self.delete(one)
+                        self.delete(one, propagation="Foreground")
                 if not owned:
                     self.remove(found)
 
