@@ -259,7 +259,8 @@ class ClusterApi:
 
         def is_over(state: RetryCallState) -> bool:
             error = state.outcome.exception() if state.outcome else None
-            doubted = error is not None and not transient(error) and right not in self._allowed
+            sure = right not in self._allowed or _is_denied(error)
+            doubted = error is not None and not transient(error) and sure
             return time.monotonic() - began >= (min(_DOUBTED_SECONDS, self._patience) if doubted else self._patience)
 
         retrying = Retrying(
@@ -272,7 +273,7 @@ class ClusterApi:
         try:
             answer = retrying(call)
         except ApiException as error:
-            if error.status in _REFUSED:
+            if error.status in _REFUSED and not _is_denied(error):
                 raise PermissionError(
                     f"the service account may not {right} in namespace {self.namespace} ({error.status}): "
                     f"{_message(error)}. Apply pipelines/continual_learning/manifests, and bind its role to the "
@@ -318,6 +319,11 @@ def _is_refusal(error: BaseException) -> bool:
     if not isinstance(error, ApiException):
         return False
     return error.status in _REFUSED or (error.status == 404 and not _names_object(error))
+
+
+def _is_denied(error: BaseException | None) -> bool:
+    """Whether a webhook has denied this very object; it may know a moment later what was created just before."""
+    return isinstance(error, ApiException) and error.status == 403 and "denied the request" in _message(error)
 
 
 def _names_object(error: ApiException) -> bool:

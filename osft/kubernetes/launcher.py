@@ -221,9 +221,7 @@ class JobLauncher:
         """Whether the job that is there failed by an error that it would meet again."""
         self._remember(job, self._pods())
         end = self._root_failure()
-        if end is None or end.exit_code is None or end.exit_code == ABANDONED:
-            return False
-        return end.exit_code < FIRST_RETRYABLE
+        return end is not None and _is_program_error(end) and end.exit_code != ABANDONED
 
     def _delete(self, uid: str) -> None:
         self._api.delete(self._kind.resource, self._name, uid)
@@ -277,6 +275,7 @@ class JobLauncher:
             if self._kind.attempt(pod) > self._attempt:
                 self._attempt = self._kind.attempt(pod)
                 self._pods_seen.clear()
+                logger.warning(f"train: all pods were restarted together, {self._attempt} times by now")
             rank, uid = self._kind.node_rank(pod), pod["metadata"]["uid"]
             seen = self._pods_seen.setdefault(rank, [])
             if uid not in seen:
@@ -304,9 +303,11 @@ class JobLauncher:
             return told or f"the {self._kind.resource.kind} failed"
         lines = self._api.log(end.pod, self._kind.container, tail_lines=_LAST_LINES)
         lines = lines or end.message.splitlines()[-_LAST_LINES:]
+        # What would have been restarted ended the job by a limit.
+        limit = "" if _is_program_error(end) else f"{outcome.reason}: {outcome.message}. "
         return (
-            f"{end}. The job stays for people to look at ({self._deletion()} lets a retried step restart it). The last "
-            "lines of its log:\n" + "\n".join(lines)
+            f"{end}. {limit}The job stays for people to look at ({self._deletion()} lets a retried step restart it). "
+            "The last lines of its log:\n" + "\n".join(lines)
         )
 
     def _queued_since(self, job: Object, pods: list[Object]) -> str | None:
@@ -318,3 +319,7 @@ class JobLauncher:
             *self._kind.queued_since(job, pods),
         ]
         return max(filter(None, times), default=None)
+
+
+def _is_program_error(end: PodEnd) -> bool:
+    return end.exit_code is not None and end.exit_code < FIRST_RETRYABLE

@@ -150,4 +150,4 @@ def typed(kind: str, value: Any, where: str) -> Any:
     try:
         return model(**{fields[k]: typed(model.openapi_types[fields[k]], v, f"{where}.{k}") for k, v in value.items()})
     except ValueError as error:
-        raise ValueError(str(error) if "pytorchjob" in str(error) else f"job {where}: {error}") from None
+        raise ValueError(str(error) if str(error).startswith("job ") else f"job {where}: {error}") from None

@@ -10,6 +10,9 @@ from osft.settings.base import Settings, refuse_unknown
 from osft.settings.values import Boolean, Integer, Number, Text, Texts, WholeNumbers
 from osft.training.job import Limits
 
+LAUNCHERS = ("local", "pytorchjob", "trainjob")
+"""Where training runs: in processes of the step, in pods of one kind of job or the other."""
+_NOT_IN_A_TRAINJOB = ("gang_scheduling", "gang_queue")
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 
@@ -26,7 +29,7 @@ class JobSettings(Settings):
     """The pods that train, and how long they may. Every field has a default that works on a cluster with GPUs."""
 
     num_workers: Annotated[Integer, Field(ge=1, le=1000)] = 1
-    """Pods that train together. The first is the job's Master, the others are its Workers."""
+    """Pods that train together: a PyTorchJob's Master and Workers, a TrainJob's nodes."""
 
     num_procs_per_worker: Annotated[Integer | None, Field(ge=1)] = None
     """Training processes in each pod. None: one for each of its GPUs, or one without."""
@@ -98,10 +101,10 @@ class JobSettings(Settings):
     """LocalQueue of Kueue that admits the job."""
 
     gang_scheduling: Boolean = False
-    """Ask the operator's gang scheduler (Volcano, scheduler-plugins) to start all pods or none."""
+    """Ask the operator's gang scheduler (Volcano, scheduler-plugins) to start all pods or none. Not with a TrainJob."""
 
     gang_queue: Text | None = None
-    """Queue of the gang scheduler."""
+    """Queue of the gang scheduler. Not with a TrainJob."""
 
     max_queued_minutes: Annotated[Number | None, Field(ge=0)] = None
     """Give up if the pods do not start within this time. None: wait, and report for what."""
@@ -120,11 +123,11 @@ class JobSettings(Settings):
     saved state. A program error (exit codes 1 to 127) fails the job at once."""
 
     ttl_seconds_after_finished: Annotated[Integer, Field(ge=0)] = 86_400
-    """The finished job and its logs stay for so long. A retried step has to find it."""
+    """The finished job and its logs stay for so long, of a TrainJob the pods. A retried step has to find it."""
 
     active_deadline_seconds: Annotated[Integer | None, Field(ge=1)] = None
-    """The operator's own limit, which holds even if the step that watches the job is gone. It counts the time in the
-    queue too, so there is none unless asked for."""
+    """The operator's own limit, which holds even if the step that watches the job is gone. Of a PyTorchJob it counts
+    the time in the queue too, so there is none unless asked for."""
 
     termination_grace_seconds: Annotated[Integer, Field(ge=1)] = 150
     """Between SIGTERM and SIGKILL: time to save the training state in."""
@@ -150,6 +153,15 @@ class JobSettings(Settings):
         """The settings from named values. Raises ValueError for an unknown name and for what cannot be."""
         return cls(**{name: value for name, value in given.items() if value is not None})
 
+    def check_possible(self, launcher: str) -> None:
+        """Raise ValueError for a setting that the launcher's kind of job cannot have."""
+        for name in _NOT_IN_A_TRAINJOB if launcher == "trainjob" else ():
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} cannot be had with launcher=trainjob: its runtime has no gang scheduler. Leave it out, "
+                    "let Kueue admit the job as a whole (kueue_queue), or use launcher=pytorchjob"
+                )
+
     @property
     def procs_per_worker(self) -> int:
         """Training processes in each pod."""
@@ -165,6 +177,19 @@ class JobSettings(Settings):
             lease_minutes=self.lease_minutes,
             max_restarts=self.max_restarts,
         )
+
+
+def check_launcher(launcher: object) -> None:
+    """Raise ValueError for what trains nowhere."""
+    if launcher not in LAUNCHERS:
+        raise ValueError(f"launcher must be one of {', '.join(LAUNCHERS)}, got {launcher!r}")
+
+
+def job_parameters(job: Mapping[str, Any] | None, pytorchjob: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What is given of `job` or, as it was called before, of `pytorchjob`. Raises ValueError if both are."""
+    if job and pytorchjob:
+        raise ValueError("job and pytorchjob are the same parameter, the latter by its former name: give job alone")
+    return job or pytorchjob or {}
 
 
 def _check_reference(where: str, reference: Any, more_keys: set[str]) -> None:

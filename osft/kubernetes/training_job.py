@@ -10,6 +10,7 @@ from osft.kubernetes.launcher import JobLauncher
 from osft.kubernetes.manifest import JobIdentity, JobOwner, Storage, job_name, label_value
 from osft.kubernetes.pytorchjob import PyTorchJob
 from osft.kubernetes.settings import JobSettings
+from osft.kubernetes.trainjob import TrainJob
 from osft.process import logs
 from osft.settings.training import TrainConfig
 from osft.training.job import train_arguments
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 TASK = "train-osft"
 """The pipeline's task that this is the job of."""
 
-KINDS: tuple[JobKind, ...] = (PyTorchJob(),)
+KINDS: tuple[JobKind, ...] = (PyTorchJob(), TrainJob())
 """What can train on a cluster."""
 
 

@@ -1,7 +1,7 @@
 """A training job, wherever it runs: start it, watch it, end it.
 
 `Launcher` is what a job looks like from outside. `osft.training.local_job` has the one for processes on this machine,
-`osft.kubernetes.launcher` the one for a PyTorchJob. `run_job` is the life of either:
+`osft.kubernetes.launcher` the one for a job on a cluster. `run_job` is the life of either:
 
     the job cannot be started       raised; what an earlier call has started, if it did, is left alone
     it succeeds                     returns
@@ -138,7 +138,7 @@ def run_job(
     limits: Limits,
     output: Path | str,
     callbacks: Sequence[TrainingCallback] = (),
-    poll_seconds: float = 5.0,
+    poll_seconds: float = 2.0,
 ) -> None:
     """Start or find the job, print its log, follow its metrics in the folder `output`, and wait for its end.
 

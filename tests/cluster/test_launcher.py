@@ -3,92 +3,27 @@
 Each test ends with what is left there: which jobs, and which processes.
 """
 
-import contextlib
-import io
 import json
+import re
 import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import pytest
 from kubernetes.client.exceptions import ApiException
 
 from osft.kubernetes.api import ClusterApi
-from osft.kubernetes.launcher import JobLauncher
-from osft.kubernetes.manifest import JobIdentity, Storage
 from osft.kubernetes.pytorchjob import PyTorchJob
-from osft.kubernetes.settings import JobSettings
-from osft.training.job import JobStatus, JobUnreachable, Limits, Phase, run_job
+from osft.kubernetes.training_job import KINDS
+from osft.training.job import JobUnreachable, Phase
 from tests.cluster.cluster import Cluster
+from tests.cluster.launched import NAME, assert_nothing_left, assert_only_job, pod_of_rank_0, uids
 
 pytestmark = pytest.mark.cluster
 
-NAME = "osft-run-1a2b3c4d"
-POLL = 0.1
-
-
-class Launched:
-    """One attempt at a job, and what it printed."""
-
-    def __init__(self, cluster: Cluster, folder: Path, script: str, settings: dict[str, Any], patience: float) -> None:
-        api = ClusterApi(cluster.namespace, patience_seconds=patience)
-        self.settings = JobSettings.from_parameters({"gpus": 0, "num_workers": 2} | settings)
-        manifests = PyTorchJob().manifests(
-            JobIdentity(name=NAME, namespace=cluster.namespace),
-            self.settings,
-            image="registry.example/osft:1",
-            command=["sh", "-c", script],
-            storage=Storage(claim="osft-storage"),
-        )
-        self.manifest = manifests[-1]
-        self.launcher = JobLauncher(api, PyTorchJob(), manifests, poll_seconds=POLL)
-        self.output = folder / "output"
-        self.printed = io.StringIO()
-
-    def run(self, limits: Limits | None = None) -> str:
-        """Follow the job to its end; what was printed."""
-        with contextlib.redirect_stdout(self.printed):
-            run_job(self.launcher, limits=limits or self.settings.limits, output=self.output, poll_seconds=POLL)
-        return self.printed.getvalue()
-
-    def status(self, condition: Callable[[JobStatus], Any]) -> JobStatus:
-        """The first status that is so."""
-        deadline = time.monotonic() + 10
-        while not condition(status := self.launcher.status()):
-            assert time.monotonic() < deadline, status
-            time.sleep(POLL)
-        return status
-
-
-@pytest.fixture
-def launch(cluster: Cluster, tmp_path: Path) -> Callable[..., Launched]:
-    def make(script: str = "exit 0", patience: float = 30.0, **settings: Any) -> Launched:
-        return Launched(cluster, tmp_path, script, settings, patience)
-
-    return make
-
-
-def uids(cluster: Cluster) -> list[str]:
-    return [job["metadata"]["uid"] for job in cluster.jobs()]
-
-
-def assert_only_job(cluster: Cluster, condition: str) -> None:
-    (job,) = cluster.jobs()
-    assert [c["type"] for c in job["status"]["conditions"] if c["status"] == "True"] == ["Created", condition]
-    cluster.wait_until(lambda: not cluster.processes())
-
-
-def assert_nothing_left(cluster: Cluster) -> None:
-    assert cluster.jobs() == []
-    assert cluster.pods() == []
-    assert not cluster.processes()
-
 
 def test_log_of_rank_0_continues_where_its_stream_broke(cluster, launch):
-    running = launch("for i in 1 2 3 4 5 6 7 8 9; do echo $RANK-$i; sleep 0.2; done")
+    running = launch("for i in 1 2 3 4 5 6 7 8 9; do echo $PET_NODE_RANK-$i; sleep 0.2; done")
     cut = threading.Timer(0.9, cluster.drop_streams)
     cut.start()
     printed = running.run()
@@ -97,11 +32,11 @@ def test_log_of_rank_0_continues_where_its_stream_broke(cluster, launch):
     assert_only_job(cluster, "Succeeded")
 
 
-def test_second_attempt_finds_the_running_job(cluster, launch):
+def test_second_attempt_finds_the_running_job(cluster, launch, kind):
     first, second = launch("sleep 1; echo done"), launch("sleep 1; echo done")
     first.launcher.submit()
     before = uids(cluster)
-    assert f"found PyTorchJob {cluster.namespace}/{NAME}" in second.run()
+    assert f"found {kind.resource.kind} {cluster.namespace}/{NAME}" in second.run()
     assert uids(cluster) == before
     assert_only_job(cluster, "Succeeded")
 
@@ -125,16 +60,16 @@ def test_job_with_another_spec_is_refused_with_the_difference_and_left_alone(clu
 
 
 @pytest.mark.parametrize("where", ["after", "within"])
-def test_creation_whose_answer_got_lost_or_breaks_off_makes_one_job(cluster, launch, where):
-    cluster.cut("create", "pytorchjobs", where)
+def test_creation_whose_answer_got_lost_or_breaks_off_makes_one_job(cluster, launch, where, kind):
+    cluster.cut("create", kind.resource.plural, where)
     launch().run()
-    assert [call.verb for call in cluster.calls if call.resource == "pytorchjobs"].count("create") == 2
+    assert [call.verb for call in cluster.calls if call.resource == kind.resource.plural].count("create") == 2
     assert_only_job(cluster, "Succeeded")
 
 
-def test_transient_error_of_any_call_is_repeated(cluster, launch):
-    cluster.refuse(429, "create", "pytorchjobs", times=2)
-    cluster.refuse(500, "get", "pytorchjobs", times=2)
+def test_transient_error_of_any_call_is_repeated(cluster, launch, kind):
+    cluster.refuse(429, "create", kind.resource.plural, times=2)
+    cluster.refuse(500, "get", kind.resource.plural, times=2)
     cluster.refuse(503, "list", "pods", times=2)
     cluster.refuse(500, "get", "pods/log", times=2)
     printed = launch("sleep 0.5; echo done").run()
@@ -150,8 +85,8 @@ def test_log_that_cannot_be_read_before_the_job_has_ended_is_read_after_it(clust
     assert_only_job(cluster, "Succeeded")
 
 
-def test_server_that_asks_for_a_pause_gets_it(cluster, launch):
-    cluster.refuse(429, verb="create", resource="pytorchjobs", times=1, headers={"Retry-After": "2"})
+def test_server_that_asks_for_a_pause_gets_it(cluster, launch, kind):
+    cluster.refuse(429, verb="create", resource=kind.resource.plural, times=1, headers={"Retry-After": "2"})
     started = time.monotonic()
     launch().run()
     assert time.monotonic() - started > 2
@@ -188,14 +123,14 @@ def test_restarting_api_server_does_not_end_the_job(cluster, launch):
     assert_only_job(cluster, "Succeeded")
 
 
-def test_refusals_and_broken_answers_of_what_worked_before_are_repeated(cluster, launch):
+def test_refusals_and_broken_answers_of_what_worked_before_are_repeated(cluster, launch, kind):
     running = launch("sleep 1.5; echo done")
     running.launcher.submit()
     running.launcher.status()
-    cluster.refuse(401, verb="get", resource="pytorchjobs")
-    cluster.refuse(404, verb="get", resource="pytorchjobs", message="404 page not found")
+    cluster.refuse(401, verb="get", resource=kind.resource.plural)
+    cluster.refuse(404, verb="get", resource=kind.resource.plural, message="404 page not found")
     cluster.refuse(403, verb="list", resource="pods")
-    for verb, resource in (("get", "pytorchjobs"), ("list", "pods")):
+    for verb, resource in (("get", kind.resource.plural), ("list", "pods")):
         cluster.cut(verb, resource, "within")
     printed = running.run()
     for told in ("401", "403", "404", "IncompleteRead"):
@@ -205,11 +140,11 @@ def test_refusals_and_broken_answers_of_what_worked_before_are_repeated(cluster,
     assert_only_job(cluster, "Succeeded")
 
 
-def test_attempt_that_begins_while_the_api_server_restarts_finds_the_job(cluster, launch):
+def test_attempt_that_begins_while_the_api_server_restarts_finds_the_job(cluster, launch, kind):
     launch("sleep 1; echo done").launcher.submit()
     cluster.refuse(403, times=1)
     cluster.refuse(503, times=1)
-    assert "found PyTorchJob" in launch("sleep 1; echo done").run()
+    assert f"found {kind.resource.kind}" in launch("sleep 1; echo done").run()
     assert deletions(cluster) == []
     assert_only_job(cluster, "Succeeded")
 
@@ -227,6 +162,7 @@ def test_answer_that_is_no_state_leaves_the_job_alone(cluster, launch, status):
     assert cluster.processes()
 
 
+@pytest.mark.parametrize("kind", [PyTorchJob()], ids=["pytorchjob"])
 def test_worker_never_starts_where_the_whole_pod_must_not_be_root(cluster, launch):
     running = launch("sleep 60", max_queued_minutes=0.03)
     for replica in running.manifest["spec"]["pytorchReplicaSpecs"].values():
@@ -236,27 +172,28 @@ def test_worker_never_starts_where_the_whole_pod_must_not_be_root(cluster, launc
     assert_nothing_left(cluster)
 
 
-def test_operator_that_is_away_for_a_while_changes_nothing(cluster, launch):
+def test_operator_that_is_away_for_a_while_changes_nothing(cluster, launch, kind):
     running = launch("sleep 1; echo done")
     cluster.restart_operator(1.0)
     printed = running.run()
-    assert "the training operator has not taken the job up" in printed
+    assert f"{kind.controller} has not taken the job up" in printed
     assert_only_job(cluster, "Succeeded")
 
 
 def test_failed_pod_gives_rank_code_and_last_lines(cluster, launch):
-    script = "if [ $RANK = 1 ]; then echo before; echo the reason of it; exit 3; fi; sleep 60"
+    script = "if [ $PET_NODE_RANK = 1 ]; then echo before; echo the reason of it; exit 3; fi; sleep 60"
     running = launch(script)
     with pytest.raises(RuntimeError) as error:
         running.run()
-    assert f"node 1 (pod {NAME}-worker-0) ended with exit code 3 (Error)" in str(error.value)
+    pod = rf"{NAME}-(worker-0|node-0-1-\w{{5}})"
+    assert re.search(rf"node 1 \(pod {pod}\) ended with exit code 3 \(Error\)", str(error.value))
     assert str(error.value).endswith("before\nthe reason of it")
     assert_only_job(cluster, "Failed")
 
 
 def test_first_failure_is_told_from_its_consequences(cluster, launch):
     """The Master only lost its peer (141), and that is seen before the Worker's own error."""
-    script = "if [ $RANK = 0 ]; then sleep 0.7; exit 141; fi; sleep 1; echo the reason of it; exit 1"
+    script = "if [ $PET_NODE_RANK = 0 ]; then sleep 0.7; exit 141; fi; sleep 1; echo the reason of it; exit 1"
     with pytest.raises(RuntimeError, match="node 1 .* exit code 1 .*\n(.*\n)*.*the reason of it"):
         launch(script).run()
     assert_only_job(cluster, "Failed")
@@ -264,7 +201,7 @@ def test_first_failure_is_told_from_its_consequences(cluster, launch):
 
 def test_end_of_an_earlier_pod_is_not_the_reason_of_the_failure(cluster, launch, tmp_path):
     """The Worker is killed once; recreated, it fails by itself."""
-    script = f"if mkdir {tmp_path}/was-here-$RANK; then kill -9 $$; fi; echo the reason of it; exit 7"
+    script = f"if mkdir {tmp_path}/was-here-$PET_NODE_RANK; then kill -9 $$; fi; echo the reason of it; exit 7"
     with pytest.raises(RuntimeError, match=r"^node \d \(pod .*\) ended with exit code 7 .*\n(.*\n)*the reason of it"):
         launch(script).run()
     assert_only_job(cluster, "Failed")
@@ -277,14 +214,14 @@ def test_last_lines_come_from_the_status_if_the_log_cannot_be_read(cluster, laun
     assert_only_job(cluster, "Failed")
 
 
-def test_program_error_is_not_repeated_by_a_retry_until_the_job_is_deleted(cluster, launch):
+def test_program_error_is_not_repeated_by_a_retry_until_the_job_is_deleted(cluster, launch, kind):
     with pytest.raises(RuntimeError, match="exit code 1"):
         launch("exit 1").run()
     before = uids(cluster)
-    with pytest.raises(RuntimeError, match=f"kubectl delete pytorchjob {NAME}"):
+    with pytest.raises(RuntimeError, match=f"kubectl delete {kind.launcher} {NAME}"):
         launch("exit 1").run()
     assert uids(cluster) == before
-    cluster.delete("pytorchjobs", NAME)
+    cluster.delete(kind.resource.plural, NAME)
     cluster.wait_until(lambda: not cluster.jobs())
     with pytest.raises(RuntimeError, match="exit code 1"):
         launch("exit 1").run()
@@ -293,7 +230,7 @@ def test_program_error_is_not_repeated_by_a_retry_until_the_job_is_deleted(clust
 
 
 def test_job_that_ended_for_nobody_followed_it_is_recreated_by_a_retry(cluster, launch, tmp_path):
-    script = f"mkdir {tmp_path}/was-here-$RANK && exit 75; echo second time"
+    script = f"if [ $PET_NODE_RANK = 0 ]; then mkdir {tmp_path}/was-here && exit 75; else sleep 1; fi; echo second time"
     with pytest.raises(RuntimeError, match="exit code 75"):
         launch(script).run()
     before = uids(cluster)
@@ -317,7 +254,7 @@ def test_cancelling_a_job_that_was_seen_begins_with_its_deletion(cluster, launch
 
 
 def test_killed_pod_is_recreated(cluster, launch, tmp_path):
-    script = f"if mkdir {tmp_path}/was-here-$RANK; then sleep 1; kill -9 $$; fi; echo second time"
+    script = f"if mkdir {tmp_path}/was-here-$PET_NODE_RANK; then sleep 1; kill -9 $$; fi; echo second time"
     printed = launch(script).run()
     assert "ended with exit code 137" in printed
     assert "second time" in printed
@@ -325,18 +262,26 @@ def test_killed_pod_is_recreated(cluster, launch, tmp_path):
 
 
 def test_evicted_pod_is_recreated(cluster, launch, tmp_path):
-    running = launch(f"if mkdir {tmp_path}/was-here-$RANK; then sleep 60; fi; echo second time", num_workers=1)
+    running = launch(f"if mkdir {tmp_path}/was-here-$PET_NODE_RANK; then sleep 60; fi; echo second time", num_workers=1)
     running.launcher.submit()
     cluster.wait_until(cluster.processes)
-    cluster.evict_pod(f"{NAME}-master-0")
+    cluster.evict_pod(pod_of_rank_0(cluster))
     assert "second time" in running.run()
     assert_only_job(cluster, "Succeeded")
 
 
-def test_pods_that_die_for_ever_end_the_job(cluster, launch):
-    with pytest.raises(RuntimeError, match=r"restarted 3 times, more than max_restarts=2.*exit code 137"):
+def test_pods_that_die_for_ever_end_the_job(cluster, launch, kind):
+    """The launcher ends a PyTorchJob, which would go on; JobSet counts by itself."""
+    by_launcher = kind.launcher == "pytorchjob"
+    reason = r"restarted 3 times, more than max_restarts=2.*exit code 137"
+    reason = reason if by_launcher else r"exit code 137.*ReachedMaxRestarts"
+    with pytest.raises(RuntimeError, match=reason):
         launch("sleep 1; kill -9 $$", max_restarts=2).run()
-    assert_nothing_left(cluster)
+    if by_launcher:
+        assert_nothing_left(cluster)
+    else:
+        assert_only_job(cluster, "Failed")
+        assert cluster.pods()[0]["metadata"]["labels"]["jobset.sigs.k8s.io/restart-attempt"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -378,7 +323,7 @@ def test_queueing_does_not_count_as_running(cluster, launch):
 
 
 def test_preemption_is_no_restart_and_its_wait_is_counted_anew(cluster, launch):
-    running = launch("sleep 60", kueue_queue="research", max_restarts=0, max_queued_minutes=0.05)  # 3 s
+    running = launch("sleep 60", kueue_queue="research", max_restarts=1, max_queued_minutes=0.05)  # 3 s
     running.launcher.submit()
     for _ in range(3):
         cluster.admit(NAME)
@@ -395,8 +340,7 @@ def test_preemption_is_no_restart_and_its_wait_is_counted_anew(cluster, launch):
     cluster.admit(NAME)
     assert running.status(lambda status: status.phase is Phase.RUNNING).restarts == 0
     assert pods.isdisjoint(pod["metadata"]["uid"] for pod in cluster.pods())
-    (master,) = (pod for pod in cluster.pods() if "master" in pod["metadata"]["name"])
-    cluster.kill_pod(master["metadata"]["name"])
+    cluster.kill_pod(pod_of_rank_0(cluster))
     assert running.status(lambda status: status.restarts).restarts == 1
 
 
@@ -428,20 +372,20 @@ def test_missing_secret_is_named(cluster, launch):
     assert_nothing_left(cluster)
 
 
-def test_job_that_somebody_deletes_fails_the_step(cluster, launch):
-    threading.Timer(1.0, lambda: cluster.delete("pytorchjobs", NAME)).start()
+def test_job_that_somebody_deletes_fails_the_step(cluster, launch, kind):
+    threading.Timer(1.0, lambda: cluster.delete(kind.resource.plural, NAME)).start()
     with pytest.raises(RuntimeError, match="somebody has deleted it"):
         launch("exec sleep 60").run()
     cluster.wait_until(lambda: not cluster.pods())
     assert_nothing_left(cluster)
 
 
-def test_attempt_waits_for_the_end_of_a_job_that_is_being_deleted(cluster, launch):
+def test_attempt_waits_for_the_end_of_a_job_that_is_being_deleted(cluster, launch, kind):
     first = launch("trap 'sleep 1; exit 0' TERM; while true; do sleep 0.1; done")
     first.launcher.submit()
     cluster.wait_until(cluster.processes)
     before = uids(cluster)
-    cluster.delete("pytorchjobs", NAME, propagation="Foreground")
+    cluster.delete(kind.resource.plural, NAME, propagation="Foreground")
     second = launch("trap 'sleep 1; exit 0' TERM; while true; do sleep 0.1; done")
     second.launcher.submit()
     assert len(uids(cluster)) == 1
@@ -464,30 +408,43 @@ def test_cancelling_does_not_touch_another_specs_job(cluster, launch):
     assert len(cluster.jobs()) == 1
 
 
-def test_deleting_a_job_that_is_gone_leaves_the_one_that_has_its_name_now(cluster, launch):
+def test_deleting_a_job_that_is_gone_leaves_the_one_that_has_its_name_now(cluster, launch, kind):
     launch("sleep 60").launcher.submit()
     (earlier,) = uids(cluster)
-    cluster.delete("pytorchjobs", NAME)
+    cluster.delete(kind.resource.plural, NAME)
     launch("sleep 60").launcher.submit()
     (now,) = uids(cluster)
     api = ClusterApi(cluster.namespace)
-    api.delete(PyTorchJob.resource, NAME, earlier)
+    api.delete(kind.resource, NAME, earlier)
     (job,) = cluster.jobs()
     assert (job["metadata"]["uid"], job["metadata"].get("deletionTimestamp")) == (now, None)
-    api.delete(PyTorchJob.resource, NAME, now)
+    api.delete(kind.resource, NAME, now)
     cluster.wait_until(lambda: not cluster.jobs())
 
 
-def test_missing_right_is_named(cluster, launch):
-    cluster.api.role = {"rules": [{"apiGroups": ["kubeflow.org"], "resources": ["pytorchjobs"], "verbs": ["get"]}]}
-    with pytest.raises(PermissionError, match="may not create PyTorchJobs in namespace kubeflow-user"):
+def test_missing_right_is_named(cluster, launch, kind):
+    may = {"apiGroups": [kind.resource.group], "resources": [kind.resource.plural], "verbs": ["get"]}
+    needed = {"apiGroups": ["*"], "resources": [each.plural for each in kind.needs], "verbs": ["get", "create"]}
+    cluster.api.role = {"rules": [may, needed]}
+    with pytest.raises(PermissionError, match=f"may not create {kind.resource.kind}s in namespace kubeflow-user"):
         launch().run()
     assert cluster.jobs() == []
 
 
-def test_manifest_that_the_server_refuses_is_told_with_its_words(cluster, launch):
+def test_manifest_that_the_server_refuses_is_told_with_its_words(cluster, launch, kind):
     running = launch()
-    running.manifest["spec"]["runPolicy"]["cleanPodPolicies"] = "All"
-    with pytest.raises(ValueError, match=r"refused the PyTorchJob \(422\).*cleanPodPolicies"):
+    spec = running.manifest["spec"]
+    (spec["runPolicy"] if kind.launcher == "pytorchjob" else spec["trainer"])["cleanPodPolicies"] = "All"
+    with pytest.raises(ValueError, match=rf"refused the {kind.resource.kind} \(4..\).*cleanPodPolicies"):
         running.run()
     assert cluster.jobs() == []
+
+
+def test_cluster_that_knows_the_other_kind_only_says_which(cluster, launch, kind):
+    (other,) = (each for each in KINDS if each.launcher != kind.launcher)
+    del cluster.api.installation.groups[kind.resource.group]
+    with pytest.raises(ValueError, match=f"knows no {kind.resource.kind}s.*use launcher={other.launcher}"):
+        launch().run()
+    del cluster.api.installation.groups[other.resource.group]
+    with pytest.raises(ValueError, match=rf"{kind.resource.brought_by} installed\?$"):
+        launch().run()

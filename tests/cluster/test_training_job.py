@@ -1,4 +1,4 @@
-"""The PyTorchJob of a training run as it arrives on the cluster: whose it is, what it may, what stands in it."""
+"""A training run's job of either kind as it arrives on the cluster: whose it is, what it may, what stands in it."""
 
 import io
 import os
@@ -10,7 +10,7 @@ import yaml
 
 from osft.kubernetes.manifest import Storage
 from osft.kubernetes.settings import JobSettings
-from osft.kubernetes.training_job import training_job
+from osft.kubernetes.training_job import KINDS, training_job
 from osft.settings.training import TrainConfig
 from osft.training.job import run_job
 from tests.cluster.api_server import Call
@@ -21,12 +21,18 @@ pytestmark = pytest.mark.cluster
 IMAGE = "registry.example/osft-training:0.1.0"
 
 
+@pytest.fixture
+def job(kind):
+    """Makes the launcher of a job of that kind."""
+    return lambda **given: job_of(kind, **given)
+
+
 @pytest.fixture(autouse=True)
 def in_the_step(monkeypatch) -> None:
     monkeypatch.setenv("KFP_POD_NAME", STEP_POD)
 
 
-def job(*, storage=Storage(claim="osft-storage"), image=IMAGE, settings=None, **given):  # noqa: B008
+def job_of(kind, *, storage=Storage(claim="osft-storage"), image=IMAGE, settings=None, **given):  # noqa: B008
     config = {
         "model_path": "/mnt/osft/models/m",
         "data_path": "/mnt/osft/data/d",
@@ -41,7 +47,7 @@ def job(*, storage=Storage(claim="osft-storage"), image=IMAGE, settings=None, **
     return training_job(
         TrainConfig(**(config | given)),
         JobSettings(**({"gpus": 0} | (settings or {}))),
-        launcher="pytorchjob",
+        launcher=kind.launcher,
         image=image,
         storage=storage,
         pipeline_run_id="4f1c9f0e-53a8-4d0c-9f6e-0f8f4c1f2a77",
@@ -49,7 +55,7 @@ def job(*, storage=Storage(claim="osft-storage"), image=IMAGE, settings=None, **
     )
 
 
-def test_job_belongs_to_the_workflow_and_goes_with_it(cluster):
+def test_job_belongs_to_the_workflow_and_goes_with_it(cluster, job):
     cluster.add_step_pod(STEP_POD, WORKFLOW)
     cluster.never_schedule()
     job().submit()
@@ -61,7 +67,7 @@ def test_job_belongs_to_the_workflow_and_goes_with_it(cluster):
     cluster.wait_until(lambda: not cluster.pods())
 
 
-def test_job_outlives_the_pod_of_its_first_attempt(cluster):
+def test_job_outlives_the_pod_of_its_first_attempt(cluster, job):
     cluster.add_step_pod(STEP_POD, WORKFLOW)
     cluster.never_schedule()
     job().submit()
@@ -71,13 +77,13 @@ def test_job_outlives_the_pod_of_its_first_attempt(cluster):
     assert len(cluster.jobs()) == 1
 
 
-def test_without_a_pod_of_its_own_the_job_has_no_owner(cluster):
+def test_without_a_pod_of_its_own_the_job_has_no_owner(cluster, job):
     cluster.never_schedule()
     job().submit()
     assert "ownerReferences" not in cluster.jobs()[0]["metadata"]
 
 
-def test_labels_lead_from_job_and_pods_to_the_runs(cluster):
+def test_labels_lead_from_job_and_pods_to_the_runs(cluster, job):
     cluster.never_schedule()
     job().submit()
     cluster.wait_until(cluster.pods)
@@ -91,23 +97,24 @@ def test_labels_lead_from_job_and_pods_to_the_runs(cluster):
 
 
 def test_launcher_uses_the_rights_of_the_role_and_no_others(cluster, tmp_path):
-    """A whole life: created, waiting, failing, its log read, found again, deleted."""
+    """A whole life of each kind: created, waiting, failing, its log read, found again, deleted."""
     (tmp_path / "osft").write_text("#!/bin/sh\nexit 2\n")
     (tmp_path / "osft").chmod(0o755)
     cluster.kubelet.image_environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     cluster.add_step_pod(STEP_POD, WORKFLOW)
     role = yaml.safe_load(ROLE.read_text())
     cluster.api.role = role
-    cluster.never_schedule()
-    first = job()
-    first.submit()
-    while "nodes are available" not in first.status().reason:
-        pass
-    cluster.recover()
-    with redirect_stdout(io.StringIO()), pytest.raises(RuntimeError, match="ended with exit code 2"):
-        run_job(first, limits=JobSettings().limits, output=tmp_path, poll_seconds=0.1)
-    first.cancel()
-    assert cluster.jobs() == []
+    for kind in KINDS:
+        cluster.never_schedule()
+        first = job_of(kind)
+        first.submit()
+        while "nodes are available" not in first.status().reason:
+            pass
+        cluster.recover()
+        with redirect_stdout(io.StringIO()), pytest.raises(RuntimeError, match="ended with exit code 2"):
+            run_job(first, limits=JobSettings().limits, output=tmp_path, poll_seconds=0.1)
+        first.cancel()
+        assert cluster.jobs() == []
     allowed = {
         Call(verb, group, resource)
         for rule in role["rules"]
@@ -127,23 +134,22 @@ def test_launcher_uses_the_rights_of_the_role_and_no_others(cluster, tmp_path):
         ({"ckpt_output_dir": "/mnt/osft/../other"}, "ckpt_output_dir .* is not below /mnt/osft"),
     ],
 )
-def test_what_no_pod_could_do_is_refused_before_anything_is_created(cluster, given, message):
+def test_what_no_pod_could_do_is_refused_before_anything_is_created(cluster, job, given, message):
     with pytest.raises(ValueError, match=message):
         job(**given)
     assert cluster.jobs() == []
 
 
-def test_object_store_needs_no_claim_and_gives_the_credentials_by_reference(cluster):
+def test_object_store_needs_no_claim_and_gives_the_credentials_by_reference(cluster, job):
     cluster.never_schedule()
     uris = {name: f"s3://bucket/{name}" for name in ("model_path", "data_path", "factors", "ckpt_output_dir")}
     job(storage=Storage(secret="osft-s3"), **uris).submit()
-    (created,) = cluster.jobs()
-    spec = created["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
-    assert {"secretRef": {"name": "osft-s3"}} in spec["containers"][0]["envFrom"]
-    assert "persistentVolumeClaim" not in str(spec)
+    (pod, *_) = cluster.wait_until(cluster.pods)
+    assert {"secretRef": {"name": "osft-s3"}} in pod["spec"]["containers"][0]["envFrom"]
+    assert "persistentVolumeClaim" not in str(pod["spec"])
 
 
-def test_without_a_cluster_the_error_says_what_to_do(monkeypatch, tmp_path: Path):
+def test_without_a_cluster_the_error_says_what_to_do(job, monkeypatch, tmp_path: Path):
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(ValueError, match="there is no cluster to train on.*or use launcher=local"):
         job()

@@ -16,9 +16,11 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from osft import osft, rounds
+from osft.kubernetes.training_job import KINDS
 from osft.models.training_summary import TrainingSummary
 from osft.tracking import runs
 from osft.training import TrainResult
+from osft.training.job import Phase
 from tests.cluster.cluster import Cluster
 from tests.cluster.training_step import ROLE, STEP_POD, WORKFLOW, TrainingStep, step_environment
 from tests.conftest import arithmetic, byte_tokenizer, write_jsonl
@@ -28,6 +30,7 @@ from tests.object_store import ObjectStore
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 NUM_STEPS = 24
+LAUNCHERS = [kind.launcher for kind in KINDS]
 SECRET = "hf_planted-secret-value-0123456789"
 
 
@@ -108,8 +111,8 @@ def prepared(storage: Path, small_smollm2: Path) -> dict[str, Any]:
         "max_seq_len": 128,
         "rank_allocation": "uniform",
         "more_settings": {"save_state_steps": 1},
-        "launcher": "pytorchjob",
-        "pytorchjob": {"num_workers": 2, "gpus": 0, "cpu": "1", "memory": "2Gi", "storage_mount": str(root)},
+        "job": {"num_workers": 2, "gpus": 0, "cpu": "1", "memory": "2Gi", "storage_mount": str(root)},
+        "pytorchjob": {},
         "training_image": "registry.example/osft-training:0.1.0",
         "storage_claim": "osft-storage",
         "storage_secret": "osft-s3",
@@ -156,16 +159,17 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 class Round:
     """One pipeline run's training: its parameters, its attempts, what it leaves."""
 
-    def __init__(self, cluster: Cluster, folder: Path, prepared: dict[str, Any]) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, prepared: dict[str, Any], launcher: str) -> None:
         self.cluster, self.folder = cluster, folder
+        self.kind = next(kind for kind in KINDS if kind.launcher == launcher)
         self.id = f"{folder.name.strip('_').replace('_', '-')}-{time.time_ns()}"
-        self.parameters = prepared | {"pipeline_run_id": self.id}
+        self.parameters = prepared | {"pipeline_run_id": self.id, "launcher": launcher}
         self.output = Path(prepared["storage_root"]) / "rounds" / self.id / "train"
         self.attempts: list[TrainingStep] = []
 
     def start(self, job: dict[str, Any] | None = None, **changes: Any) -> TrainingStep:
         parameters = self.parameters | changes
-        parameters["pytorchjob"] = parameters["pytorchjob"] | (job or {})
+        parameters["job"] = parameters["job"] | (job or {})
         folder = self.folder / f"attempt-{len(self.attempts)}"
         self.attempts.append(TrainingStep(self.cluster, folder, parameters))
         return self.attempts[-1]
@@ -178,9 +182,14 @@ class Round:
             assert self.attempts[-1].runs(), self.attempts[-1].log
             time.sleep(0.02)
 
-    def kill(self, replica: str) -> str:
-        """Kill a pod with SIGKILL, such as worker-0; its name."""
-        (name,) = [one["metadata"]["name"] for one in self.cluster.pods() if one["metadata"]["name"].endswith(replica)]
+    def pods(self) -> list[dict[str, Any]]:
+        """Those of the job, by rank."""
+        pods = [pod for pod in self.cluster.pods() if pod["metadata"]["name"] != STEP_POD]
+        return sorted(pods, key=self.kind.node_rank)
+
+    def kill(self, rank: int) -> str:
+        """Kill a pod with SIGKILL; its name."""
+        name = str(self.pods()[rank]["metadata"]["name"])
         self.cluster.kill_pod(name)
         return name
 
@@ -190,27 +199,37 @@ class Round:
         assert LlamaForCausalLM.from_pretrained(result.checkpoint).num_parameters() > 0
         return [step["loss"] for step in result.history]
 
-    def conditions(self) -> list[str]:
-        """The true conditions of the only job there is."""
+    def phase(self) -> Phase:
+        """How the only job there is has ended."""
         (job,) = self.cluster.jobs()
-        return [c["type"] for c in job["status"]["conditions"] if c["status"] == "True"]
+        outcome = self.kind.outcome(job)
+        assert outcome is not None, job["status"]
+        return outcome.phase
 
 
 @pytest.fixture
-def training(cluster: Cluster, tmp_path: Path, prepared: dict[str, Any]) -> Iterator[Round]:
-    running = Round(cluster, tmp_path, prepared)
+def launcher() -> str:
+    """Of tests of what both backends do alike; the others say which."""
+    return "pytorchjob"
+
+
+@pytest.fixture
+def training(cluster: Cluster, tmp_path: Path, prepared: dict[str, Any], launcher: str) -> Iterator[Round]:
+    running = Round(cluster, tmp_path, prepared, launcher)
     yield running
     for attempt in running.attempts:
         if attempt.runs():
             attempt.signal(signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Round]:
+@pytest.fixture(scope="module", params=LAUNCHERS)
+def undisturbed(
+    request: pytest.FixtureRequest, prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Round]:
     """A run to which nothing happens, with a secret in its pods' environment."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = tmp_path_factory.mktemp(f"undisturbed-{request.param}")
     with cluster_of_a_step(folder) as running:
-        finished = Round(running, folder, prepared)
+        finished = Round(running, folder, prepared, request.param)
         reference = {"HF_TOKEN": {"secret": "osft-huggingface", "key": "HF_TOKEN"}}
         step = finished.start({"env": reference, "env_from": [{"secret": "osft-huggingface"}]})
         assert step.wait() == 0, step.log
@@ -219,7 +238,7 @@ def undisturbed(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 
 def test_two_pods_train_to_the_losses_of_two_local_processes(undisturbed, reference):
     assert undisturbed.losses() == pytest.approx(reference, abs=1e-5)
-    assert undisturbed.conditions() == ["Created", "Succeeded"]
+    assert undisturbed.phase() is Phase.SUCCEEDED
     assert not undisturbed.cluster.processes()
 
 
@@ -229,8 +248,9 @@ def test_step_puts_out_the_checkpoint_the_manifest_and_its_progress(undisturbed)
     model = undisturbed.output / "hf_format" / f"samples_{8 * NUM_STEPS}.0"
     assert outputs["parameterValues"]["Output"] == str(model)
     (job,) = undisturbed.cluster.jobs()
-    assert yaml.safe_load(step.manifest.read_text())["metadata"]["name"] == job["metadata"]["name"]
-    for text in ("created PyTorchJob", "train: running", f"step {NUM_STEPS}/{NUM_STEPS}", "tokens/s", "s left"):
+    *_, manifest = yaml.safe_load_all(step.manifest.read_text())
+    assert (manifest["kind"], manifest["metadata"]["name"]) == (job["kind"], job["metadata"]["name"])
+    for text in (f"created {job['kind']}", "train: running", f"step {NUM_STEPS}/{NUM_STEPS}", "tokens/s", "s left"):
         assert text in step.log, step.log
 
 
@@ -251,13 +271,10 @@ def _is_of(run: Any, training: Round) -> bool:
 
 
 def test_secret_is_in_the_pods_environment_and_in_nothing_that_was_written(undisturbed):
-    (job,) = undisturbed.cluster.jobs()
-    replicas = [spec["template"] for spec in job["spec"]["pytorchReplicaSpecs"].values()]
-    assert len(replicas) == 2
-    # The operator may have deleted the worker by now: it does so if the master ended first.
-    pods = [pod for pod in undisturbed.cluster.pods() if pod["metadata"]["name"].startswith(job["metadata"]["name"])]
+    # The training operator may have deleted the worker by now: it does so if the master ended first.
+    pods = undisturbed.pods()
     assert pods
-    for pod in [*replicas, *pods]:
+    for pod in pods:
         variables = [variable for container in pod["spec"]["containers"] for variable in container.get("env", [])]
         assert [variable["name"] for variable in variables].count("HF_TOKEN") == 1
     told = json.dumps([undisturbed.cluster.jobs(), undisturbed.cluster.pods(), undisturbed.cluster.events()])
@@ -284,13 +301,13 @@ def test_pods_without_a_shared_volume_train_the_same_from_an_object_store(
     step = training.start(**parameters)
     output = f"{bucket}/osft/rounds/{training.id}/train"
     cluster.wait_until(lambda: _has_state(object_store, output), seconds=200)
-    training.kill("master-0")
+    training.kill(0)
     assert step.wait() == 0, step.log
     assert "train: resumes from" in step.log
     history = object_store.files.cat(f"{output}/metrics.jsonl").splitlines()
     assert [json.loads(line)["loss"] for line in history] == pytest.approx(reference, abs=1e-5)
     assert json.loads(step.outputs.read_text())["parameterValues"]["Output"].startswith(f"{output}/hf_format/samples_")
-    assert training.conditions() == ["Created", "Succeeded"]
+    assert training.phase() is Phase.SUCCEEDED
     assert STORE_SECRET not in step.manifest.read_text() + step.log
 
 
@@ -298,19 +315,20 @@ def _has_state(object_store: ObjectStore, output: str) -> bool:
     return any(name.startswith("state/") and name.endswith("position.json") for name in object_store.names(output))
 
 
-@pytest.mark.parametrize("replica", ["master-0", "worker-0"])
-def test_killed_pod_is_recreated_and_the_losses_are_the_same(training, cluster, reference, replica):
+@pytest.mark.parametrize(("launcher", "rank"), [("pytorchjob", 0), ("pytorchjob", 1), ("trainjob", 1)])
+def test_killed_pod_is_recreated_and_the_losses_are_the_same(training, cluster, reference, rank):
     step = training.start()
     training.wait_for_steps(4)
-    killed = training.kill(replica)
+    killed = training.kill(rank)
     assert step.wait() == 0, step.log
     assert training.losses() == pytest.approx(reference, abs=1e-5)
     assert "train: resumes from" in step.log
     assert f"(pod {killed}) ended with exit code 137" in step.log
-    assert training.conditions() == ["Created", "Succeeded"]
+    assert training.phase() is Phase.SUCCEEDED
     assert not cluster.processes()
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_terminated_step_ends_when_job_and_processes_are_gone(training, cluster):
     step = training.start()
     training.wait_for_steps(2)
@@ -335,22 +353,25 @@ def test_killed_step_finds_its_job_again(training, cluster, reference):
     assert training.losses() == pytest.approx(reference, abs=1e-5)
     (same,) = cluster.jobs()
     assert same["metadata"]["uid"] == job["metadata"]["uid"]
-    assert training.conditions() == ["Created", "Succeeded"]
+    assert training.phase() is Phase.SUCCEEDED
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_step_without_the_right_fails_with_its_name_and_leaves_its_manifest(training, cluster):
     cluster.api.role = {"rules": []}
     step = training.start()
     assert step.wait() != 0
-    assert "the service account may not get PyTorchJobs in namespace kubeflow-user (403)" in step.log
-    assert yaml.safe_load(step.manifest.read_text())["kind"] == "PyTorchJob"
+    kind = training.kind.resource.kind
+    assert f"the service account may not get {kind}s in namespace kubeflow-user (403)" in step.log
+    assert [found["kind"] for found in yaml.safe_load_all(step.manifest.read_text())][-1] == kind
     assert cluster.jobs() == []
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_failed_job_fails_the_step_with_the_reason_of_the_rank(training, cluster):
     step = training.start(more_settings={"attn_implementation": "no_such_attention"})
     assert step.wait() != 0
-    assert training.conditions() == ["Created", "Failed"]
+    assert training.phase() is Phase.FAILED
     assert "ended with exit code" in step.log
     error = step.log[step.log.rindex("error: ") :]
     assert "no_such_attention" in error
