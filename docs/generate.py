@@ -38,8 +38,8 @@ _WHERE_PARAMETERS_GO = (
 
 
 _WHERE_JOB_SETTINGS_GO = (
-    'With the pipeline\'s parameter `launcher="pytorchjob"`, these go into its parameter `pytorchjob`, such as '
-    '`{"num_workers": 2, "gpus": 8, "kueue_queue": "research"}`.'
+    'With the pipeline\'s parameter `launcher="pytorchjob"` or `launcher="trainjob"`, these go into its parameter '
+    '`job` (formerly `pytorchjob`), such as `{"num_workers": 2, "gpus": 8, "kueue_queue": "research"}`.'
 )
 
 
@@ -65,7 +65,7 @@ def render() -> str:
                 "### What training_hub and its backends call them",
                 _COMPATIBILITY,
                 _compatibility(),
-                "## The PyTorchJob",
+                "## The job on a cluster",
                 _WHERE_JOB_SETTINGS_GO,
                 _settings(JobSettings.model_fields),
                 "## The result",

@@ -29,6 +29,7 @@ def train_osft(
     rank_allocation: str,
     more_settings: dict,
     launcher: str,
+    job: dict,
     pytorchjob: dict,
     training_image: str,
     storage_claim: str,
@@ -40,7 +41,7 @@ def train_osft(
     manifest: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
 ) -> str:
-    """Tune the model in the free directions of its weights, in processes of this step or in a PyTorchJob.
+    """Tune the model in the free directions of its weights, in processes of this step or in a job of its own.
 
     The step can be retried: it finds the job that it has started, or resumes from the saved training state. Cancelled,
     it deletes the job at once; it is seldom left the time to see it gone. It fails with the reason of the rank that
@@ -55,11 +56,13 @@ def train_osft(
         target_patterns: Regular expressions searched in the names of the linear layers; empty for all.
         replay_ratio: Share of the training samples that is drawn from the data of earlier rounds, where that is still
             there; 0 replays nothing.
-        nproc_per_node: Processes; 0 for one per GPU. Not with a PyTorchJob, which has num_procs_per_worker.
+        nproc_per_node: Processes; 0 for one per GPU. Not with a job, which has num_procs_per_worker.
         more_settings: Further settings of `osft train` by name, which go before those above.
         launcher: "local": processes of this step. "pytorchjob": a PyTorchJob of Kubeflow's training operator.
-        pytorchjob: Settings of the PyTorchJob by name (osft.kubernetes.settings.JobSettings).
-        training_image: Image of the PyTorchJob's pods, unless pytorchjob has one.
+            "trainjob": a TrainJob of Kubeflow Trainer.
+        job: Settings of the job by name (osft.kubernetes.settings.JobSettings).
+        pytorchjob: The former name of job; only one of them can be given.
+        training_image: Image of the job's pods, unless job has one.
         storage_claim: ReadWriteMany claim that the pods mount where the steps have it.
         storage_secret: Secret with the credentials of an s3:// storage_root, as the pods' environment.
         storage_root: Folder that all steps share.
@@ -69,7 +72,7 @@ def train_osft(
 
     Returns:
         Output: Folder of the checkpoint, a plain Hugging Face model.
-        manifest: The PyTorchJob, or the local command, written before it is started.
+        manifest: The job, or the local command, written before it is started.
         metrics: Loss, counts, time and memory.
     """
     given = dict(locals())
@@ -94,6 +97,7 @@ def train_osft(
         ),
         rounds.LauncherSettings(
             launcher=launcher,
+            job=job,
             pytorchjob=pytorchjob,
             training_image=training_image,
             storage_claim=storage_claim,

@@ -128,7 +128,7 @@ class PyTorchJob:
         if "violates PodSecurity" in message and "init-pytorch" in message:
             return (
                 "Give the training operator another init container (--pytorch-init-container-template-file; "
-                "pipelines/continual_learning/manifests/examples/init_container.yaml), or train in one pod, with "
-                "num_workers=1, which has none"
+                "pipelines/continual_learning/manifests/examples/init_container.yaml); or use launcher=trainjob, or "
+                "train in one pod, with num_workers=1: these have none"
             )
         return ""

@@ -37,7 +37,7 @@ def pipeline_arguments(
     the pipeline.
 
     Raises FileNotFoundError if there is no such file; ValueError for text that is not YAML, an unknown name, a value of
-    another type, and settings that no PyTorchJob or gate can have, which would be noticed only when the round runs.
+    another type, and settings that no job or gate can have, which would be noticed only when the round runs.
     """
     given = read_file(file, "parameter") if file else {}
     refuse_unknown(given, known)
@@ -57,15 +57,15 @@ def pipeline_arguments(
 
 
 def _check_training_job(arguments: Mapping[str, Any]) -> None:
-    from osft.kubernetes.settings import JobSettings
+    from osft.kubernetes.settings import JobSettings, check_launcher, job_parameters
 
     launcher = arguments.get("launcher", "local")
-    if launcher not in ("local", "pytorchjob"):
-        raise ValueError(f"launcher must be 'local' or 'pytorchjob', got {launcher!r}")
+    check_launcher(launcher)
+    given = job_parameters(arguments.get("job"), arguments.get("pytorchjob"))
     try:
-        JobSettings.from_parameters(arguments.get("pytorchjob", {}))
+        JobSettings.from_parameters(given).check_possible(launcher)
     except ValueError as error:
-        raise ValueError(f"pytorchjob: {str(error).removeprefix('pytorchjob ')}") from None
+        raise ValueError(f"job: {str(error).removeprefix('job ')}") from None
 
 
 def refuse_missing(known: Mapping[str, Mapping[str, Any]], arguments: Mapping[str, Any]) -> None:

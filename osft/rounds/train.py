@@ -24,9 +24,11 @@ class LauncherSettings:
     """Where the training processes run."""
 
     launcher: str = "local"
-    """"local": on this machine. "pytorchjob": in pods of a PyTorchJob, for which the rest is."""
-    pytorchjob: Mapping[str, Any] = field(default_factory=dict)
+    """"local": on this machine. "pytorchjob", "trainjob": in pods of such a job, for which the rest is."""
+    job: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `osft.kubernetes.settings.JobSettings`."""
+    pytorchjob: Mapping[str, Any] = field(default_factory=dict)
+    """The former name of `job`."""
     training_image: str = ""
     storage_claim: str = ""
     storage_secret: str = ""
@@ -122,13 +124,12 @@ def _training_job(run: PipelineRun, config: TrainConfig, where: LauncherSettings
         from osft.training.local_job import LocalJob
 
         return LocalJob(train_arguments(config)), Limits()
-    if where.launcher != "pytorchjob":
-        raise ValueError(f"launcher must be 'local' or 'pytorchjob', got {where.launcher!r}")
     from osft.kubernetes.manifest import Storage
-    from osft.kubernetes.settings import JobSettings
+    from osft.kubernetes.settings import JobSettings, check_launcher, job_parameters
     from osft.kubernetes.training_job import training_job
 
-    settings = JobSettings.from_parameters(where.pytorchjob)
+    check_launcher(where.launcher)
+    settings = JobSettings.from_parameters(job_parameters(where.job, where.pytorchjob))
     if storage.is_remote(run.storage_root):
         volume = Storage(secret=where.storage_secret or None)
     else:

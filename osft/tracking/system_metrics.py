@@ -4,8 +4,8 @@ The names are MLflow's own, `system/cpu_utilization_percentage` and so on, so it
 numbers are those of the machine on which the step's process runs, in a pod mostly the node's: CPU and memory are of the
 whole node, whoever uses it; the disk is what the container sees as /, the GPUs are those that the container was given.
 
-On this machine everything is measured if training runs in local processes. With a PyTorchJob, training runs in other
-pods: this measures the pod of the step, which waits, and how training fares is in `train/tokens_per_second` and
+On this machine everything is measured if training runs in local processes. With a job on a cluster, training runs in
+other pods: this measures the pod of the step, which waits, and how training fares is in `train/tokens_per_second` and
 `train/step_seconds`.
 
 MLflow's own monitor ends for good when one request fails; here the samples go to the outbox and arrive later.

@@ -60,12 +60,14 @@ class PipelineParameters(Settings):
     replay_ratio: Number = 0.0
     """Share of the training samples that is drawn from the data of earlier rounds, where that is still there, such as
     0.05; 0 replays nothing."""
-    launcher: Literal["local", "pytorchjob"] = "local"
-    """"local" trains in the pod of the step; "pytorchjob" in pods of a PyTorchJob (Kubeflow's training operator), with
-    GPUs, on as many nodes as you like."""
+    launcher: Literal["local", "pytorchjob", "trainjob"] = "local"
+    """"local" trains in the pod of the step; "pytorchjob" in pods of a PyTorchJob (Kubeflow's training operator),
+    "trainjob" in those of a TrainJob (Kubeflow Trainer 2.2 or newer), with GPUs, on as many nodes as you like."""
+    job: dict[str, Any] = {}  # noqa: RUF012
+    """Settings of that job, such as {"num_workers": 2, "gpus": 8, "memory": "256Gi", "kueue_queue": "research"}; all of
+    them are in docs/reference.md."""
     pytorchjob: dict[str, Any] = {}  # noqa: RUF012
-    """Settings of the PyTorchJob, such as {"num_workers": 2, "gpus": 8, "memory": "256Gi", "kueue_queue": "research"};
-    all of them are in docs/reference.md."""
+    """The former name of job, which means the same; give only one of them."""
     nproc_per_node: Integer = 0
     """With launcher "local": training processes; 0 starts one per GPU."""
     seed: Integer = 42
@@ -105,7 +107,7 @@ class PipelineParameters(Settings):
     evaluation_gpus: Text = "0"
     """GPUs of the step that evaluates."""
     training_gpus: Text = "0"
-    """GPUs of the step that trains, with launcher "local"; those of a PyTorchJob are its own setting."""
+    """GPUs of the step that trains, with launcher "local"; those of a job are its own setting."""
     gpu_resource: Text = "nvidia.com/gpu"
     """Resource that the cluster counts the GPUs of these three steps by."""
     model_cpu: Text = "2"
@@ -113,7 +115,7 @@ class PipelineParameters(Settings):
     model_memory: Text = "8Gi"
     """Memory that these two ask for. They hold a model of 8B in 40Gi."""
     training_cpu: Text = "1"
-    """CPUs that the step that trains asks for; it waits if it has started a PyTorchJob."""
+    """CPUs that the step that trains asks for; it waits if it has started a job of its own."""
     training_memory: Text = "2Gi"
     """Memory that it asks for; with launcher "local" as much as training takes (osft train --dry-run)."""
     step_cpu: Text = "1"

@@ -60,7 +60,7 @@ _POLICIES = {
     "prepare-data": StepPolicy(needs="step", timeout_hours=12, retries=2),
     # Resumes with the weights that are not in the store yet.
     "precompute-svd": StepPolicy(needs="model", timeout_hours=24, retries=2),
-    # Its limits are the PyTorchJob's. A retry finds the running job, and does not repeat a program error.
+    # Its limits are the job's. A retry finds the running job, and does not repeat a program error.
     "train-osft": StepPolicy(needs="training", timeout_hours=0, retries=2),
     "evaluate-model": StepPolicy(needs="model", timeout_hours=24, retries=2),
     # A retry finds the version that was registered.
@@ -133,6 +133,7 @@ def one_round(given: SimpleNamespace) -> list[dsl.PipelineTask]:
             factors_path=factors.output,
             more_settings=given.more_training_settings,
             launcher=given.launcher,
+            job=given.job,
             pytorchjob=given.pytorchjob,
             training_image=TRAINING_IMAGE,
             storage_claim=given.storage_claim,

@@ -103,6 +103,13 @@ def test_pods_have_the_names_and_labels_of_jobset(cluster, launch):
     assert "conditions" not in cluster.jobs()[0]["status"], "none says that it runs"
 
 
+def test_namespace_that_is_restricted_admits_every_node(cluster, launch):
+    """There is no init container."""
+    cluster.restrict()
+    launch().run()
+    assert_only_job(cluster, "Succeeded")
+
+
 def test_pods_find_one_another_by_what_torchrun_reads(cluster, launch, tmp_path):
     """Unlike a PyTorchJob's they have no RANK, WORLD_SIZE or MASTER_ADDR."""
     launch(f"env > {tmp_path}/env-$PET_NODE_RANK", num_procs_per_worker=4).run()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from osft.kubernetes.settings import JobSettings
+from osft.kubernetes.settings import JobSettings, job_parameters
 
 
 def settings(**given):
@@ -53,6 +53,14 @@ def test_every_field_is_documented_and_has_a_default():
     for name, field in JobSettings.model_fields.items():
         assert not field.is_required(), name
         assert len(field.description) > 15, name
+
+
+def test_former_name_of_the_parameter_means_the_same_and_both_are_refused():
+    for job, pytorchjob in (({"gpus": 2}, {}), ({}, {"gpus": 2}), (None, {"gpus": 2})):
+        assert job_parameters(job, pytorchjob) == {"gpus": 2}
+    assert job_parameters({}, None) == {}
+    with pytest.raises(ValueError, match="job and pytorchjob are the same parameter.*give job alone"):
+        job_parameters({"gpus": 2}, {"gpus": 2})
 
 
 def test_limits_come_from_the_settings():

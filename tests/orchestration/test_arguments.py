@@ -48,17 +48,20 @@ def test_bad_setting_is_refused(known, setting, problem):
 
 
 @pytest.mark.parametrize(
-    ("setting", "problem"),
+    ("settings", "problem"),
     [
-        ("launcher=slurm", "launcher must be 'local' or 'pytorchjob', got 'slurm'"),
-        ('pytorchjob={"gpu": 8}', "pytorchjob: unknown parameter 'gpu'. Did you mean 'gpus'?"),
-        ('pytorchjob={"env": {"HF_TOKEN": "hf_x"}}', "must refer to a secret or a config map"),
+        ("launcher=slurm", "launcher must be one of local, pytorchjob, trainjob, got 'slurm'"),
+        ('job={"gpu":8}', "job: unknown parameter 'gpu'. Did you mean 'gpus'?"),
+        ('pytorchjob={"gpu":8}', "job: unknown parameter 'gpu'. Did you mean 'gpus'?"),
+        ('launcher=trainjob job={"gang_queue":"q"}', "job: gang_queue cannot be had with launcher=trainjob"),
+        ('job={"gpus":8} pytorchjob={"gpus":8}', "job and pytorchjob are the same parameter"),
+        ('job={"env":{"HF_TOKEN":"hf_x"}}', "must refer to a secret or a config map"),
     ],
 )
-def test_training_job_that_cannot_be_is_refused_before_the_run_is_sent(setting, problem):
+def test_training_job_that_cannot_be_is_refused_before_the_run_is_sent(settings, problem):
     known = CompiledPipeline.read().parameters
     with pytest.raises(ValueError, match=re.escape(problem)) as error:
-        pipeline_arguments(known, None, [setting])
+        pipeline_arguments(known, None, settings.split())
     assert "hf_x" not in str(error.value)
 
 
