@@ -147,7 +147,7 @@ class JobLauncher:
         since = self._queued_since(job, pods)
         never = is_refused_for_good(waits_for)
         if never:
-            waits_for = f"{waits_for}. {self._kind.refusal_hint(waits_for)}"
+            waits_for = ". ".join(filter(None, (waits_for, self._kind.refusal_hint(waits_for))))
         reason = waits_for or seen["failure"]
         return JobStatus(phase=Phase.QUEUED, since=moment(since), reason=reason, cannot_start=never, **seen)
 

@@ -1,7 +1,7 @@
-"""A step that follows a PyTorchJob, and what the job's pod runs: all of a training but the training.
+"""A step that follows a job on the cluster, and what the job's pod runs: all of a training but the training.
 
-python -m tests.cluster.small_job follow OUTPUT LEASE_MINUTES     in the pod of the step
-python -m tests.cluster.small_job train OUTPUT                    in the pod of the job
+python -m tests.cluster.small_job follow LAUNCHER OUTPUT LEASE_MINUTES     in the pod of the step
+python -m tests.cluster.small_job train OUTPUT                             in the pod of the job
 """
 
 import signal
@@ -13,27 +13,28 @@ from types import FrameType
 from osft.kubernetes.api import ClusterApi
 from osft.kubernetes.launcher import JobLauncher
 from osft.kubernetes.manifest import JobIdentity, Storage
-from osft.kubernetes.pytorchjob import PyTorchJob
 from osft.kubernetes.settings import JobSettings
+from osft.kubernetes.training_job import KINDS
 from osft.process import logs
 from osft.process.exit_codes import ABANDONED, INTERRUPTED
 from osft.training.job import run_job
 from osft.training.lease import LeaseWatch
 
 
-def follow(output: str, lease_minutes: str) -> None:
+def follow(launcher: str, output: str, lease_minutes: str) -> None:
     """Start the job, or find it, and follow it to its end."""
     logs.configure(step="train-osft")
     api = ClusterApi()
     settings = JobSettings(gpus=0, num_workers=1, lease_minutes=float(lease_minutes))
-    manifests = PyTorchJob().manifests(
+    (kind,) = (kind for kind in KINDS if kind.launcher == launcher)
+    manifests = kind.manifests(
         JobIdentity(name="osft-small", namespace=api.namespace),
         settings,
         image="registry.example/osft:1",
         command=["python", "-m", "tests.cluster.small_job", "train", output],
         storage=Storage(claim="osft-storage"),
     )
-    run_job(JobLauncher(api, PyTorchJob(), manifests, poll_seconds=0.2), limits=settings.limits, output=output)
+    run_job(JobLauncher(api, kind, manifests, poll_seconds=0.2), limits=settings.limits, output=output)
 
 
 def train(output: str) -> None:
