@@ -9,6 +9,7 @@ What is set deliberately, and why (of the pods: pod_template.py):
 podFailurePolicy                A program error (exit codes 1 to 127) fails the Job, and by the rule programError the
                                 JobSet: repeating it would only burn GPUs. A pod that only lost its peer is replaced
                                 without failing the Job: that it ended first must not hide why its peer is about to end.
+                                (Seen on a stand-in only; the other rules on a real cluster, with Kubeflow Trainer 2.3.)
 backoffLimit 0                  Any other end of a pod, by a signal or an eviction, fails the Job at once,
 failurePolicy.maxRestarts       whereupon JobSet restarts all pods together, at most max_restarts times: they resume
                                 from the saved state. A Job's own retries would restart the one pod after a pause.

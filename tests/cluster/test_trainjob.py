@@ -73,6 +73,7 @@ def test_one_killed_pod_restarts_all_with_new_pods_and_counts_once(cluster, laun
     running.status(lambda status: "exit code 137" in status.failure)
     again = running.status(lambda status: status.restarts and status.phase is Phase.RUNNING)
     assert again.restarts == 1
+    assert launch("exec sleep 60").launcher.status().restarts == 1, "a retried step counts on"
     assert before.isdisjoint(pod["metadata"]["uid"] for pod in cluster.pods())
     running.launcher.cancel()
     assert_nothing_left(cluster)
