@@ -89,10 +89,8 @@ def _init_container(cluster: ClusterView, job: TrialJob) -> Iterator[Finding]:
     try:
         cluster.try_create(_pods(job), with_init_container(job.pod))
     except Refused as refusal:
-        remedy = (
-            "Start the training operator with --pytorch-init-container-template-file and a template that PodSecurity "
-            '"restricted" admits, or train in one pod (num_workers: 1), or set launcher: trainjob, which adds none'
-        )
+        hint = job.kind.refusal_hint(str(refusal)) or remedy_for(str(refusal))
+        remedy = f"{hint}; or set launcher: trainjob, whose pods have none"
         template = init_container_template(cluster)
         text = f"a Worker with it, as the operator makes it by itself, would be refused: {refusal}"
         if template:
