@@ -9,7 +9,7 @@ import yaml
 
 from osft import storage
 from osft.kubernetes.manifest import Storage
-from osft.kubernetes.settings import JobSettings
+from osft.kubernetes.settings import JobSettings, job_parameters
 from osft.orchestration import CompiledPipeline, pipeline_arguments
 
 
@@ -49,7 +49,7 @@ class Configuration:
     @property
     def job(self) -> JobSettings:
         """The settings of the training job."""
-        return JobSettings.from_parameters(self.values.get("job") or self.values.get("pytorchjob") or {})
+        return JobSettings.from_parameters(job_parameters(self.values.get("job"), self.values.get("pytorchjob")))
 
     @property
     def job_image(self) -> str:

@@ -40,7 +40,7 @@ class Setup:
 
     @property
     def job(self) -> dict[str, Any]:
-        return self.parameters["pytorchjob"]
+        return self.parameters["job"]
 
     @property
     def installation(self) -> Any:
@@ -84,7 +84,7 @@ def setup(cluster: Cluster, compiled: Configuration) -> Setup:
         "base_model": "org/model",
         "data_uri": "/mnt/osft/inbox/*.jsonl",
         "launcher": "pytorchjob",
-        "pytorchjob": job,
+        "job": job,
     }
     return Setup(cluster, parameters, compiled)
 
@@ -252,7 +252,7 @@ def image_of_this_machine(setup: Setup) -> None:
 @pytest.mark.parametrize(
     ("spoil", "about", "told", "remedy"),
     [
-        (no_operator, "Kubeflow's training operator", "does not serve pytorchjobs", "Install"),
+        (no_operator, "Kubeflow's training operator", "does not serve pytorchjobs", "set launcher: trainjob"),
         (
             no_trainer,
             "Kubeflow's training operator",
@@ -300,6 +300,50 @@ def test_what_is_spoilt_is_found_with_its_remedy(
     spoil(setup)
     found = [one for one in faults(setup.examine()) if one.about.startswith(about)]
     assert len(found) >= 1, f"nothing of {about}"
+    assert any(told in one.text and remedy in one.remedy for one in found), found
+
+
+@pytest.fixture
+def trainjob(setup: Setup) -> Setup:
+    """The same round, with the other operator alone."""
+    setup.parameters["launcher"] = "trainjob"
+    no_operator(setup)
+    return setup
+
+
+def test_healthy_setup_for_a_trainjob_has_no_faults_also_where_pods_are_restricted(trainjob):
+    assert faults(trainjob.examine()) == []
+    restricted(trainjob)
+    assert faults(trainjob.examine()) == []
+
+
+def no_trainer_but_operator(setup: Setup) -> None:
+    del setup.installation.groups["trainer.kubeflow.org"]
+    setup.installation.groups["kubeflow.org"] = {"v1": {"pytorchjobs"}}
+
+
+def no_jobset(setup: Setup) -> None:
+    del setup.installation.groups["jobset.x-k8s.io"]
+
+
+def older_trainer(setup: Setup) -> None:
+    setup.cluster.api.older_trainer = True
+
+
+@pytest.mark.parametrize(
+    ("spoil", "about", "told", "remedy"),
+    [
+        (no_trainer_but_operator, "Kubeflow Trainer", "does not serve", "set launcher: pytorchjob"),
+        (no_jobset, "Kubeflow Trainer", "works with jobset.x-k8s.io", "Install Kubeflow Trainer"),
+        (older_trainer, "dry run of the TrainJob", "runtimePatches", "Kubeflow Trainer 2.2 or newer"),
+        (quota_of_limits, "dry run of a pod of the job", "must specify limits.cpu for: node", "Set cpu_limit"),
+    ],
+)
+def test_what_is_spoilt_for_a_trainjob_is_found_with_its_remedy(
+    trainjob: Setup, spoil: Callable[[Setup], None], about: str, told: str, remedy: str
+) -> None:
+    spoil(trainjob)
+    found = [one for one in faults(trainjob.examine()) if one.about.startswith(about)]
     assert any(told in one.text and remedy in one.remedy for one in found), found
 
 
