@@ -3,6 +3,7 @@
 import base64
 import importlib.metadata
 import os
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ def check_mlflow(subject: Subject) -> Iterator[Finding]:
     try:
         release = _release(address)
     except (OSError, ValueError) as failure:
+        if not subject.in_pod and isinstance(getattr(failure, "reason", None), socket.gaierror):
+            raise NotChecked(f"{host} is no name here; if it is one of the cluster, run osft doctor in a pod") from None
         remedy = "Start the server, or correct mlflow_tracking_uri (MLFLOW_TRACKING_URI)"
         yield error(about, f"does not answer: {failure}", remedy)
         return

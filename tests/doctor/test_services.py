@@ -131,9 +131,12 @@ def test_address_that_is_no_mlflow_is_an_error(uri, told, remedy):
     assert (level, told in text, remedy in says) == ("error", True, True)
 
 
-def test_mlflow_inside_the_cluster_is_not_looked_for_from_outside():
-    (one,) = found(check_mlflow, {"mlflow_tracking_uri": "http://mlflow.kubeflow.svc:5000"})
-    assert one.level == "not checked"
+@pytest.mark.parametrize("host", ["mlflow.kubeflow.svc", "mlflow.kubeflow.invalid"])
+def test_mlflow_that_has_a_name_in_the_cluster_only_is_an_error_in_a_pod_only(host, monkeypatch):
+    parameters = {"mlflow_tracking_uri": f"http://{host}:5000"}
+    assert [one.level for one in found(check_mlflow, parameters)] == ["not checked"]
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert fault(check_mlflow, parameters)[0] == "error"
 
 
 def test_default_database_is_ok_here_and_an_error_in_a_pod(monkeypatch):
