@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,10 +151,17 @@ def test_example_of_three_nodes_gives_the_losses_of_one(chats, tmp_path):
             "rdzv_endpoint": f"{host}:{port}",
         }
         command = [sys.executable, "-c", NODE, json.dumps(parameters | node)]
-        nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [node.communicate(timeout=240) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0, 0], outputs[0][1][-3000:]
-    results = [next(line for line in out.splitlines() if line.startswith("RESULT")) for out, _ in outputs]
+        output = (tmp_path / f"node-{rank}.txt").open("w")
+        nodes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+    try:
+        while any(node.poll() is None for node in nodes) and not any(node.poll() for node in nodes):
+            time.sleep(0.1)
+    finally:
+        for node in nodes:
+            node.kill()  # those that wait for one that has failed
+    outputs = [(tmp_path / f"node-{rank}.txt").read_text() for rank in range(3)]
+    assert [node.wait() for node in nodes] == [0, 0, 0], "\n".join(output[-3000:] for output in outputs)
+    results = [next(line for line in output.splitlines() if line.startswith("RESULT")) for output in outputs]
     assert results[0] == results[1] == results[2], "each node returns the result"
     assert results[0].endswith(" 3")
     one_node = osft(**parameters | {"ckpt_output_dir": str(tmp_path / "one-node"), "nproc_per_node": 3})

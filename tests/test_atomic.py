@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from osft.storage import atomic
 from osft.storage.atomic import atomic_path, create_exclusively, write_json
 
 
@@ -30,6 +31,23 @@ def test_file_is_replaced_and_folder_of_another_writer_is_kept(tmp_path):
             (temporary / "file").write_text(content)
     assert (tmp_path / "folder" / "file").read_text() == "first"
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "folder"}
+
+
+def test_folder_that_another_writer_makes_during_the_flush_is_kept(tmp_path, monkeypatch):
+    """Of the three nodes of a run that prepare the same data at the same time, none fails."""
+    flush = atomic.flush
+
+    def flush_beside_another(temporary):
+        flush(temporary)
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "file").write_text("first")
+
+    monkeypatch.setattr(atomic, "flush", flush_beside_another)
+    with atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "file").write_text("second")
+    assert (tmp_path / "folder" / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_killed_writer_leaves_no_final_name(tmp_path):

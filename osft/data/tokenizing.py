@@ -17,6 +17,7 @@ import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,9 @@ class Tokenizing:
     def _save(self, at: int, numbers: Sequence[int]) -> None:
         """Tokenize chunk `at` if that has not been done yet."""
         if not self._file(at).exists():
-            self._chunk(numbers).save(self._file(at))
+            chunk = self._chunk(numbers)
+            with suppress(FileNotFoundError):  # another preparation is done, and has removed the folder
+                chunk.save(self._file(at))
 
     def _saved(self, at: int, numbers: Sequence[int]) -> TokenizedChunk:
         return TokenizedChunk.load(self._file(at), numbers) or self._chunk(numbers)

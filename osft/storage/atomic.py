@@ -46,7 +46,11 @@ def atomic_path(path: Path, *, keep_existing: bool = False) -> Iterator[Path]:
             return
         flush(temporary)
         if not (keep_existing and _linked(temporary, path)):
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError as error:  # another writer's folder, which came while this one was flushed
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not temporary.is_dir():
+                    raise
         flush_folder(path.parent)
     finally:
         if temporary.is_dir():
