@@ -37,10 +37,11 @@ def test_folder_that_another_writer_makes_during_the_flush_is_kept(tmp_path, mon
     """Of the three nodes of a run that prepare the same data at the same time, none fails."""
     flush = atomic.flush
 
-    def flush_beside_another(temporary):
-        flush(temporary)
-        (tmp_path / "folder").mkdir()
-        (tmp_path / "folder" / "file").write_text("first")
+    def flush_beside_another(path):
+        flush(path)
+        if path.name.startswith("folder.incomplete-"):
+            (tmp_path / "folder").mkdir()
+            (tmp_path / "folder" / "file").write_text("first")
 
     monkeypatch.setattr(atomic, "flush", flush_beside_another)
     with atomic_path(tmp_path / "folder") as temporary:
