@@ -177,6 +177,10 @@ def _measured(device: str) -> dict[str, Any]:
     return result
 
 
+def _spread(seconds: list[float]) -> tuple[float, float]:
+    return min(seconds), max(seconds)
+
+
 def _benchmark_counts(device: str) -> tuple[dict[str, Counts], int]:
     """Of what benchmarks.step measured, by method, and the tokens of its step."""
     found = _measured(device)["settings"]
@@ -265,6 +269,7 @@ def render() -> str:
     round_head = ("GB", "served model", "exact weights", "bases", "training state, twice", "sum")
     return _TEXT.format(
         rate=f"{rate('cuda') / 1e12:.0f}",
+        spread="{:.2f} to {:.2f}".format(*_spread(_measured("cpu")["methods"][MEASURED[FULL]]["seconds"])),
         cuda=_table(check_head, _check_rows("cuda")),
         cpu=_table(check_head, _check_rows("cpu")),
         eight=_table(scale_head, _scale_rows(8)),
@@ -304,7 +309,8 @@ sheet's 67e12) say the others' seconds. [Two blocks of an 8B Llama](../benchmark
 
 {cuda}
 
-[Four small blocks](../benchmarks/results/step_cpu.md), two CPU cores, float32, one rate for all:
+[Four small blocks](../benchmarks/results/step_cpu.md), two CPU cores, float32, one rate for all. It is as
+uncertain as the median of the {spread} seconds that full fine-tuning's steps took:
 
 {cpu}
 
