@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from osft.data.record_spool import Digests
+from osft.data.record_spool import DIGEST, Digests
 from osft.data.records import DataError
 
 
@@ -30,7 +30,7 @@ def by_prompt(prompt_hashes: Digests, validation_fraction: float, *, at_least_on
     trains. With a fraction of 0 nothing is held out, unless `at_least_one` asks for it.
     """
     prompts, prompt_of = np.unique(prompt_hashes, return_inverse=True)
-    leading = np.frombuffer(prompts.tobytes(), ">u4").reshape(len(prompts), -1)[:, 0]
+    leading = np.frombuffer(prompts.tobytes(), ">u4").reshape(-1, DIGEST.itemsize // 4)[:, 0]
     held_out: np.ndarray = leading < validation_fraction * 2**32  # as `is_held_out`
     if len(prompts) > 1 and (validation_fraction > 0 or at_least_one):
         if not held_out.any():

@@ -43,3 +43,7 @@ def test_a_fraction_of_0_holds_nothing_out_unless_one_is_wanted():
     assert held_out(prompts(9), 0) == set()
     assert held_out(prompts(9), 0, at_least_one=True) == {min(prompts(9))}
     assert held_out(prompts(1), 0, at_least_one=True) == set()
+
+
+def test_no_record_is_held_out_of_none():
+    assert len(by_prompt(np.array([], DIGEST), 0.1)) == 0
