@@ -86,6 +86,31 @@ def test_pods_are_one_master_and_the_other_workers():
     assert set(manifest({"num_workers": 1})["spec"]["pytorchReplicaSpecs"]) == {"Master"}
 
 
+def check_pod_of_everything(spec: dict) -> None:
+    """That of a pod of EVERYTHING, in a job of any kind."""
+    (container,) = spec["containers"]
+    assert container["resources"]["requests"] == {"cpu": "500m", "memory": "256Gi", "amd.com/gpu": "8"}
+    assert container["resources"]["limits"] == {"cpu": "2", "memory": "256Gi", "amd.com/gpu": "8"}
+    assert (container["image"], container["imagePullPolicy"]) == ("registry.example/other:1", "Always")
+    environment = {variable["name"]: variable.get("valueFrom") for variable in container["env"]}
+    assert environment["HF_TOKEN"] == {"secretKeyRef": {"name": "hf", "key": "token"}}
+    assert environment["NCCL_DEBUG"] == {"configMapKeyRef": {"name": "nccl", "key": "debug"}}
+    assert container["envFrom"] == [{"secretRef": {"name": "s"}}, {"configMapRef": {"name": "c"}}]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
+    assert volumes[mounts["/mnt/osft"]]["persistentVolumeClaim"]["claimName"] == "osft-storage"
+    assert volumes[mounts["/data"]]["persistentVolumeClaim"] == {"claimName": "datasets", "readOnly": True}
+    assert spec["nodeSelector"] == {"gpu": "h100"}
+    assert spec["tolerations"] == EVERYTHING["tolerations"]
+    assert spec["affinity"] == AFFINITY
+    assert spec["serviceAccountName"] == "trainer"
+    assert spec["imagePullSecrets"] == [{"name": "registry"}]
+    assert container["securityContext"]["runAsUser"] == 1234
+    assert spec["priorityClassName"] == "high"
+    assert spec["securityContext"]["fsGroup"] == 0
+
+
 def test_what_is_set_arrives_where_kubernetes_reads_it():
     job = manifest(EVERYTHING)
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
@@ -94,25 +119,7 @@ def test_what_is_set_arrives_where_kubernetes_reads_it():
     assert policy["schedulingPolicy"] == {"minAvailable": 4, "queue": "gang", "priorityClass": "high"}
     assert policy["activeDeadlineSeconds"] == 3600
     for spec in pod_specs(job):
-        (container,) = spec["containers"]
-        assert container["resources"]["requests"] == {"cpu": "500m", "memory": "256Gi", "amd.com/gpu": "8"}
-        assert container["resources"]["limits"] == {"cpu": "2", "memory": "256Gi", "amd.com/gpu": "8"}
-        assert (container["image"], container["imagePullPolicy"]) == ("registry.example/other:1", "Always")
-        environment = {variable["name"]: variable.get("valueFrom") for variable in container["env"]}
-        assert environment["HF_TOKEN"] == {"secretKeyRef": {"name": "hf", "key": "token"}}
-        assert environment["NCCL_DEBUG"] == {"configMapKeyRef": {"name": "nccl", "key": "debug"}}
-        assert container["envFrom"] == [{"secretRef": {"name": "s"}}, {"configMapRef": {"name": "c"}}]
-        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-        volumes = {volume["name"]: volume for volume in spec["volumes"]}
-        assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
-        assert volumes[mounts["/mnt/osft"]]["persistentVolumeClaim"]["claimName"] == "osft-storage"
-        assert volumes[mounts["/data"]]["persistentVolumeClaim"] == {"claimName": "datasets", "readOnly": True}
-        assert spec["nodeSelector"] == {"gpu": "h100"}
-        assert spec["tolerations"] == EVERYTHING["tolerations"]
-        assert spec["affinity"] == AFFINITY
-        assert spec["serviceAccountName"] == "trainer"
-        assert spec["imagePullSecrets"] == [{"name": "registry"}]
-        assert container["securityContext"]["runAsUser"] == 1234
+        check_pod_of_everything(spec)
 
 
 def test_pods_have_no_rights_that_training_does_not_need():

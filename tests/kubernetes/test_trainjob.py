@@ -10,7 +10,7 @@ from osft.kubernetes.trainjob import TrainJob
 from tests.cluster import crds
 from tests.cluster.schema import jobset_problems, metadata_problems
 from tests.cluster.trainer import jobset_of
-from tests.kubernetes.test_manifest import AFFINITY, EVERYTHING
+from tests.kubernetes.test_manifest import EVERYTHING, check_pod_of_everything
 
 POSSIBLE = {name: value for name, value in EVERYTHING.items() if not name.startswith("gang_")}
 PLURALS = ("trainingruntimes", "trainjobs")
@@ -81,25 +81,7 @@ def test_what_is_set_arrives_where_kubernetes_reads_it():
     spec = pod_template(jobset(POSSIBLE))["spec"]
     (container,) = spec["containers"]
     assert container["name"] == "node"
-    assert container["resources"]["requests"] == {"cpu": "500m", "memory": "256Gi", "amd.com/gpu": "8"}
-    assert container["resources"]["limits"] == {"cpu": "2", "memory": "256Gi", "amd.com/gpu": "8"}
-    assert (container["image"], container["imagePullPolicy"]) == ("registry.example/other:1", "Always")
-    environment = {variable["name"]: variable.get("valueFrom") for variable in container["env"]}
-    assert environment["HF_TOKEN"] == {"secretKeyRef": {"name": "hf", "key": "token"}}
-    assert container["envFrom"] == [{"secretRef": {"name": "s"}}, {"configMapRef": {"name": "c"}}]
-    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-    volumes = {volume["name"]: volume for volume in spec["volumes"]}
-    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory", "sizeLimit": "16Gi"}
-    assert volumes[mounts["/mnt/osft"]]["persistentVolumeClaim"]["claimName"] == "osft-storage"
-    assert volumes[mounts["/data"]]["persistentVolumeClaim"] == {"claimName": "datasets", "readOnly": True}
-    assert spec["nodeSelector"] == {"gpu": "h100"}
-    assert spec["tolerations"] == EVERYTHING["tolerations"]
-    assert spec["affinity"] == AFFINITY
-    assert spec["serviceAccountName"] == "trainer"
-    assert spec["imagePullSecrets"] == [{"name": "registry"}]
-    assert spec["priorityClassName"] == "high"
-    assert container["securityContext"]["runAsUser"] == 1234
-    assert spec["securityContext"]["fsGroup"] == 0
+    check_pod_of_everything(spec)
 
 
 def test_pods_have_no_rights_that_training_does_not_need_and_keep_their_last_lines():
