@@ -13,9 +13,9 @@ from rich.filesize import decimal
 
 from osft.doctor.finding import Finding, error, ok, warning
 from osft.doctor.subject import Subject
+from osft.process.memory import memory_available
 from osft.storage.client import scratch_path
 
-_CGROUP = Path("/sys/fs/cgroup/memory.max")
 _SMALL_MEMORY, _SMALL_DISK = 8e9, 10e9
 """Bytes. A round of a 135M model took 5 GB of memory on two CPU cores."""
 
@@ -111,15 +111,3 @@ def check_memory(subject: Subject) -> Iterator[Finding]:
         yield warning("scratch folder", f"{folder} has {decimal(free)} free", remedy)
     else:
         yield ok("scratch folder", f"{folder} has {decimal(free)} free")
-
-
-def memory_available() -> int:
-    """Bytes that this process may still take: the system's, or the container's if that is less."""
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines() if Path("/proc/meminfo").exists() else []
-    system = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-    system = system or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _CGROUP.read_text(encoding="utf-8").strip() if _CGROUP.is_file() else "max"
-    if limit == "max":
-        return system
-    used = int((_CGROUP.parent / "memory.current").read_text(encoding="utf-8"))
-    return min(system, int(limit) - used)

@@ -8,28 +8,29 @@ predictions, and it predicts forgetting whatever the method (Shenfeld et al. 202
 
 The models are computed in float32. In bfloat16 the rounding of the activations alone counts as about 0.002 nats per
 token (SmolLM2-135M on English prose: a drift of 0.00004 reads as 0.0020, 0.0038 as 0.0062, 0.0339 as 0.0358), which is
-more than a careful round moves; only GPUs that cannot hold both models in float32 compare them like this. Both are in
-memory together, each spread over all GPUs, since the logits of a whole set would be more than a model; what has no room
-there even so is copied from the CPU's memory while it computes.
+more than a careful round moves; only GPUs that cannot hold two models in float32 compare them like this. Both are in
+memory together (all three of a round where there is room, and the candidate reads a set once), each spread over all
+GPUs, since the logits of a whole set would be more than a model; what has no room there even so is copied from the
+CPU's memory while it computes.
 
 Its standard error is that of a ratio of two sums over records, as the loss's (`osft.evaluation.scoring`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from osft.data.chat import tokenize
 from osft.data.packing import Batching
 from osft.data.records import Record
 from osft.evaluation.record import SetDrift
-from osft.evaluation.scoring import MAX_TEXT_TOKENS, RecordScores, SampleScores, micro_batches
+from osft.evaluation.scoring import Asked, RecordScores, SampleScores, micro_batches
 from osft.models.checkpoint import CheckpointReader
 from osft.models.likelihood import kl_divergence, residuals, stderr_of_sum, target_logits
 from osft.models.loading import ROOM_FOR_WEIGHTS
+from osft.process.memory import memory_available
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,57 +51,100 @@ class RecordDrift:
         return SetDrift(kl=sum(self.kl) / tokens, stderr=stderr, num_tokens=tokens, dtype=self.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What the logits of several models on the same records say."""
+
+    drift: list[RecordDrift | None]
+    """From each reference to the model; None if the two read the records as different tokens, or give probabilities to
+    different numbers of them: then there is nothing to compare."""
+    scores: list[RecordScores | None]
+    """Of each reference and of the model, where they were wanted and there was something to compare."""
+
+
 @torch.no_grad()
-def measure_drift(
-    reference: PreTrainedModel,
-    model: PreTrainedModel,
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+def compare(
+    models: Sequence[PreTrainedModel],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
     records: Sequence[Record],
     *,
     max_tokens: int = 2048,
     batching: Batching = Batching.PACKED,
     description: str = "drift",
-    on_scores: Callable[[RecordScores, RecordScores], None] | None = None,
-) -> RecordDrift | None:
-    """The divergence of `model` from `reference` on `records` (at least one), of answers or of plain texts.
+    with_scores: bool = False,
+) -> Comparison:
+    """The divergence of the last model from each other on `records` (at least one), of right answers or plain texts.
 
-    tokenizers: the reference's and the model's. None if the two read the records as different tokens, or give
-    probabilities to different numbers of them: then there is nothing to compare. Both models take inputs on one
-    device, and samples are batched to at most `max_tokens` tokens.
-
-    on_scores: is told of the reference's and the model's scores, whose logits are at hand; not of records with choices,
-    of which only the right answer is compared.
+    tokenizers: the models'. All models take inputs on one device, and samples are batched to at
+    most `max_tokens` tokens. with_scores: the models read all choices, for their scores.
     """
-    samples, others = (
-        [tokenize(record, tokenizer, max_text_tokens=MAX_TEXT_TOKENS) for record in records] for tokenizer in tokenizers
-    )
-    if samples != others:
-        return None
-    kl = torch.zeros(len(samples), dtype=torch.float64)
-    wanted = on_scores is not None and not any(record.choices for record in records)
-    scored = [SampleScores(len(samples)) for _ in range(2)] if wanted else []
+    *references, model = models
+    *others, asked = (Asked.of(records, tokenizer, choices=with_scores) for tokenizer in tokenizers)
+    pairs = [_Pair(asked) if other == asked else None for other in others]
+    scores = SampleScores(asked)
+    is_right = torch.zeros(len(asked.samples), dtype=torch.bool).index_fill_(0, torch.tensor(asked.right), True)
     parameter = next(model.parameters())
-    device, dtype = parameter.device, str(parameter.dtype).removeprefix("torch.")
-    for batch, sample_of_target in micro_batches(samples, device, max_tokens, batching, description):
-        logits, moved = target_logits(reference, batch), target_logits(model, batch)
-        if logits.shape != moved.shape:
-            return None
-        kl.index_add_(0, sample_of_target, kl_divergence(logits, moved).cpu())
-        for scores, found in zip(scored, (logits, moved), strict=False):
-            scores.add(found, batch, sample_of_target)
-    if on_scores is not None and scored:
-        on_scores(*(scores.of_records(records, samples) for scores in scored))
-    return RecordDrift(kl.tolist(), [sample.num_loss_tokens for sample in samples], dtype)
+    batches = micro_batches(asked.samples, parameter.device, max_tokens, batching, description) if any(pairs) else ()
+    for batch, sample_of_target in batches:
+        moved, right = target_logits(model, batch), is_right[sample_of_target]
+        for number, (pair, reference) in enumerate(zip(pairs, references, strict=True)):
+            if pair is None:
+                continue
+            logits = moved if reference is model else target_logits(reference, batch)
+            if logits.shape != moved.shape:
+                pairs[number] = None
+                continue
+            pair.add(logits, moved, sample_of_target, right)
+            if with_scores:
+                pair.scores.add(logits, batch, sample_of_target)
+        if with_scores:
+            scores.add(moved, batch, sample_of_target)
+    wanted = [*(pair.scores if pair else None for pair in pairs), scores if any(pairs) else None]
+    return Comparison(
+        [pair.drift(parameter.dtype) if pair else None for pair in pairs],
+        [each.of_records(parameter.dtype) if each and with_scores else None for each in wanted],
+    )
 
 
-def drift_dtype(folders: Sequence[Path]) -> torch.dtype:
-    """What the models of these folders, of which two at a time are compared, are to be computed in."""
-    memory = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count()))
-    if not memory:
-        return torch.float32
+class _Pair:
+    """A reference and the model, as far as they were compared."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._kl = torch.zeros(len(asked.samples), dtype=torch.float64)
+        self.scores = SampleScores(asked)
+        """The reference's."""
+
+    def add(
+        self, logits: torch.Tensor, moved: torch.Tensor, sample_of_target: torch.Tensor, right: torch.Tensor
+    ) -> None:
+        """The targets of a batch: both models' logits (L, vocabulary); `right` (L,) says which count."""
+        if not right.all():
+            logits, moved, sample_of_target = logits[right], moved[right], sample_of_target[right]
+        self._kl.index_add_(0, sample_of_target, kl_divergence(logits, moved).cpu())
+
+    def drift(self, dtype: torch.dtype) -> RecordDrift:
+        """Of each record, the right answer's."""
+        kl, asked = self._kl.tolist(), self._asked
+        return RecordDrift(
+            [kl[position] for position in asked.right],
+            [asked.samples[position].num_loss_tokens for position in asked.right],
+            str(dtype).removeprefix("torch."),
+        )
+
+
+def plan_comparison(folders: Sequence[Path]) -> tuple[torch.dtype, bool]:
+    """What the models of these folders are to be computed in, and whether all of them fit into memory at once.
+
+    If not, two do.
+    """
+    gpus = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count()))
     readers = [CheckpointReader(folder) for folder in folders]
     sizes = sorted(sum(reader.empty(name).numel() for name in reader.names()) for reader in readers)
-    return dtype_that_fits(sum(sizes[-2:]), memory)
+    if not gpus:
+        return torch.float32, dtype_that_fits(sum(sizes), memory_available()) == torch.float32
+    dtype = dtype_that_fits(sum(sizes[-2:]), gpus)
+    return dtype, dtype_that_fits(sum(sizes), gpus) == dtype == torch.float32
 
 
 def dtype_that_fits(num_parameters: int, memory: int) -> torch.dtype:

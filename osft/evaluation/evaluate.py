@@ -9,8 +9,8 @@ from typing import Any
 
 from osft.data.files import data_name
 from osft.data.records import DataError, Record, read_records
-from osft.evaluation.drift import drift_dtype
-from osft.evaluation.measure import MeasuredModel
+from osft.evaluation.drift import plan_comparison
+from osft.evaluation.measure import MeasuredModel, served_dtype
 from osft.evaluation.record import (
     BenchmarkResults,
     BenchmarkScore,
@@ -74,9 +74,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure the models on every set and benchmark, and compare the candidate with the others.
 
-    models: "base", "champion" (may be absent) and "candidate" -> folder, URI or Hugging Face id. One model is in
-    memory at a time, and for the drift the candidate with one of the others, each over all GPUs, in float32 (in
-    bfloat16 if the GPUs have no room for both); and only if `score_store` (a path or URI) lacks one of their numbers.
+    models: "base", "champion" (may be absent) and "candidate" -> folder, URI or Hugging Face id. For the drift all are
+    in memory, or if there is no room the candidate with one of the others, each over all GPUs, in float32 (in bfloat16
+    if the GPUs have no room for two). A model is loaded only if `score_store` (a path or URI) lacks one of its numbers.
     benchmarks: names of lm-evaluation-harness tasks, groups or tags (`osft.evaluation.benchmarks`), those in the YAML
     files of `benchmark_folder` among them, with the first `max_benchmark_samples` questions of each (0: all).
     max_tokens: of a micro-batch; None: `FAST_TOKENS` of the device.
@@ -103,21 +103,28 @@ def evaluate(
     def measured(name: str, **how: Any) -> MeasuredModel:
         return MeasuredModel(folders[name], store, max_tokens=max_tokens, trust_remote_code=trust_remote_code, **how)
 
-    # First, because of plain text the logits that are compared give the scores, too.
-    drift: dict[str, dict[str, SetDrift | None]] = {}
-    dtype = drift_dtype(list(folders.values()))
+    # First, because the logits that are compared give the scores, too.
+    dtype, at_once = plan_comparison(list(folders.values()))
     candidate = measured("candidate", dtype=dtype)
-    for name in present[:-1]:
-        reference = measured(name, dtype=dtype)
-        found = {s.name: candidate.drift(reference, s.records, f"{name} to candidate on {s.name}") for s in sets}
-        drift[name] = {key: of_set.summary() if of_set else None for key, of_set in found.items()}
-        del reference
+    in_memory = {"candidate": candidate}
+    drift: dict[str, dict[str, SetDrift | None]] = {name: {} for name in present[:-1]}
+    for group in [present[:-1]] if at_once else [[name] for name in present[:-1]]:
+        references = {name: measured(name, dtype=dtype) for name in group}
+        for s in sets:
+            compared = f"{' and '.join(group)} to candidate on {s.name}"
+            moved = candidate.drift(list(references.values()), s.records, compared)
+            for name, of_set in zip(group, moved, strict=True):
+                drift[name][s.name] = of_set.summary() if of_set else None
+        in_memory |= references if at_once else {}
+        del references
     del candidate
+    if dtype is not served_dtype():
+        in_memory.clear()
     scores: dict[str, dict[str, RecordScores]] = {}
     answers: dict[str, dict[str, list[str]]] = {}
     benchmark_results: dict[str, dict[str, BenchmarkScore]] = {}
     for name in present:
-        model = measured(name)
+        model = in_memory.pop(name, None) or measured(name)
         scores[name] = {s.name: model.scores(s.records, f"{name} on {s.name}") for s in scored}
         answers[name] = {key: model.answers(records) for key, records in shown.items() if records}
         if public is not None:

@@ -12,16 +12,11 @@ from transformers import AutoTokenizer
 
 from osft.data.packing import FAST_TOKENS, Batching
 from osft.data.records import Record
-from osft.evaluation.drift import RecordDrift, measure_drift
+from osft.evaluation.drift import RecordDrift, compare
+from osft.evaluation.generation import MAX_NEW_TOKENS, generate
 from osft.evaluation.record import BenchmarkScore
 from osft.evaluation.score_store import ScoreStore, measurement_key, model_hash
-from osft.evaluation.scoring import (
-    MAX_NEW_TOKENS,
-    MAX_TEXT_TOKENS,
-    RecordScores,
-    generate,
-    score_records,
-)
+from osft.evaluation.scoring import MAX_TEXT_TOKENS, RecordScores, score_records
 from osft.models.conversion import fill_exact_
 from osft.models.loading import load_model
 from osft.subspace.preflight import Preflight, preflight
@@ -32,10 +27,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def served_dtype() -> torch.dtype:
+    """In which models are scored and answer here: bfloat16 on a GPU, else float32."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
 class MeasuredModel:
     """A model folder to be measured. The model is loaded when the first number is missing, and lives as long as this.
 
-    On a GPU it is computed in bfloat16, else in float32; or in `dtype`. `exact`: with the exact weights that its folder
+    It is computed in `served_dtype()` or in `dtype`. `exact`: with the exact weights that its folder
     keeps, in float32, instead of those that are served.
     """
 
@@ -55,7 +55,7 @@ class MeasuredModel:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._max_tokens = max_tokens or FAST_TOKENS[self._device]
         self._exact = exact
-        self._dtype = dtype or (torch.bfloat16 if self._device == "cuda" and not exact else torch.float32)
+        self._dtype = dtype or (torch.float32 if exact else served_dtype())
 
     def scores(self, records: Sequence[Record], description: str) -> RecordScores:
         """Of each record; `description` is what the progress bar shows."""
@@ -80,54 +80,60 @@ class MeasuredModel:
             determined_by["batching"] = self._batching
         return self._key("scores", records=[record.content_hash for record in records], **determined_by)
 
-    def drift(self, reference: "MeasuredModel", records: Sequence[Record], description: str) -> RecordDrift | None:
-        """How far this model is from another one on each record: see `measure_drift`, also for None.
+    def drift(
+        self, references: Sequence["MeasuredModel"], records: Sequence[Record], description: str
+    ) -> list[RecordDrift | None]:
+        """How far this model is from each reference on each record: see `compare`, also for None.
 
-        Both models are in memory. One that is the same file for file is not loaded twice, and has moved by exactly 0.
-        The scores of both that the same logits give are kept: those of the records, unless they have choices.
+        All models are in memory. One that is the same file for file is not loaded twice, and has moved by exactly 0.
+        The scores that the same logits give are kept, too.
         """
-        if reference._model_hash == self._model_hash:
-            reference = self
-        batching, other = (model._preflight.shared_batching for model in (self, reference))
-        if other is not batching:
-            batching = Batching.PADDED
-
-        def keep(*scores: RecordScores) -> None:
-            for model, found in zip((reference, self), scores, strict=True):
-                if model._preflight.shared_batching is batching:  # as `scores` would batch them
-                    self._store.measured(model._scores_key(records), partial(asdict, found))
-
-        def measure() -> dict[str, Any]:
-            (before, before_tokenizer), (after, after_tokenizer) = reference._loaded, self._loaded
-            found = measure_drift(
-                before,
-                after,
-                (before_tokenizer, after_tokenizer),
+        known = {self._model_hash: self}
+        references = [known.setdefault(each._model_hash, each) for each in references]
+        keys = [self._drift_key(reference, records) for reference in references]
+        missing = {k: each for k, each in zip(keys, references, strict=True) if self._store.get(k) is None}
+        for batching in sorted({self._batching_beside(each) for each in missing.values()}):
+            compared = {key: each for key, each in missing.items() if self._batching_beside(each) is batching}
+            models = [*compared.values(), self]
+            # As `scores` would compute them.
+            scored = [each if each._preflight.shared_batching is batching else None for each in models]
+            found = compare(
+                [model._loaded[0] for model in models],
+                [model._loaded[1] for model in models],
                 records,
                 max_tokens=self._max_tokens,
                 batching=batching,
                 description=description,
-                on_scores=keep,
+                with_scores=any(each and self._store.get(each._scores_key(records)) is None for each in scored),
             )
-            return asdict(found) if found else {}
+            for key, drift in zip(compared, found.drift, strict=True):
+                self._store.put(key, asdict(drift) if drift else {})
+            for each, scores in zip(scored, found.scores, strict=True):
+                if each and scores:
+                    self._store.measured(each._scores_key(records), partial(asdict, scores))
+        kept = [self._store.get(key) for key in keys]
+        return [RecordDrift(**drift) if drift else None for drift in kept]
 
-        key = self._key(
+    def _batching_beside(self, reference: "MeasuredModel") -> Batching:
+        batching = self._preflight.shared_batching
+        return batching if reference._preflight.shared_batching is batching else Batching.PADDED
+
+    def _drift_key(self, reference: "MeasuredModel", records: Sequence[Record]) -> str:
+        return self._key(
             "drift",
             reference=reference._model_hash,
             records=[record.content_hash for record in records],
             max_tokens=self._max_tokens,
             max_text_tokens=MAX_TEXT_TOKENS,
-            batching=batching,
+            batching=self._batching_beside(reference),
         )
-        found = self._store.measured(key, measure)
-        return RecordDrift(**found) if found else None
 
     def answers(self, records: Sequence[Record]) -> list[str]:
         """What the model itself answers to each record's prompt."""
 
         def measure() -> list[str]:
             model, tokenizer = self._loaded
-            return [generate(model, tokenizer, record) for record in records]
+            return generate(model, tokenizer, records, together=self._batching is Batching.PACKED)
 
         hashes = [record.content_hash for record in records]
         answers: list[str] = self._store.measured(

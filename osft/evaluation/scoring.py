@@ -15,7 +15,6 @@ two independent samples (Miller 2024, arXiv:2411.00640).
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -25,7 +24,6 @@ from osft.data.branches import plan_branches
 from osft.data.chat import Sample, tokenize
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.data.records import Record
-from osft.data.template_keys import with_known_roles
 from osft.evaluation.record import MetricChange, SetChanges, SetScore
 from osft.models.likelihood import cross_entropy, residuals, stderr_of_sum, target_logits
 
@@ -36,8 +34,6 @@ TIE = 1e-4
 with. In a dtype with a larger machine epsilon, that."""
 MAX_TEXT_TOKENS = 256
 """Of a plain text, the tokens that are scored."""
-MAX_NEW_TOKENS = 24
-"""Of a model's own answer, unless it ends before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,38 +104,12 @@ def score_records(
     description: str = "evaluate",
 ) -> RecordScores:
     """Score `records` (at least one). Samples are batched to at most `max_tokens` tokens."""
-    samples: list[Sample] = []
-    # Of each record: its answers' positions in samples; those with equal tokens share one.
-    answers: list[list[int]] = []
-    for record in records:
-        position_of: dict[tuple[int, ...], int] = {}
-        of_record = []
-        for answer in record.choices or ("",):
-            sample = tokenize(_answered(record, answer), tokenizer, max_text_tokens=MAX_TEXT_TOKENS)
-            position = position_of.setdefault(tuple(sample.input_ids), len(samples))
-            if position == len(samples):
-                samples.append(sample)
-            of_record.append(position)
-        answers.append(of_record)
-    found = SampleScores(len(samples))
-    device = next(model.parameters()).device
-    for batch, sample_of_target in micro_batches(samples, device, max_tokens, batching, description):
+    asked = Asked.of(records, tokenizer)
+    parameter = next(model.parameters())
+    found = SampleScores(asked)
+    for batch, sample_of_target in micro_batches(asked.samples, parameter.device, max_tokens, batching, description):
         found.add(target_logits(model, batch), batch, sample_of_target)
-
-    right = [
-        of_record[record.choices.index(record.messages[-1]["content"]) if record.choices else 0]
-        for record, of_record in zip(records, answers, strict=True)
-    ]
-    scores = found.of_records(records, samples, right)
-    if not all(record.choices for record in records):
-        return scores
-    tie, nll = max(TIE, torch.finfo(next(model.parameters()).dtype).eps), found.nll
-    margins = [
-        _margin([nll[p] for p in of_record], record.choices.index(record.messages[-1]["content"]))
-        for record, of_record in zip(records, answers, strict=True)
-    ]
-    ties = sum(abs(margin) <= tie for margin in margins)
-    return replace(scores, correct=[m > tie for m in margins], accuracy_kind="choice", num_ties=ties)
+    return found.of_records(parameter.dtype)
 
 
 def describe_accuracy(records: Sequence[Record], scores: RecordScores) -> list[str]:
@@ -177,12 +147,47 @@ def _answered(record: Record, answer: str) -> Record:
     return replace(record, messages=messages)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a set of records asks a model, as tokens."""
+
+    records: Sequence[Record]
+    samples: list[Sample]
+    """The records with each answer that counts; those of a record with equal tokens are one."""
+    answers: list[list[int]]
+    """Of each record, the positions in `samples` of its choices; of one without, of its answer or text."""
+    right: list[int]
+    """Of each record, the position of the right answer, or of the text."""
+
+    @classmethod
+    def of(cls, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, choices: bool = True) -> "Asked":
+        """What the records ask of a model with this tokenizer; without `choices`, the right answers alone."""
+        samples: list[Sample] = []
+        answers: list[list[int]] = []
+        for record in records:
+            position_of: dict[tuple[int, ...], int] = {}
+            of_record = []
+            for answer in (choices and record.choices) or ("",):
+                sample = tokenize(_answered(record, answer), tokenizer, max_text_tokens=MAX_TEXT_TOKENS)
+                position = position_of.setdefault(tuple(sample.input_ids), len(samples))
+                if position == len(samples):
+                    samples.append(sample)
+                of_record.append(position)
+            answers.append(of_record)
+        right = [
+            of_record[record.choices.index(record.messages[-1]["content"]) if len(of_record) > 1 else 0]
+            for record, of_record in zip(records, answers, strict=True)
+        ]
+        return cls(records, samples, answers, right)
+
+
 class SampleScores:
     """What a model says of each sample, added up over its targets as their logits come."""
 
-    def __init__(self, num_samples: int) -> None:
-        self._nll = torch.zeros(num_samples, dtype=torch.float64)
-        self._wrong = torch.zeros(num_samples, dtype=torch.int64)
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._nll = torch.zeros(len(asked.samples), dtype=torch.float64)
+        self._wrong = torch.zeros(len(asked.samples), dtype=torch.int64)
 
     @torch.no_grad()
     def add(self, logits: torch.Tensor, batch: MicroBatch, sample_of_target: torch.Tensor) -> None:
@@ -194,28 +199,23 @@ class SampleScores:
         self._nll.index_add_(0, sample_of_target, cross_entropy(logits, batch.targets).double().cpu())
         self._wrong.index_add_(0, sample_of_target, (as_probable != 1).long().cpu())
 
-    @property
-    def nll(self) -> list[float]:
-        """(n,) the sum of a sample's negative log-likelihoods."""
-        found: list[float] = self._nll.tolist()
-        return found
-
-    @property
-    def exact(self) -> list[bool]:
-        """(n,) whether each of its targets is more probable than any other token."""
-        found: list[bool] = (self._wrong == 0).tolist()
-        return found
-
-    def of_records(
-        self, records: Sequence[Record], samples: Sequence[Sample], right: Sequence[int] | None = None
-    ) -> RecordScores:
-        """Of each record the scores of its sample, at `right`, by default in their order; choices are not looked at."""
-        positions = range(len(records)) if right is None else right
-        nll, exact = self.nll, self.exact
-        num_loss_tokens = [samples[position].num_loss_tokens for position in positions]
-        scores = RecordScores([nll[position] for position in positions], num_loss_tokens, None, None)
-        if all(map(_has_answer, records)) and max(num_loss_tokens) <= SHORT_ANSWER_TOKENS:
-            return replace(scores, correct=[exact[position] for position in positions], accuracy_kind="exact match")
+    def of_records(self, dtype: torch.dtype) -> RecordScores:
+        """The scores of each record, of logits that were computed in `dtype`."""
+        asked, nll = self._asked, self._nll.tolist()
+        num_loss_tokens = [asked.samples[position].num_loss_tokens for position in asked.right]
+        scores = RecordScores([nll[position] for position in asked.right], num_loss_tokens, None, None)
+        if all(record.choices for record in asked.records):
+            tie = max(TIE, torch.finfo(dtype).eps)
+            margins = [
+                _margin([nll[p] for p in of_record], record.choices.index(record.messages[-1]["content"]))
+                for record, of_record in zip(asked.records, asked.answers, strict=True)
+            ]
+            ties = sum(abs(margin) <= tie for margin in margins)
+            return replace(scores, correct=[m > tie for m in margins], accuracy_kind="choice", num_ties=ties)
+        if all(map(_has_answer, asked.records)) and max(num_loss_tokens) <= SHORT_ANSWER_TOKENS:
+            # Whether each target is more probable than any other token.
+            exact = (self._wrong == 0).tolist()
+            return replace(scores, correct=[exact[at] for at in asked.right], accuracy_kind="exact match")
         return scores
 
 
@@ -241,26 +241,3 @@ def micro_batches(
             batch = collate([samples[position] for position in chosen], batching)
             yield batch.to(device), torch.tensor(chosen)[batch.sample_of_target]
             progress.update(sum(lengths[position] for position in chosen))
-
-
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: Record, *, max_new_tokens: int = MAX_NEW_TOKENS
-) -> str:
-    """The model's own answer to a record's prompt, by greedy decoding."""
-    record = with_known_roles(tokenizer.get_chat_template(tools=list(record.tools) or None), record)
-    encoded: Any = tokenizer.apply_chat_template(
-        list(record.messages[:-1]),
-        tools=list(record.tools) or None,
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-        **record.extra,
-    )
-    encoded = encoded.to(next(model.parameters()).device)
-    generating: Any = model  # its type is an nn.Module's, whose attributes may be tensors
-    output = generating.generate(
-        **encoded, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
-    new_tokens = output[0, encoded["input_ids"].shape[1] :]
-    return str(tokenizer.decode(new_tokens, skip_special_tokens=True)).strip()

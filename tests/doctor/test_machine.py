@@ -18,6 +18,7 @@ from osft.doctor import doctor_command, machine, storage_folder
 from osft.doctor.checks import CHECKS, examine
 from osft.doctor.finding import Check, Finding
 from osft.doctor.inputs import check_data, check_model
+from osft.process import memory
 from tests.conftest import write_jsonl
 from tests.doctor.conftest import subject
 
@@ -52,16 +53,16 @@ def test_gpu_that_torch_does_not_use_is_an_error(monkeypatch):
 def test_little_memory_and_disk_are_told(monkeypatch):
     monkeypatch.setattr(machine, "memory_available", lambda: 2_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("Usage", "free")(10**9))
-    memory, disk = faults(machine.check_memory)
-    assert "2.0 GB" in memory.text
+    ram, disk = faults(machine.check_memory)
+    assert "2.0 GB" in ram.text
     assert "OSFT_SCRATCH" in disk.remedy
 
 
 def test_memory_is_that_of_the_container_where_it_has_less(monkeypatch, tmp_path):
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path / "memory.max")
-    assert machine.memory_available() == 2_000_000
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "memory.max")
+    assert memory.memory_available() == 2_000_000
 
 
 def test_storage_folder_is_tried_and_left_as_it_was(tmp_path):

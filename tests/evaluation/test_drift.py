@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from osft.data.chat import IGNORE, tokenize
 from osft.data.packing import Batching
 from osft.data.records import Record
-from osft.evaluation.drift import RecordDrift, dtype_that_fits, measure_drift
+from osft.evaluation.drift import RecordDrift, compare, dtype_that_fits, plan_comparison
 from osft.evaluation.evaluate import EvaluationSet, evaluate, load_set
+from osft.evaluation.scoring import score_records
 from osft.settings.subspace import SubspaceConfig
 from osft.training.factors import compute_factors
 from osft.training.statistics import self_written_text
@@ -38,6 +39,12 @@ def base() -> Any:
     return tiny_llama().eval()
 
 
+def drift(reference: Any, model: Any, records: Any, tokenizers: Any = TOKENIZERS, **how: Any) -> RecordDrift | None:
+    """From one model to another."""
+    (found,) = compare([reference, model], tokenizers, records, **how).drift
+    return found
+
+
 def expected_kl(reference: Any, model: Any, record: Record) -> float:
     """By PyTorch, in float64, of one sample alone."""
     sample = tokenize(record, TOKENIZERS[0])
@@ -50,7 +57,7 @@ def expected_kl(reference: Any, model: Any, record: Record) -> float:
 
 def test_drift_of_a_record_is_pytorchs_divergence_over_what_counts_in_the_loss():
     records = [*chats(5), Record(source="t", text="Some plain text, of which all counts.")]
-    found = measure_drift(base(), moved(base(), 0.1), TOKENIZERS, records)
+    found = drift(base(), moved(base(), 0.1), records)
     expected = [expected_kl(base(), moved(base(), 0.1), record) for record in records]
     assert found.kl == pytest.approx(expected, rel=1e-3)
     assert min(found.kl) > 1e-3
@@ -59,11 +66,29 @@ def test_drift_of_a_record_is_pytorchs_divergence_over_what_counts_in_the_loss()
 
 def test_model_has_not_drifted_from_itself_at_all():
     model = base()
-    assert measure_drift(model, model, TOKENIZERS, chats(4)).kl == [0.0] * 4
+    assert drift(model, model, chats(4)).kl == [0.0] * 4
+
+
+def test_several_references_are_compared_as_each_alone():
+    records = [*chats(3), Record(source="t", text="Some text.")]
+    near, far = moved(base(), 0.05), moved(base(), 0.1)
+    found = compare([base(), near, far], (TOKENIZERS * 2)[:3], records, with_scores=True)
+    assert found.drift == [drift(base(), far, records), drift(near, far, records)]
+    assert found.scores == [score_records(model, TOKENIZERS[0], records) for model in (base(), near, far)]
+
+
+def test_divergence_is_that_of_the_right_answers_where_all_choices_are_read():
+    records = [replace(record, choices=("<", "=", record.messages[-1]["content"])) for record in chats(5)]
+    models, tokenizers = [base(), moved(base(), 0.1)], TOKENIZERS
+    found = compare(models, tokenizers, records, with_scores=True, batching=Batching.BRANCHED)
+    (expected,) = compare(models, tokenizers, records).drift
+    assert found.drift[0].num_tokens == expected.num_tokens
+    assert found.drift[0].kl == pytest.approx(expected.kl, rel=1e-3)
+    assert [score.accuracy_kind for score in found.scores] == ["choice"] * 2
 
 
 def test_small_drift_grows_with_the_square_of_the_update():
-    found = [measure_drift(base(), moved(base(), size), TOKENIZERS, chats(4)).summary().kl for size in (1e-4, 2e-4)]
+    found = [drift(base(), moved(base(), size), chats(4)).summary().kl for size in (1e-4, 2e-4)]
     assert 0 < found[0] < 1e-7
     assert found[1] / found[0] == pytest.approx(4, rel=0.01)
 
@@ -72,8 +97,8 @@ def test_small_drift_grows_with_the_square_of_the_update():
 def test_drift_does_not_depend_on_what_is_batched_together(max_tokens, batching):
     records = chats(7)
     models = base(), moved(base(), 0.1)
-    expected = measure_drift(*models, TOKENIZERS, records)
-    found = measure_drift(*models, TOKENIZERS, records, max_tokens=max_tokens, batching=Batching(batching))
+    expected = drift(*models, records)
+    found = drift(*models, records, max_tokens=max_tokens, batching=Batching(batching))
     assert found.num_tokens == expected.num_tokens
     assert found.kl == pytest.approx(expected.kl, rel=1e-3)
 
@@ -90,15 +115,23 @@ def test_both_models_are_compared_in_float32_where_they_fit():
     parameters, memory = 2 * 8_000_000_000, 80 * 2**30
     assert dtype_that_fits(parameters, memory) == torch.float32
     assert dtype_that_fits(2 * parameters, memory) == torch.bfloat16
-    assert measure_drift(base().bfloat16(), base().bfloat16(), TOKENIZERS, chats(1)).dtype == "bfloat16"
+    assert drift(base().bfloat16(), base().bfloat16(), chats(1)).dtype == "bfloat16"
+
+
+def test_all_models_are_compared_at_once_where_they_fit(models, monkeypatch):
+    folders = [Path(folder) for folder in models.values()]
+    size = 4 * sum(parameter.numel() for parameter in base().parameters())  # its embeddings are tied, and stored once
+    for memory, expected in ((3 * size / 0.84, True), (3 * size / 0.86, False)):
+        monkeypatch.setattr("osft.evaluation.drift.memory_available", lambda memory=memory: memory)
+        assert plan_comparison(folders) == (torch.float32, expected)
 
 
 def test_models_that_read_other_tokens_or_predict_others_cannot_be_compared():
     other = byte_tokenizer()
     other.chat_template = other.chat_template.replace("<|im_end|>\n", "<|im_end|>")
-    assert measure_drift(base(), base(), (TOKENIZERS[0], other), chats(2)) is None
+    assert drift(base(), base(), chats(2), (TOKENIZERS[0], other)) is None
     wider = tiny_llama(vocab_size=300).eval()
-    assert measure_drift(base(), wider, TOKENIZERS, chats(2)) is None
+    assert drift(base(), wider, chats(2)) is None
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +160,8 @@ def test_evaluation_has_the_drift_from_each_other_model_on_every_set(models):
     for name, other in others.items():
         assert list(found.drift[name]) == [s.name for s in SETS]
         for s in SETS:
-            expected = measure_drift(
-                other, moved(base(), 0.1), TOKENIZERS, s.records, batching=Batching.BRANCHED
-            ).summary()
-            assert found.drift[name][s.name] == expected
+            expected = drift(other, moved(base(), 0.1), s.records, batching=Batching.BRANCHED)
+            assert found.drift[name][s.name].kl == pytest.approx(expected.summary().kl, rel=1e-3)
 
 
 def test_on_self_written_text_drift_is_all_that_is_measured(models):

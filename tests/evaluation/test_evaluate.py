@@ -6,14 +6,16 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 
 from osft.data.packing import Batching
 from osft.data.records import DataError, Record
 from osft.evaluation.evaluate import EvaluationSet, evaluate, load_set
 from osft.evaluation.gate import GateRules, decide
+from osft.evaluation.generation import generate
 from osft.evaluation.record import BenchmarkTask, EvaluatedModel, Evaluation
-from osft.evaluation.scoring import RecordScores, changes, generate, score_records
+from osft.evaluation.scoring import RecordScores, changes, score_records
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama, write_jsonl
 
 SEEDS = {"base": 0, "champion": 1, "candidate": 2}
@@ -125,7 +127,7 @@ def test_examples_show_the_new_and_the_earlier_tasks_with_every_models_answer(ev
     record, shown = SETS[2].records[1], evaluation.examples[3]
     assert shown.prompt == record.messages[0]["content"]
     assert shown.reference == record.messages[1]["content"]
-    answers = {name: generate(tiny_llama(seed).eval(), byte_tokenizer(), record) for name, seed in SEEDS.items()}
+    answers = {name: generate(tiny_llama(seed).eval(), byte_tokenizer(), [record])[0] for name, seed in SEEDS.items()}
     assert shown.answers == answers
     assert len(set(answers.values())) > 1
 
@@ -139,19 +141,28 @@ def test_first_round_compares_with_the_base_model(models):
     assert found.examples == ()
 
 
-def test_models_are_loaded_beside_the_candidate_for_the_drift_and_then_one_after_the_other(models, loaded, in_memory):
+def test_each_model_is_loaded_once_if_all_fit_into_memory(models, loaded, in_memory):
     evaluate(models, SETS, num_examples=1)
-    assert loaded == [models["base"], models["candidate"], models["champion"], *models.values()]
-    assert in_memory == [0, 1, 1, 0, 0, 0]
+    assert loaded == list(models.values())
+    assert in_memory == [0, 1, 2]
 
 
-def test_plain_text_is_scored_by_the_logits_that_are_compared(models, monkeypatch):
+def test_models_are_loaded_beside_the_candidate_if_no_more_fit(models, loaded, in_memory, evaluation, monkeypatch):
+    monkeypatch.setattr("osft.evaluation.evaluate.plan_comparison", lambda folders: (torch.float32, False))
+    found = evaluate(models, SETS, num_examples=2)
+    base, champion, candidate = models.values()
+    assert loaded == [base, candidate, champion, base, champion]
+    assert in_memory == [0, 1, 1, 1, 1]
+    assert found.replace(created="") == evaluation.replace(created="")
+
+
+def test_scores_come_from_the_logits_that_are_compared(models, monkeypatch):
     monkeypatch.setattr("osft.evaluation.measure.score_records", scored := Mock(wraps=score_records))
     found = evaluate(models, SETS, num_examples=0)
-    measured = [call.kwargs["description"] for call in scored.call_args_list]
-    assert measured == [f"{name} on {of_set}" for name in SEEDS for of_set in ("new", "old")]
+    scored.assert_not_called()
     for name, seed in SEEDS.items():
-        assert found.results[name]["text"] == scores(seed, SETS[0]).summary()
+        for s in SETS:
+            assert found.results[name][s.name] == scores(seed, s).summary()
 
 
 def test_what_is_in_the_store_loads_no_model(evaluation, models, store, loaded):
@@ -165,25 +176,22 @@ def test_only_the_model_that_is_new_is_loaded(evaluation, models, store, loaded,
     byte_tokenizer().save_pretrained(tmp_path)
     next_round = {"base": models["base"], "champion": models["candidate"], "candidate": str(tmp_path)}
     found = evaluate(next_round, SETS, num_examples=2, score_store=store)
-    assert loaded == [models["base"], str(tmp_path), models["candidate"], str(tmp_path)]
+    assert loaded == [models["base"], models["candidate"], str(tmp_path)]
     assert found.results["champion"] == evaluation.results["candidate"]
 
 
 @pytest.mark.parametrize(
-    ("changed", "compared"),
+    "changed",
     [
-        ({"sets": [SETS[0], SETS[1], EvaluationSet("old", "earlier task", "", chats(4, seed=9))]}, True),
-        ({"max_tokens": 100}, True),
-        ({"num_examples": 3}, False),
+        {"sets": [SETS[0], SETS[1], EvaluationSet("old", "earlier task", "", chats(4, seed=9))]},
+        {"max_tokens": 100},
+        {"num_examples": 3},
     ],
     ids=["records", "settings", "examples"],
 )
-def test_other_records_or_settings_are_measured(evaluation, models, store, loaded, changed, compared, tmp_path):
+def test_other_records_or_settings_are_measured(evaluation, models, store, loaded, changed):
     evaluate(models, **({"sets": SETS, "num_examples": 2, "score_store": store} | changed))
-    assert loaded == [
-        *([models["base"], models["candidate"], models["champion"]] if compared else []),
-        *models.values(),
-    ]
+    assert loaded == list(models.values())
 
 
 def test_other_tokenizer_is_another_model(evaluation, models, store, loaded, tmp_path):
@@ -192,33 +200,32 @@ def test_other_tokenizer_is_another_model(evaluation, models, store, loaded, tmp
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "model")
     tokenizer.save_pretrained(tmp_path)
     evaluate(models | {"base": str(tmp_path)}, SETS, num_examples=2, score_store=store)
-    assert loaded == [str(tmp_path), models["candidate"], str(tmp_path)]
+    assert loaded == [str(tmp_path), models["candidate"]]
 
 
 def test_same_model_in_two_roles_is_measured_once(models, loaded):
     evaluate(models | {"champion": models["base"]}, SETS, num_examples=1)
-    assert loaded == [models["base"], models["candidate"], models["base"], models["candidate"]]
+    assert loaded == [models["base"], models["candidate"]]
 
 
 def test_killed_evaluation_keeps_the_sets_that_were_measured(models, loaded, tmp_path, monkeypatch):
     from osft.evaluation import measure
 
-    original, measured = measure.score_records, []
+    original, measured = measure.compare, []
 
-    def score(model: Any, tokenizer: Any, records: Any, **settings: Any) -> Any:
+    def compare(*given: Any, **settings: Any) -> Any:
         if len(measured) == 2:
             raise KeyboardInterrupt
         measured.append(settings["description"])
-        return original(model, tokenizer, records, **settings)
+        return original(*given, **settings)
 
-    monkeypatch.setattr(measure, "score_records", score)
+    monkeypatch.setattr(measure, "compare", compare)
     with pytest.raises(KeyboardInterrupt):
         evaluate(models, SETS, score_store=str(tmp_path))
-    assert measured == ["base on new", "base on old"]
+    assert measured == ["base and champion to candidate on text", "base and champion to candidate on new"]
     measured.clear()
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(models, SETS, score_store=str(tmp_path))
-    assert measured == ["champion on new", "champion on old"]
+    evaluate(models, SETS, score_store=str(tmp_path))
+    assert measured == ["base and champion to candidate on old"]
 
 
 def test_benchmarks_are_measured_once_and_compared(models, loaded, tmp_path):
@@ -245,11 +252,11 @@ def test_benchmarks_are_measured_once_and_compared(models, loaded, tmp_path):
         "num_examples": 0,
     }
     found = evaluate(models, SETS, **settings)
-    assert len(loaded) == 6
+    assert len(loaded) == 3
     assert found.benchmarks.tasks == {"larger": BenchmarkTask(metric="acc", higher_is_better=True, num_samples=8)}
     assert list(found.benchmarks.results) == list(models)
     assert evaluate(models, SETS, **settings).benchmarks == found.benchmarks
-    assert len(loaded) == 6
+    assert len(loaded) == 3
     (rule,) = [rule for rule in decide(found, GateRules()).rules if rule.subject == "larger"]
     assert rule.after == found.benchmarks.results["candidate"]["larger"].value
 

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 from osft.data.chat import tokenize
 from osft.data.packing import Batching
 from osft.data.records import Record
-from osft.evaluation.scoring import RecordScores, changes, describe_accuracy, generate, score_records
+from osft.evaluation.generation import generate
+from osft.evaluation.scoring import RecordScores, changes, describe_accuracy, score_records
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama
 
 
@@ -88,7 +89,17 @@ def test_exact_match_of_a_model_that_has_learned_the_answer(tokenizer):
         optimizer.step()
         optimizer.zero_grad()
     assert score_records(model.eval(), tokenizer, [record]).summary().accuracy == 1.0
-    assert generate(model, tokenizer, record) == record.messages[-1]["content"]
+    assert generate(model, tokenizer, [record]) == [record.messages[-1]["content"]]
+
+
+def test_answers_do_not_depend_on_what_is_asked_beside_them(model, tokenizer):
+    asked_for = [record for size in (1, 5, 12) for record in (asked("a" * size), asked("b", "b", "c"))]
+    asked_for.append(Record(source="f", messages=tuple({"role": "user", "content": "x" * 40} for _ in range(2))))
+    answers = generate(model, tokenizer, asked_for)
+    assert len(set(answers)) > 1
+    assert answers == generate(model, tokenizer, asked_for, together=False)
+    assert answers == [answer for record in asked_for for answer in generate(model, tokenizer, [record])]
+    assert generate(model, tokenizer, []) == []
 
 
 def test_plain_text_has_a_loss_and_no_accuracy(model, tokenizer):

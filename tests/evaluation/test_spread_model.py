@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osft.data.records import read_records
-from osft.evaluation.drift import measure_drift
-from osft.evaluation.scoring import generate, score_records
+from osft.evaluation.drift import compare
+from osft.evaluation.generation import generate
+from osft.evaluation.scoring import score_records
 from osft.subspace import select_targets
 from osft.subspace.calibration import measure
 from tests.conftest import feeding
@@ -35,8 +36,8 @@ def test_scores_answers_and_drift_are_the_same(whole_and_spread, model_folder, c
     whole, spread = whole_and_spread
     expected, found = (asdict(score_records(model, tokenizer, records)) for model in whole_and_spread)
     assert found == expected
-    assert generate(spread, tokenizer, records[0]) == generate(whole, tokenizer, records[0])
-    drift = measure_drift(whole, spread, (tokenizer, tokenizer), records)
+    assert generate(spread, tokenizer, records[:3]) == generate(whole, tokenizer, records[:3])
+    (drift,) = compare([whole, spread], [tokenizer] * 2, records).drift
     assert drift.kl == [0.0] * len(records)
 
 
