@@ -113,8 +113,8 @@ def evaluate(
         for s in sets:
             compared = f"{' and '.join(group)} to candidate on {s.name}"
             moved = candidate.drift(list(references.values()), s.records, compared)
-            for name, of_set in zip(group, moved, strict=True):
-                drift[name][s.name] = of_set.summary() if of_set else None
+            for name, from_it in zip(group, moved, strict=True):
+                drift[name][s.name] = from_it.summary() if from_it else None
         in_memory |= references if at_once else {}
         del references
     del candidate
