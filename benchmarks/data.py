@@ -6,7 +6,7 @@
 prepare     `osft.data.prepare`: chats as JSON lines -> a dataset of tokens and loss masks
 resolve     `osft.rounds.new_records`: which of them are not among ten million known records
 plan        `osft.data.packing`: their micro-batches of one epoch, for eight processes
-evaluate    `osft.evaluation.scoring`: likelihoods of a tenth of them, at most 10,000, in a model of two narrow blocks
+evaluate    `osft.evaluation.scoring`: likelihoods of a hundredth of them in a model of two narrow blocks
 
 Each is a fresh process. CPU seconds are those of all of its processes. Memory is what it holds beside mapped files,
 which the kernel can drop, at its peak, with the imports and with what its own processes hold. The chats are words of
@@ -31,7 +31,7 @@ import numpy as np
 import typer
 
 from benchmarks.machine import describe_machine
-from benchmarks.texts import python_source
+from benchmarks.texts import python_source, write_tokenizer
 from osft.data.packing import plan_micro_batches
 from osft.data.prepare import prepare
 from osft.data.record_hashes import HASH, read_hashes, union, write_hashes
@@ -44,30 +44,11 @@ from osft.storage.atomic import write_json
 RESULTS = Path(__file__).parent / "results"
 KNOWN = 10_000_000
 TOKENS = 300
+VOCABULARY = 16_000
 MAX_TOKENS, PROCESSES = 8192, 8
-MOST_EVALUATED = 10_000
+EVALUATED_SHARE = 100
 SPREAD = 0.8
 """Standard deviation of the logarithm of a chat's length."""
-_CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-_ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 16,000 tokens with ChatML."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special, alphabet = ["<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=16_000, initial_alphabet=alphabet, special_tokens=special)
-    backend.train_from_iterator(python_source(), trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=special[1], additional_special_tokens=special[:1]
-    )
-    tokenizer.chat_template = _CHATML + _ASKS
-    tokenizer.save_pretrained(folder)
 
 
 def write_chats(path: Path, count: int) -> None:
@@ -136,7 +117,7 @@ def _evaluate(chats: str, folder: Path, count: int) -> dict[str, Any]:
             max_position_embeddings=MAX_TOKENS,
         )
     )
-    records = list(islice(read_records(chats), min(MOST_EVALUATED, count // 10)))
+    records = list(islice(read_records(chats), count // EVALUATED_SHARE))
     scores = score_records(model.eval(), tokenizer, records, max_tokens=512, description="evaluate")
     return {"samples": len(records), "loss_tokens": sum(scores.num_loss_tokens)}
 
@@ -222,7 +203,7 @@ def main(
     measured: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         where = Path(temporary)
-        write_tokenizer(where / "model")
+        write_tokenizer(where / "model", VOCABULARY)
         generator = np.random.default_rng(0)
         for part in range(10):
             write_hashes(where / f"known-{part}.bin", np.frombuffer(generator.bytes(KNOWN // 10 * 16), HASH))

@@ -1,13 +1,14 @@
 """One training step of OSFT, against full fine-tuning, LoRA, PEFT's OSF and mini-trainer's OSFT.
 
-    make bench                                                # CPU, a quarter of an hour on two cores
+    make bench                                                # CPU, ten minutes on two cores
     python -m benchmarks.step --device cuda --profile 8b      # blocks of an 8B Llama; 1b: of a 1B one
 
 The same loop (`osft.training.loop.train_step`, AdamW) steps every method on the same random Llama and tokens, as
 several short samples and as one long one. Seconds: all methods live in one process and take turns, so that a
-disturbance hits them alike. Memory: one fresh process each. Leak: the largest share of the update that lies in the
-frozen directions, after training a smaller model in float32, against an independent float64 SVD. Preparation: what
-comes once before the first step. What is more than a tenth worse than the committed results is shown in red.
+disturbance hits them alike. Memory: a fresh process for each method. Leak: the largest share of the update that lies
+in the frozen directions, after training a smaller model in float32, against an independent float64 SVD. Preparation:
+what comes once before the first step. Tokens a second: `benchmarks.throughput`. What is more than a tenth worse than
+the committed results is shown in red.
 """
 
 import json
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
@@ -49,6 +50,7 @@ from benchmarks.machine import (
 )
 from benchmarks.peers import mini_trainer, mini_trainer_merged
 from benchmarks.step_report import RESULTS, evaluate, report
+from benchmarks.throughput import measure_throughput
 from osft.subspace import select_targets
 
 LEAK_STEPS, LEAK_TOKENS, LEAK_LEARNING_RATE = 50, 64, 1e-3
@@ -68,10 +70,10 @@ PROFILES = {
 # ---- seconds ----
 
 
-def measure_seconds(
+def build_all(
     folder: Path, settings: Settings, preparation: dict[str, float], progress: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """Every repetition's seconds and the number of trainable parameters, by method.
+) -> dict[str, Any]:
+    """Every method's model.
 
     What it takes to build the peers' models, which is their SVD for the most part, is noted in `preparation`.
     """
@@ -82,42 +84,39 @@ def measure_seconds(
         models[method] = build(method, folder, settings)
         if method in ("peft_osf", "mini_trainer"):
             preparation[method] = time.perf_counter() - began
-    config = train_config(folder, "ours", settings)
-    steps = {method: stepper(model, config) for method, model in models.items()}
+    return models
+
+
+def measure_seconds(
+    steps: dict[str, Callable[[Any], None]], shape: Settings, progress: Callable[[str], None]
+) -> dict[str, list[float]]:
+    """The seconds of every repetition, by method. The first repetition warms up and does not count."""
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
-    for repetition in range(settings.repetitions + 1):  # the first one warms up
-        batches = random_batches(
-            settings, count=settings.micro_batches, tokens=settings.tokens, seed=settings.seed + repetition
-        )
+    for repetition in range(shape.repetitions + 1):
+        batches = random_batches(shape, count=shape.micro_batches, tokens=shape.tokens, seed=shape.seed + repetition)
         for method, step in steps.items():
-            progress(f"step {repetition}/{settings.repetitions} {METHODS[method]}")
-            synchronize(settings.device)
+            progress(f"{shape.tokens} tokens: step {repetition}/{shape.repetitions} {METHODS[method]}")
+            synchronize(shape.device)
             started = time.perf_counter()
             step(batches)
-            synchronize(settings.device)
+            synchronize(shape.device)
             if repetition:
                 seconds[method].append(time.perf_counter() - started)
-    return {
-        method: {
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "seconds": seconds[method],
-            "median_seconds": median(seconds[method]),
-        }
-        for method, model in models.items()
-    }
+    return seconds
 
 
 # ---- memory ----
 
 
-def measure_memory(method: str, folder: Path, settings: Settings) -> dict[str, int]:
-    """Peak bytes of a training step above what the process held before the model was built.
+def measure_memory(method: str, folder: Path, shapes: Sequence[Settings]) -> list[dict[str, int]]:
+    """Peak bytes of a training step above what the process held before the model was built, for each shape.
 
     Runs in a process of its own. The initialization's peak does not count: the peak counter starts after it.
     """
     import peft  # noqa: F401  what is imported belongs to the state before
     from transformers import LlamaForCausalLM  # noqa: F401
 
+    settings = shapes[0]
     torch.randn(512, 512) @ torch.randn(512, 512)  # starts the thread pool
     cuda = settings.device == "cuda"
     if cuda:
@@ -128,24 +127,27 @@ def measure_memory(method: str, folder: Path, settings: Settings) -> dict[str, i
     model = build(method, folder, settings)
     step = stepper(model, train_config(folder, method, settings))
     step(random_batches(settings, count=1, tokens=64, seed=settings.seed))  # puts the optimizer's moments in place
-    return_freed_memory()
-    reset_peak_memory(settings.device)
-    at_rest = allocated_memory(settings.device)
-    step(random_batches(settings, count=settings.micro_batches, tokens=settings.tokens, seed=settings.seed + 1))
-    synchronize(settings.device)
-    peak = peak_memory(settings.device)
-    files = 0 if cuda else resident()["RssFile"] - files_before
-    return {"peak_bytes": peak - before, "at_rest_bytes": at_rest - before, "mapped_file_bytes": files}
+    measured = []
+    for shape in shapes:
+        return_freed_memory()
+        reset_peak_memory(settings.device)
+        at_rest = allocated_memory(settings.device)
+        step(random_batches(shape, count=shape.micro_batches, tokens=shape.tokens, seed=settings.seed + 1))
+        synchronize(settings.device)
+        peak = peak_memory(settings.device)
+        files = 0 if cuda else resident()["RssFile"] - files_before
+        measured.append({"peak_bytes": peak - before, "at_rest_bytes": at_rest - before, "mapped_file_bytes": files})
+    return measured
 
 
-def spawn_memory(method: str, folder: Path, settings: Settings) -> dict[str, int]:
+def spawn_memory(method: str, folder: Path, shapes: Sequence[Settings]) -> list[dict[str, int]]:
     """`measure_memory` in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.step", "--measure-memory", method, "--prepared", str(folder)]
-    command += ["--settings", json.dumps(asdict(settings))]
+    command += ["--settings", json.dumps([asdict(shape) for shape in shapes])]
     # glibc keeps what is freed, a few hundred MiB here, unless every block is a mapping of its own.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1], env=environment)
-    measured: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    measured: list[dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
 
@@ -210,7 +212,9 @@ def _frozen_directions(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def main(
     device: Annotated[str, typer.Option(help="cpu (float32) or cuda (bfloat16).")] = "cpu",
     profile: Annotated[str, typer.Option(help=f"Shape of the model: {', '.join(PROFILES)}.")] = "cpu",
-    repetitions: Annotated[int, typer.Option(min=1, help="Timed rounds, after one that warms up.")] = 5,
+    repetitions: Annotated[
+        int, typer.Option(min=1, help="Timed rounds of short samples, after one that warms up; of long ones, half.")
+    ] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.")] = 0,
     seed: Annotated[int, typer.Option(help="Of weights and tokens.")] = 0,
     results: Annotated[Path, typer.Option(help="Folder of the tables and their figures.")] = RESULTS,
@@ -223,9 +227,9 @@ def main(
     Prints tables of seconds, ratios, peak memory, trainable parameters and leak, and writes them to --results.
     """
     if measure_memory_of and prepared:
-        settings = Settings(**json.loads(given))
-        torch.set_num_threads(settings.threads)
-        print(json.dumps(measure_memory(measure_memory_of, prepared, settings)))
+        of_shapes = [Settings(**shape) for shape in json.loads(given)]
+        torch.set_num_threads(of_shapes[0].threads)
+        print(json.dumps(measure_memory(measure_memory_of, prepared, of_shapes)))
         return
     if profile not in PROFILES:
         raise typer.BadParameter(f"there is no profile {profile!r}, but {', '.join(PROFILES)}")
@@ -243,21 +247,36 @@ def main(
     def progress(what: str) -> None:
         print(f"{time.perf_counter() - started:5.0f} s  {what}", file=sys.stderr, flush=True)
 
-    shapes: dict[str, dict[str, dict[str, Any]]] = {}
+    shapes = [
+        replace(
+            settings,
+            tokens=tokens,
+            micro_batches=min(settings.micro_batches, MAX_TOKENS // tokens),
+            repetitions=-(-repetitions // (1 if tokens < MAX_TOKENS else 2)),
+        )
+        for tokens in LENGTHS
+    ]
+    measured: dict[str, dict[str, dict[str, Any]]] = {str(tokens): {} for tokens in LENGTHS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         progress("random model and its factors")
         preparation = prepare(folder, settings)
-        for tokens in LENGTHS:
-            shape = replace(settings, tokens=tokens, micro_batches=min(settings.micro_batches, MAX_TOKENS // tokens))
-            memory = {}
-            for method in METHODS:
-                progress(f"{tokens} tokens: memory of {METHODS[method]}")
-                memory[method] = spawn_memory(method, folder, shape)
-            methods = measure_seconds(folder, shape, preparation, progress)
-            for method, measured in methods.items():
-                measured.update(memory[method], step_tokens=shape.tokens * shape.micro_batches)
-            shapes[str(tokens)] = methods
+        for method in METHODS:
+            progress(f"memory of {METHODS[method]}")
+            for tokens, memory in zip(measured, spawn_memory(method, folder, shapes), strict=True):
+                measured[tokens][method] = dict(memory)
+        models = build_all(folder, settings, preparation, progress)
+        steps = {method: stepper(model, train_config(folder, "ours", settings)) for method, model in models.items()}
+        for tokens, shape in zip(measured, shapes, strict=True):
+            for method, seconds in measure_seconds(steps, shape, progress).items():
+                measured[tokens][method] |= {
+                    "trainable_parameters": sum(p.numel() for p in models[method].parameters() if p.requires_grad),
+                    "seconds": seconds,
+                    "median_seconds": median(seconds),
+                    "step_tokens": shape.tokens * shape.micro_batches,
+                }
+        del models, steps
+        throughput = measure_throughput(folder, settings, progress)
     leaks = measure_leak(settings, progress)
     result = {
         "date": date.today().isoformat(),
@@ -266,8 +285,9 @@ def main(
         "settings": {**asdict(settings), "unfreeze_rank_ratio": RATIO, "leak_steps": LEAK_STEPS},
         "preparation_seconds": preparation,
         "leaks": leaks,
-        "shapes": shapes,
-        "targets": evaluate(shapes),
+        "shapes": measured,
+        "throughput": throughput,
+        "targets": evaluate(measured, throughput),
         "total_seconds": time.perf_counter() - started,
     }
     report(result, results)

@@ -20,8 +20,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def evaluate(shapes: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Fill in the ratios of every method, and compare ours with its targets, for each length."""
+THROUGHPUT = ("records", "prepared", "trained on", "evaluated", "evaluated x trained on")
+
+
+def evaluate(
+    shapes: dict[str, dict[str, dict[str, Any]]], throughput: dict[str, dict[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """Fill in the ratios of every method, and compare ours with its targets, for each length and kind of records."""
     targets = {}
     for tokens, methods in shapes.items():
         for method, measured in methods.items():
@@ -37,7 +42,15 @@ def evaluate(shapes: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str
                 methods[method]["memory_to_full"],
                 0.60,
             )
-    return {name: {"value": value, "limit": limit, "met": value <= limit} for name, (value, limit) in targets.items()}
+    found: dict[str, dict[str, Any]] = {
+        name: {"value": value, "limit": limit, "met": value <= limit} for name, (value, limit) in targets.items()
+    }
+    for kind, of_kind in throughput.items():
+        ratio = _ratio(of_kind)
+        found[f"{kind}: tokens a second of evaluation to training's"] = {
+            "value": ratio, "at_least": 3.0, "met": ratio >= 3.0,
+        }  # fmt: skip
+    return found
 
 
 def _ratios(methods: dict[str, dict[str, Any]], method: str, reference: str) -> dict[str, float]:
@@ -48,9 +61,9 @@ def _ratios(methods: dict[str, dict[str, Any]], method: str, reference: str) -> 
 
 
 def worse(result: dict[str, Any], before: dict[str, Any]) -> set[tuple[str, str, str]]:
-    """(length, method, figure) of ours that is more than a tenth above the committed one.
+    """(length or kind of records, method, figure) of ours that is more than a tenth worse than the committed one.
 
-    Ratios of seconds and the memory, which do not depend on the machine's speed; its seconds are not compared.
+    Ratios and the memory, which do not depend on the machine's speed; its seconds are not compared.
     """
     found = set()
     for tokens, methods in result["shapes"].items():
@@ -65,11 +78,16 @@ def worse(result: dict[str, Any], before: dict[str, Any]) -> set[tuple[str, str,
                 now = methods[method][name]
                 if (now["of_medians"] if isinstance(now, dict) else now) > WORSE * figure:
                     found.add((tokens, method, name))
+    for kind, of_kind in result["throughput"].items():
+        earlier = before.get("throughput", {}).get(kind)
+        if earlier is not None and WORSE * _ratio(of_kind) < _ratio(earlier):
+            found.add((kind, "evaluation", "ratio to training"))
     return found
 
 
-def _figure(measured: Any) -> float:
-    return float(measured["of_medians"] if isinstance(measured, dict) else measured)
+def _ratio(throughput: dict[str, float]) -> float:
+    """Tokens a second of evaluation to those of training."""
+    return throughput["evaluate"] / throughput["train"]
 
 
 def table_rows(result: dict[str, Any], tokens: str) -> list[list[str]]:
@@ -129,19 +147,37 @@ def report(result: dict[str, Any], folder: Path) -> None:
             table.add_row(*row)
         console.print(table)
     notes = _notes(result)
+    lines += ["## Tokens a second", "", "| " + " | ".join(THROUGHPUT) + " |", "|---" * len(THROUGHPUT) + "|"]
+    table = Table(*THROUGHPUT, title="Tokens a second")
+    for kind, of_kind in result["throughput"].items():
+        cells_of_kind = [
+            f"{of_kind[what]:,.0f}" if what in of_kind else "" for what in ("prepare", "train", "evaluate")
+        ]
+        row = [kind, *cells_of_kind, f"{_ratio(of_kind):.1f}"]
+        lines.append("| " + " | ".join(row) + " |")
+        if (kind, "evaluation", "ratio to training") in red:
+            row[-1] = f"[red]{row[-1]}[/red]"
+        table.add_row(*row)
+    lines.append("")
+    console.print(table)
     targets = [
-        f"{target}: {found['value']:.2f} (at most {found['limit']:.2f}), {'met' if found['met'] else 'NOT met'}"
+        f"{target}: {found['value']:.2f} ({_limit(found)}), {'met' if found['met'] else 'NOT met'}"
         for target, found in result["targets"].items()
     ]
     for line in [*notes, *targets]:
         console.print(f"- {line}", highlight=False)
     for tokens, method, figure in sorted(red):
-        console.print(f"[red]{tokens} tokens, {METHODS[method]}: {figure} is a tenth above the committed one[/red]")
+        what = f"{tokens} tokens, {METHODS[method]}" if method in METHODS else f"{method} of {tokens}"
+        console.print(f"[red]{what}: {figure} is a tenth worse than the committed one[/red]")
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, result)
     lines += [*(f"- {line}" for line in notes), "", "Targets:", "", *(f"- {line}" for line in targets)]
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _limit(target: dict[str, Any]) -> str:
+    return f"at least {target['at_least']:.2f}" if "at_least" in target else f"at most {target['limit']:.2f}"
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
@@ -158,13 +194,15 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"{RATIO}; AdamW; mini-trainer and full fine-tuning train embeddings, norms and head too",
         f"computed in {dtype}; full fine-tuning keeps weights, gradients and moments in {dtype} too, and no second "
         "copy of the weights",
-        f"seconds: median (min-max) of {settings['repetitions']} rounds in which the methods take turns; ratios: of "
-        "the medians (min-max of the rounds)",
+        f"seconds: median (min-max) of {settings['repetitions']} rounds in which the methods take turns, half as many "
+        f"of the long sample; ratios: of the medians (min-max of the rounds)",
         "memory: peak of a step above the process before the model was built, initialization excluded; the "
         "allocator returns freed blocks at once; mapped files count",
         f"leak: median over the weights after {settings['leak_steps']} steps on 2 layers of hidden size 256 in "
         "float32; full fine-tuning shows what no constraint gives; of protect activations the weights' own directions "
         "are not what it freezes",
+        "tokens a second: protect activations trains on the right answers, evaluation reads every answer, and a token "
+        "counts as often as an answer holds it (`benchmarks/throughput.py`)",
         f"preparation, once before the first step, seconds per layer: {preparation}; what is protected by inputs needs "
         "both statistics and factors",
     ]

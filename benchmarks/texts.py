@@ -97,3 +97,25 @@ def scattered_blocks(tokenizer: Any, texts: list[str], count: int, size: int, *,
     blocks = blocks_of_tokens(tokenizer, texts, count * out_of, size)
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
     return blocks[order[:count]]
+
+
+_CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+_ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A byte-level BPE of so many tokens, trained on Python's source, with ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special, alphabet = ["<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=special)
+    backend.train_from_iterator(python_source(), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=special[1], additional_special_tokens=special[:1]
+    )
+    tokenizer.chat_template = _CHATML + _ASKS
+    tokenizer.save_pretrained(folder)
