@@ -118,8 +118,8 @@ def without_gradients(statistics: Statistics) -> Statistics:
     curvature, entries = 0.0, 0
     for each in inputs:
         for output in each.output_moments.values():
-            curvature += float(each.moment.trace()) * output.size
-            entries += each.moment.size * output.size
+            curvature += float(each.kept.trace()) * output.size
+            entries += each.kept.size * output.size
     each_part = curvature / entries / len(statistics.parts)
     return Statistics(
         [replace(part, mean_curvature=each_part) for part in statistics.parts],

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from osft.subspace.second_moment import SecondMoment
+from osft.subspace.second_moment import SecondMoment, orthonormalized
 
 SplitKind = Literal["complement", "core", "right", "left"]
 """How a weight is split. "complement" and "core": by its singular vectors, as `FreeSubspace` says. "right" and "left":
@@ -154,14 +154,14 @@ def split_by_inputs(
 ) -> Factors:
     """The `rank` directions of least energy of a layer's inputs, on the side that `split` ("right" or "left") says.
 
-    moment: C. gradient_energy: s, the mean over the layer's outputs of the energy of their gradient, () or
+    moment: C, its basis orthonormal at least to float16. gradient_energy: s, the mean over the layer's outputs of the energy of their gradient, () or
     (num_experts,). unit: what s c_j is divided by, so that `stiffness` has none (`Statistics.unit`).
 
     Where only leading directions were kept, the others have equal energy and any orthonormal basis of them will do.
     Everything is on the moment's device; of experts stacked.
     """
     basis, energies = _all_directions(moment)
-    bases: dict[str, torch.Tensor] = {split: basis[..., basis.shape[-1] - rank :].contiguous()}
+    bases: dict[str, torch.Tensor] = {split: orthonormalized(basis, rank)}
     return Factors(
         energies=energies,
         curvature=curvature(energies, rank, split, gradient_energy=gradient_energy, unit=unit),

@@ -201,7 +201,7 @@ def precompute_by_inputs(
             name = next((name for name in inputs.targets if name in missing), None)
             if name is not None:
                 weight = weights[name]
-                moment, energy = inputs.moment.to(device), inputs.gradient_energies[name].to(device)
+                moment, energy = inputs.kept.to(device), inputs.gradient_energies[name].to(device)
                 yield (
                     name,
                     split_by_inputs(moment, weight["rank"], weight["split_kind"], gradient_energy=energy, unit=unit),
@@ -225,9 +225,7 @@ def _energies(energies: torch.Tensor) -> float | tuple[float, ...]:
 
 
 def _moment_sha256(inputs: InputStatistics) -> str:
-    moment = inputs.moment
-    parts = {"basis": moment.basis, "energies": moment.energies, "rest": moment.rest}
-    return named_sha256({name: tensor_sha256(tensor) for name, tensor in parts.items()})
+    return named_sha256({name: tensor_sha256(tensor) for name, tensor in inputs.input_tensors().items()})
 
 
 def _open_targets(

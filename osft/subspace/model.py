@@ -95,7 +95,7 @@ def inject(
         inputs = measured[name]
         layer.fill_(
             split_by_inputs(
-                inputs.moment,
+                inputs.kept,
                 layer.rank,
                 layer.split_kind,
                 gradient_energy=inputs.gradient_energies[name],

@@ -145,7 +145,7 @@ class MomentSums:
             outputs = {target: SecondMoment.of(matrix, OUTPUT_DIRECTIONS) for target, matrix in self.outputs.items()}
         else:
             self._check_shape(onto)
-            before, here = onto.moment.trace(), self.trace()
+            before, here = onto.kept.trace(), self.trace()
             share = torch.where(before + here > 0, before / (before + here), 0.5)
             energies = {
                 target: share * onto.gradient_energies[target] + (1 - share) * energies[target]
@@ -160,14 +160,14 @@ class MomentSums:
         return InputStatistics(
             targets=self.targets,
             transposed=self.transposed,
-            moment=moment.to("cpu"),
+            kept=moment.to("cpu"),
             gradient_energies=energies,
             output_moments={target: outputs[target].to("cpu") for target in self.targets if target in outputs},
         )
 
     def _check_shape(self, onto: InputStatistics) -> None:
         assert self.inputs is not None
-        before, here = tuple(onto.moment.basis.shape[:-1]), tuple(self.inputs.shape[:-1])
+        before, here = tuple(onto.kept.basis.shape[:-1]), tuple(self.inputs.shape[:-1])
         if before != here or onto.transposed != self.transposed:
             shapes = [
                 f"{shape}, weights stored {'(in, out)' if transposed else '(out, in)'}"

@@ -80,6 +80,10 @@ class SecondMoment:
         """k, the number of directions that are known one by one."""
         return self.basis.shape[-1]
 
+    def orthonormalized(self) -> "SecondMoment":
+        """The same with a basis that is orthonormal to float32, of one that is so to float16."""
+        return replace(self, basis=orthonormalized(self.basis, self.rank))
+
     def dense(self) -> torch.Tensor:
         """M, (n, n) or (num_experts, n, n), float32."""
         identity = torch.eye(self.size, device=self.basis.device)
@@ -122,6 +126,15 @@ class SecondMoment:
         matrix.diagonal(dim1=-2, dim2=-1).add_(known.rest[..., None])
         total = SecondMoment.of(matrix, max(max_rank, self.rank))
         return replace(total, error_bound=total.error_bound + known.error_bound)
+
+
+def orthonormalized(columns: torch.Tensor, last: int) -> torch.Tensor:
+    """The last so many of columns (n, k), or (num_experts, n, k), of which all are made orthonormal if nearly so.
+
+    One step of Newton and Schulz towards the nearest orthonormal ones: what is missing is squared.
+    """
+    wanted = columns[..., columns.shape[-1] - last :]
+    return 1.5 * wanted - 0.5 * columns @ (columns.mT @ wanted)
 
 
 def _leading(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,6 +17,7 @@ tr(S) tr(C) adds up.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -25,7 +26,7 @@ from osft.storage.hashes import named_sha256
 from osft.subspace.second_moment import SecondMoment
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class InputStatistics:
     """The statistics of one input and of all target weights that are multiplied with it."""
 
@@ -33,12 +34,17 @@ class InputStatistics:
     """The names of the targets (`osft.subspace.targets.Target`) that read this input, in the model's order."""
     transposed: bool
     """Whether the weights are stored (in_features, out_features), as those of `Conv1D` and of some experts."""
-    moment: SecondMoment
-    """C = E[x x^T]."""
+    kept: SecondMoment
+    """C = E[x x^T] as it is kept: of what was read from a store the basis is orthonormal to float16 only."""
     gradient_energies: dict[str, torch.Tensor]
     """Target -> s, the mean diagonal of S, () or (num_experts,); 1 where no gradients were measured."""
     output_moments: dict[str, SecondMoment]
     """Target -> S = E[g g^T]; without experts, and empty where no gradients were measured."""
+
+    @cached_property
+    def moment(self) -> SecondMoment:
+        """C, its basis orthonormal to float32."""
+        return self.kept.orthonormalized()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What is stored of it, by name: all tensors, on the CPU, the bases in float16.
@@ -46,10 +52,14 @@ class InputStatistics:
         An entry of an orthonormal basis loses at most 2^-11 of itself, so a direction turns by at most 5e-4, and of a
         direction's energy at most 2.4e-7 is counted elsewhere.
         """
-        found = _stored("input", self.moment)
+        found = self.input_tensors()
         for target, moment in self.output_moments.items():
             found |= _stored(OUTPUT + target, moment)
         return found | {f"energy {target}": energy.cpu() for target, energy in self.gradient_energies.items()}
+
+    def input_tensors(self) -> dict[str, torch.Tensor]:
+        """Of these, what C is stored as."""
+        return _stored("input", self.kept)
 
     @classmethod
     def from_tensors(
@@ -59,7 +69,7 @@ class InputStatistics:
         return cls(
             targets=tuple(targets),
             transposed=transposed,
-            moment=_restored("input", tensors),
+            kept=_restored("input", tensors),
             gradient_energies={target: tensors[f"energy {target}"] for target in targets},
             output_moments=restored_outputs(targets, tensors),
         )
@@ -82,7 +92,11 @@ OUTPUT = "output "
 
 def restored_outputs(targets: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> dict[str, SecondMoment]:
     """`InputStatistics.output_moments` of what is stored."""
-    return {target: _restored(OUTPUT + target, tensors) for target in targets if f"{OUTPUT}{target} basis" in tensors}
+    return {
+        target: _restored(OUTPUT + target, tensors).orthonormalized()
+        for target in targets
+        if f"{OUTPUT}{target} basis" in tensors
+    }
 
 
 def _stored(name: str, moment: SecondMoment) -> dict[str, torch.Tensor]:
@@ -92,9 +106,7 @@ def _stored(name: str, moment: SecondMoment) -> dict[str, torch.Tensor]:
 
 def _restored(name: str, tensors: Mapping[str, torch.Tensor]) -> SecondMoment:
     moment = {part: tensors[f"{name} {part}"] for part in SecondMoment.tensor_names()}
-    basis = moment["basis"].float()
-    # One step of Newton and Schulz towards the nearest orthonormal basis: what float16 took is squared.
-    return SecondMoment(**moment | {"basis": 1.5 * basis - 0.5 * basis @ (basis.mT @ basis)})
+    return SecondMoment(**moment | {"basis": moment["basis"].float()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -107,8 +107,8 @@ def save_statistics(statistics: Statistics, store: str | Path, key: str | None =
             StoredInput(
                 targets=each.targets,
                 transposed=each.transposed,
-                shape=tuple(each.moment.basis.shape),
-                error_bound=each.moment.error_bound.max().item(),
+                shape=tuple(each.kept.basis.shape),
+                error_bound=each.kept.error_bound.max().item(),
                 file=file,
                 sha256=digest,
             )

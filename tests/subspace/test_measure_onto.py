@@ -144,7 +144,7 @@ def test_statistics_of_other_targets_or_shapes_are_refused_by_name():
     refused = {
         f"only one of them has {key}": others,
         f"{query}, {key}, {value} share an input": [replace(first, targets=(query, value, key)), *others],
-        rf"inputs of {query} are of different shapes: \(10,\).*\(32,\)": [replace(first, moment=other_size), *others],
+        rf"inputs of {query} are of different shapes: \(10,\).*\(32,\)": [replace(first, kept=other_size), *others],
         rf"inputs of {query} .*\(in, out\) and .*\(out, in\)": [replace(first, transposed=True), *others],
     }
     for message, inputs in refused.items():
@@ -164,9 +164,9 @@ def test_one_input_of_those_before_is_in_memory_at_a_time():
 
         def __getitem__(self, index):
             assert not any(basis() is not None for basis in read)
-            moment = replace(inputs[index].moment, basis=inputs[index].moment.basis.clone())
+            moment = replace(inputs[index].kept, basis=inputs[index].kept.basis.clone())
             read.append(weakref.ref(moment.basis))
-            return replace(inputs[index], moment=moment)
+            return replace(inputs[index], kept=moment)
 
     measured(model, TASK, onto=Statistics(carried.parts, Reading(), carried.layout))
     assert len(read) == len(inputs)

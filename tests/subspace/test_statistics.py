@@ -30,7 +30,7 @@ def statistics(name="base", seed=0, n=12, energy=1.0, targets=("q", "k")) -> Sta
     each = InputStatistics(
         targets=targets,
         transposed=False,
-        moment=SecondMoment.of(matrix(n, seed)),
+        kept=SecondMoment.of(matrix(n, seed)),
         gradient_energies={target: torch.tensor(energy) for target in targets},
         output_moments={target: SecondMoment.of(matrix(5, seed + 7), 3) for target in targets},
     )
