@@ -154,8 +154,9 @@ def split_by_inputs(
 ) -> Factors:
     """The `rank` directions of least energy of a layer's inputs, on the side that `split` ("right" or "left") says.
 
-    moment: C, its basis orthonormal at least to float16. gradient_energy: s, the mean over the layer's outputs of the energy of their gradient, () or
-    (num_experts,). unit: what s c_j is divided by, so that `stiffness` has none (`Statistics.unit`).
+    moment: C, its basis orthonormal at least to float16. gradient_energy: s, the mean over the layer's outputs of the
+    energy of their gradient, () or (num_experts,). unit: what s c_j is divided by, so that `stiffness` has none
+    (`Statistics.unit`).
 
     Where only leading directions were kept, the others have equal energy and any orthonormal basis of them will do.
     Everything is on the moment's device; of experts stacked.
