@@ -19,9 +19,13 @@ def test_import_needs_torch_and_transformers_only():
 
 
 def test_import_alone_loads_neither_torch_nor_transformers():
-    """Nor do the steps that compute nothing, nor the settings of a PyTorchJob, which a notebook checks."""
+    """Nor do the steps that compute nothing, nor the settings of a run and a job, which a notebook checks."""
     needed = "osft, osft.kubernetes.settings, osft.rounds, osft.tracking.registry, osft.tracking.champion, mlflow"
-    code = f"import sys, {needed}; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    names = ("model_path", "data_path", "ckpt_output_dir")
+    numbers = ("unfreeze_rank_ratio", "effective_batch_size", "max_tokens_per_gpu", "max_seq_len", "learning_rate")
+    given = dict.fromkeys(names, "x") | dict.fromkeys(numbers, 1) | {"max_seq_len": 2}
+    code = f"import sys, {needed}; from osft.settings.training import TrainConfig; TrainConfig(**{given}); "
+    code += "print([n for n in ('torch', 'transformers') if n in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

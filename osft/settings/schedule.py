@@ -11,8 +11,16 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+_NEED_NO_ARGUMENTS = frozenset(
+    {"linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"}
+)
+"""What has been tried, so that it need not be again: importing the schedules takes seconds."""
+
+
 def check(name: str, settings: Mapping[str, Any], *, learning_rate: float, warmup_steps: int) -> None:
     """Raise ValueError for a schedule, or arguments of one, that transformers would not take."""
+    if name in _NEED_NO_ARGUMENTS and not settings:
+        return
     import torch
     from torch import nn
     from torch.optim import AdamW
