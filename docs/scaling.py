@@ -10,12 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from osft.data.packing import Batching
 from osft.models.loading import empty_model
+from osft.models.packed_attention import AttentionShape
 from osft.settings.training import TrainConfig
 from osft.subspace.model import osft_layers
+from osft.subspace.preflight import Preflight
 from osft.subspace.targets import select_targets, transformer_blocks
 from osft.subspace.weight import OSFTWeight
 from osft.training.memory import ResidentMemory, allowance_line
@@ -78,6 +80,13 @@ def _of_blocks(shape: str, method: str, blocks: int, gpus: int, tokens: int, che
     return _of_model(model, method, gpus, config, parameters, dtype.itemsize)
 
 
+def _preflight(config: PreTrainedConfig) -> Preflight:
+    """What is found of any Llama: its packed samples need no mask."""
+    heads, key_value_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    shape = AttentionShape(heads, key_value_heads, size, size, scale=size**-0.5, window=0)
+    return Preflight(Batching.PACKED, "a Llama", attention=(shape,))
+
+
 def _of_model(
     model: PreTrainedModel, method: str, gpus: int, config: TrainConfig, parameters: int, itemsize: int
 ) -> Counts:
@@ -102,7 +111,7 @@ def _of_model(
     if method not in OSFT:
         for target in select_targets(model):  # so that their inputs are saved
             model.get_parameter(target.tensor).requires_grad_(True)
-    fixed, activations, problem = lines_of_tokens(model, config, Batching.PACKED, 1.0)
+    fixed, activations, problem = lines_of_tokens(model, config, _preflight(model.config), 1.0)
     assert activations is not None, problem
     if method in OSFT:
         memory = {line.name: line.bytes for line in memory_estimate(ResidentMemory(model), gpus, fixed).lines}

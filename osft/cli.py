@@ -127,7 +127,7 @@ def decompose(
             "",  # only adaptive ranks need the training data
             expanded(str(store)),
             subspace,
-            batching=preflight(folder, trust_remote_code=trust_remote_code).batching,
+            preflight=preflight(folder, trust_remote_code=trust_remote_code),
             trust_remote_code=trust_remote_code,
             processes=processes,
         )

@@ -1,5 +1,6 @@
 """What a model does decides how it is fed, and whether it is trained at all, before anything expensive."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from osft.data.packing import Batching
 from osft.models.likelihood import target_logits
 from osft.models.loading import UnsupportedModelError, empty_model
+from osft.models.packed_attention import AttentionShape
 from osft.models.weight_files import DamagedFileError
 from osft.subspace.preflight import Preflight, examine, preflight
 from osft.subspace.random_weights import compute_one_block_of_each_kind, fill_at_random
@@ -67,6 +69,60 @@ def test_answers_share_their_prompt_where_the_attention_takes_any_mask_and_sees_
     assert (found.shared_batching is Batching.BRANCHED) is expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "windows"),
+    [
+        ("llama", {}, [0]),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64}, [0]),
+        ("mistral", {"sliding_window": 512}, [4]),
+        ("gemma3_text", SLIDING | {"head_dim": 8}, [0, 4]),
+        ("gemma2", {"head_dim": 8}, []),  # capped scores, which SDPA cannot
+        ("gpt_oss", {"head_dim": 8}, []),  # sinks
+        ("llama4_text", {"head_dim": 8, "intermediate_size_mlp": 48}, []),  # chunks of 8192 tokens
+        ("falcon", {}, []),  # takes SDPA by its name
+        ("deepseek_v32", {"num_key_value_heads": 4}, []),  # sees the 2048 tokens that it chooses
+    ],
+)
+def test_boundaries_of_samples_are_enough_where_they_give_what_a_mask_gives(kind, settings, windows, tmp_path):
+    found = preflight(saved(AutoConfig.for_model(kind, **(LLAMA | settings)), tmp_path)).attention
+    assert [shape.window for shape in found] == windows, "a window is cut to what the samples fill"
+    assert all((shape.heads, shape.head_size, shape.value_size) == (4, 8, 8) for shape in found)
+    assert all(shape.key_value_heads == 2 for shape in found)
+
+
+def test_values_narrower_than_keys_are_seen(tmp_path):
+    heads = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+    experts = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    low_rank = {"q_lora_rank": 8, "kv_lora_rank": 8, "moe_intermediate_size": 16}
+    config = AutoConfig.for_model("deepseek_v3", **(LLAMA | heads | experts | low_rank))
+    (shape,) = preflight(saved(config, tmp_path)).attention
+    assert (shape.head_size, shape.value_size, shape.scale) == (16, 8, 0.25)
+
+
+def test_a_model_that_overlooks_its_window_when_it_has_no_mask_keeps_the_mask(tmp_path, monkeypatch):
+    from transformers.models.mistral import modeling_mistral
+
+    forward = modeling_mistral.MistralAttention.forward
+
+    def without_window(self, *args, **named):
+        self.config.sliding_window, before = None, self.config.sliding_window
+        try:
+            return forward(self, *args, **named)
+        finally:
+            self.config.sliding_window = before
+
+    folder = saved(AutoConfig.for_model("mistral", **LLAMA, sliding_window=512), tmp_path)
+    monkeypatch.setattr(modeling_mistral.MistralAttention, "forward", without_window)
+    monkeypatch.setattr("osft.subspace.preflight._tried", {})  # what was found of the real one
+    found = preflight(folder)
+    assert (found.batching, found.attention) == (Batching.PACKED, ())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_attention_that_was_asked_for_is_not_replaced(attention, tmp_path):
+    assert preflight(saved(LlamaConfig(**LLAMA), tmp_path), attn_implementation=attention).attention == ()
+
+
 REFUSED = {
     "an encoder-decoder": ("t5", {"d_model": 32, "num_layers": 1}, "is an encoder-decoder"),
     "an encoder-decoder that also has a decoder class": ("bart", {"d_model": 32}, "is an encoder-decoder"),
@@ -102,8 +158,9 @@ def test_folder_without_config_is_named(tmp_path):
 
 
 def test_result_passes_through_json():
-    found = Preflight(Batching.PADDED, "why", branches=True)
-    assert Preflight.from_dict(found.to_dict()) == found
+    shape = AttentionShape(heads=4, key_value_heads=2, head_size=8, value_size=8, scale=0.5, window=0)
+    found = Preflight(Batching.PADDED, "why", branches=True, attention=(shape,))
+    assert Preflight.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert found.line() == "model: one sample a row: why"
 
 

@@ -8,9 +8,10 @@ Which of the two a model needs is measured (`osft.subspace.preflight`), and whet
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,21 +54,25 @@ class MicroBatch:
     is_token: torch.Tensor
     """(R, T), bool: False where a row is filled up."""
     batching: Batching
+    longest: int
+    """Tokens of the longest sample."""
     ends: torch.Tensor | None = None
     """(R, T), int64, of branched samples: the place in the row behind all tokens that see this one."""
+    boundaries: torch.Tensor | None = None
+    """(samples + 1,), int32, of packed samples: where each begins, and where the last one ends."""
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same on `device`."""
-        return MicroBatch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            self.loss_positions.to(device),
-            self.targets.to(device),
-            self.sample_of_target.to(device),
-            self.is_token.to(device),
-            self.batching,
-            None if self.ends is None else self.ends.to(device),
-        )
+        """The same on `device`, as `on_device`."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: on_device(value, device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return MicroBatch(**(values | tensors))
+
+
+def on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor there. From the CPU to a GPU it is copied without waiting for what the GPU does."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,6 +146,8 @@ def collate(samples: Sequence[Sample], batching: Batching = Batching.PACKED) -> 
         sample_of_target=sample_index[target_positions],
         is_token=(sample_index >= 0).view(rows, width),
         batching=batching,
+        longest=max(lengths),
+        boundaries=torch.tensor([*starts, width], dtype=torch.int32) if packed else None,
     )
 
 
@@ -163,6 +170,7 @@ def _collate_branches(samples: Sequence[Sample]) -> MicroBatch:
         sample_of_target=sample_of_target,
         is_token=torch.ones_like(rows[0], dtype=torch.bool),
         batching=Batching.BRANCHED,
+        longest=max(len(sample.input_ids) for sample in samples),
         ends=rows[2],
     )
 

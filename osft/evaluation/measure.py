@@ -157,7 +157,13 @@ class MeasuredModel:
         """The model, in evaluation mode on its devices, and its tokenizer."""
         trust = self._trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=trust)
-        model: Any = load_model(self._folder, dtype=self._dtype, device=self._device, trust_remote_code=trust)
+        model: Any = load_model(
+            self._folder,
+            dtype=self._dtype,
+            device=self._device,
+            attention=self._preflight.attention,
+            trust_remote_code=trust,
+        )
         if self._exact and any(parameter.is_meta for parameter in model.parameters()):  # what the GPUs cannot hold
             model = load_model(self._folder, dtype=self._dtype, trust_remote_code=trust)
         if self._exact:

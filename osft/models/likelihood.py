@@ -11,6 +11,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from osft.data.packing import Batching, Feeding, MicroBatch
 from osft.data.samples import Samples
+from osft.models.packed_attention import in_place_of_mask, takes_boundaries
 
 
 def target_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -62,6 +63,9 @@ def _attention_mask(model: Any, batch: MicroBatch) -> Any:
     # Only its shape, dtype and device are read.
     hidden_states = torch.empty(*batch.input_ids.shape, 0, dtype=embeddings.dtype, device=batch.input_ids.device)
     known: dict[str, Any] = {"attention_mask": None, "past_key_values": None}
+    if batch.boundaries is not None and takes_boundaries(model.config):
+        known["attention_mask"] = in_place_of_mask(batch.boundaries, batch.longest)
+        return create_masks_for_generate(model.config, hidden_states, **known)
     if batch.ends is None:
         return create_masks_for_generate(model.config, hidden_states, position_ids=batch.position_ids, **known)
     ends = batch.ends

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from osft import storage
+from osft.models.packed_attention import AttentionShape, use_kernel
 from osft.process.private_names import dtype_plan
 from osft.storage.atomic import atomic_path
 from osft.storage.paths import expanded
@@ -122,11 +124,13 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    attn_implementation: str | None = None,
+    attention: Sequence[AttentionShape] = (),
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a folder with its weights, in evaluation mode. Raises UnsupportedModelError as `auto_class`.
 
+    attention: what its layers ask of a kernel for packed samples, which then computes them on a GPU
+    (`osft.models.packed_attention.use_kernel`).
     device "cuda": spread by blocks over all GPUs that the process sees, read straight to them. What has no room there
     stays in the CPU's memory, from where a block is copied while it computes. Inputs are given on the first GPU, and
     logits come there. Not yet run on several GPUs.
@@ -139,8 +143,9 @@ def load_model(
         room["cpu"] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         where = {"device_map": "auto", "max_memory": room}
     model: PreTrainedModel = auto_class(config).from_pretrained(
-        model_path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **where
+        model_path, dtype=dtype, trust_remote_code=trust_remote_code, **where
     )
+    use_kernel(model, attention, torch.device(device))
     used: list[int | str] = list(getattr(model, "hf_device_map", {}).values())
     head = model.get_output_embeddings()
     if len(set(used)) > 1 and head is not None:  # whoever takes some positions of its inputs knows them there
@@ -180,12 +185,13 @@ def empty_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     max_mlp_width: int | None = None,
+    max_window: int | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a folder with its parameters on the meta device and its buffers computed.
 
-    It costs no memory beyond the buffers. `max_mlp_width`: MLPs with more `intermediate_size` get that much, for who
-    asks what the model's code does.
+    It costs no memory beyond the buffers. `max_mlp_width` and `max_window`: MLPs with more `intermediate_size` get that
+    much, and attention with a larger `sliding_window`, for who asks what the model's code does.
     `attn_implementation` None is SDPA, or "eager" for an architecture that does not support it (Gemma 2, gpt-oss).
     Dropout is off: with it, the loss would depend on how samples are packed and spread over processes.
 
@@ -196,9 +202,10 @@ def empty_model(
         raise FileNotFoundError(f"{model_path} is not a model folder: it has no config.json")
     config = without_dropout(AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code))
     text_config = config.get_text_config()
-    width = getattr(text_config, "intermediate_size", None)
-    if max_mlp_width and isinstance(width, int) and width > max_mlp_width:
-        text_config.intermediate_size = max_mlp_width
+    for name, largest in (("intermediate_size", max_mlp_width), ("sliding_window", max_window)):
+        value = getattr(text_config, name, None)
+        if largest and isinstance(value, int) and value > largest:
+            setattr(text_config, name, largest)
     build = auto_class(config).from_config
     try:
         with no_init_weights(), _LargeOnMeta():

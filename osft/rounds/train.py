@@ -54,7 +54,7 @@ def precompute_svd(
         model = model_folder(model_path)
         found = preflight(model)
         logger.info(found.line())
-        factors = compute_factors(model, data_path, store, subspace, batching=found.batching)
+        factors = compute_factors(model, data_path, store, subspace, preflight=found)
         run.write_record(FACTORS_FILE, summarized(factors))
         step.log_metrics({"weights": len(factors.weights), "computed": factors.computed})
         step.log_params({"factors": factors.key, "statistics": factors.statistics})

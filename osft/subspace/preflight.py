@@ -9,12 +9,13 @@ sample alone:
     as alone only with a row for each sample    PADDED
     neither, or other without what follows      refused
 
-Where packed samples stay apart, samples that branch from one beginning are tried, too.
+Where packed samples stay apart, samples that branch from one beginning are tried, too, and attention that is told where
+samples begin instead of what to mask.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from osft.data.packing import Batching, collate
 from osft.models.checkpoint import CheckpointReader
 from osft.models.likelihood import target_logits, token_nll
 from osft.models.loading import UnsupportedModelError, empty_model
-from osft.process.private_names import has_flash_attention, set_attention
+from osft.models.packed_attention import AttentionShape, Packed, masked, register
+from osft.process.private_names import attention_of, has_flash_attention, set_attention
 from osft.subspace.model import inject_empty, osft_layers
 from osft.subspace.random_weights import ROWS, compute_one_block_of_each_kind, fill_at_random
 from osft.subspace.targets import select_targets
@@ -41,6 +43,8 @@ _LARGEST_GRADIENT = 2**26
 """Elements of the largest weight whose training is tried: that of a stack of experts forms a gradient of its size."""
 _MLP_WIDTH = 1024
 """The MLPs of a large model, most of its numbers, are cut to so many first: what its code does is the same."""
+_WINDOW = 4
+"""Tokens that sliding windows are cut to first, fewer than a sample has: else what they hide would not be seen."""
 _CUT = 8
 """Tokens that are left of the second one, to see whether it misses what follows."""
 
@@ -55,6 +59,9 @@ class Preflight:
     """Why, in a few words."""
     branches: bool = False
     """Whether samples can share what they begin with: see `osft.data.branches`."""
+    attention: tuple[AttentionShape, ...] = ()
+    """What the layers ask of their attention where it can be told where samples begin, instead of what to mask
+    (`osft.models.packed_attention`). Empty where it cannot."""
 
     @property
     def shared_batching(self) -> Batching:
@@ -77,7 +84,8 @@ class Preflight:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preflight":
         """What `to_dict` gave."""
-        return cls(Batching(values["batching"]), values["reason"], values["branches"])
+        shapes = tuple(AttentionShape(**shape) for shape in values["attention"])
+        return cls(Batching(values["batching"]), values["reason"], values["branches"], shapes)
 
 
 def preflight(
@@ -98,9 +106,9 @@ def preflight(
     key = ((folder / "config.json").read_bytes(), attn_implementation)
     if trust_remote_code or key not in _tried:  # custom code is no part of the key
         try:
-            _tried[key] = _preflight(folder, attn_implementation, trust_remote_code, _MLP_WIDTH)
-        except Exception:  # perhaps other shapes depend on that width; what else is wrong is so again
-            _tried[key] = _preflight(folder, attn_implementation, trust_remote_code, None)
+            _tried[key] = _preflight(folder, attn_implementation, trust_remote_code, cut=True)
+        except Exception:  # perhaps other shapes depend on what was cut; what else is wrong is so again
+            _tried[key] = _preflight(folder, attn_implementation, trust_remote_code, cut=False)
     found, vocabulary = _tried[key]
     if any(file.name.startswith(TOKENIZER_FILES) for file in folder.iterdir()):
         _check_tokenizer(folder, vocabulary, trust_remote_code)
@@ -151,13 +159,15 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _preflight(
-    folder: Path, attn_implementation: str | None, trust_remote_code: bool, max_mlp_width: int | None
+    folder: Path, attn_implementation: str | None, trust_remote_code: bool, *, cut: bool
 ) -> tuple[Preflight, int]:
+    """What was found out, and the rows of the embeddings. `cut`: of the model with what is wide made narrow."""
     varlen = attn_implementation not in (None, "sdpa", "eager")
     model = empty_model(
         folder,
         attn_implementation=None if varlen else attn_implementation,
-        max_mlp_width=max_mlp_width,
+        max_mlp_width=_MLP_WIDTH if cut else None,
+        max_window=_WINDOW if cut else None,
         trust_remote_code=trust_remote_code,
     )
     if varlen and not has_flash_attention(model):
@@ -173,6 +183,8 @@ def _preflight(
     fill_at_random(model)
     compute_one_block_of_each_kind(model)
     found = examine(model, name=str(folder))
+    if found.batching is Batching.PACKED and attn_implementation is None and (cut or not _hidden_parts(model)):
+        found = replace(found, attention=_try_boundaries(model))
     if varlen and found.batching is Batching.PACKED:
         set_attention(model.config, _VARLEN)
         try:
@@ -244,10 +256,7 @@ def _try_branches(model: PreTrainedModel, samples: Sequence[Sample]) -> bool:
     Not tried where a layer sees a part of a row only: how far it is from a prompt to its last answer in a row says
     nothing of how far it is in a sample.
     """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    windows = [name for name, value in vars(config).items() if ("window" in name or "chunk" in name) and value]
-    if kinds - {"full_attention"} or (windows and not kinds):
+    if _hidden_parts(model):
         return False
     beginning, *others = samples
     answers = [
@@ -263,6 +272,43 @@ def _try_branches(model: PreTrainedModel, samples: Sequence[Sample]) -> bool:
     except Exception:  # it takes no mask of this form
         return False
     return _difference(branched.float(), packed.float()) <= TOLERANCE
+
+
+def _hidden_parts(model: PreTrainedModel) -> set[str]:
+    """What keeps a layer of the model from seeing all of a row: its kind, or where kinds have no names, the setting."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds:
+        return kinds - {"full_attention"}
+    return {name for name, value in vars(config).items() if ("window" in name or "chunk" in name) and value}
+
+
+@torch.no_grad()
+def _try_boundaries(model: PreTrainedModel) -> tuple[AttentionShape, ...]:
+    """What the layers ask of their attention, if packed samples stay what they are by their boundaries alone."""
+    if attention_of(model.config) != "sdpa" or not has_flash_attention(model):
+        return ()
+    if _hidden_parts(model) - {"sliding_attention", "sliding_window"}:  # by masks that kernels know nothing of
+        return ()
+    shapes: set[AttentionShape] = set()
+
+    def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Packed) -> torch.Tensor:
+        heads = query.shape[1], key.shape[1], query.shape[2], value.shape[2]
+        shapes.add(AttentionShape(*heads, scale=packed.scale, window=packed.window))
+        return masked(query, key, value, packed)
+
+    register(_TRIED, kernel)
+    samples = _samples(model)
+    expected = _logits(model, samples, Batching.PACKED)
+    set_attention(model.config, _TRIED)
+    try:
+        found = _logits(model, samples, Batching.PACKED)
+    except Exception:  # its code wants a mask
+        return ()
+    finally:
+        set_attention(model.config, "sdpa")
+    right = all(_difference(*pair) <= TOLERANCE for pair in zip(found, expected, strict=True))
+    return tuple(sorted(shapes)) if right else ()
 
 
 def _samples(model: PreTrainedModel) -> list[Sample]:
@@ -303,26 +349,25 @@ def _backward(model: PreTrainedModel, samples: Sequence[Sample], batching: Batch
         raise FloatingPointError("its gradient is not finite" if there else "no weight gets a gradient")
 
 
-_VARLEN = "osft_varlen"
+_TRIED = "osft_tried"
+_VARLEN = "osft_by_positions"
 
 
-def _varlen_attention(
+def _by_positions(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[torch.Tensor, None]:
-    """Flash attention on any device: it takes no mask, and knows packed samples by their position ids."""
-    length = query.shape[2]
+    """Flash attention of transformers on any device: it takes no mask, and knows packed samples by position ids."""
+    rows, _, length, size = query.shape
     position_ids = settings.get("position_ids")
-    if position_ids is None or query.shape[0] != 1:
+    if position_ids is None or rows != 1:
         position_ids = torch.arange(length, device=query.device)[None]
-    sample = (position_ids[0].diff(prepend=position_ids[0, :1]) != 1).cumsum(0)
-    allowed = (sample[:, None] == sample) & torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed, scale=settings.get("scaling")
-    )
-    return output.transpose(1, 2).contiguous(), None
+    (starts,) = (position_ids[0].diff(prepend=position_ids[0, :1]) != 1).nonzero(as_tuple=True)
+    scale = settings.get("scaling") or size**-0.5
+    boundaries = nn.functional.pad(starts.to(torch.int32), (0, 1), value=length)
+    packed = Packed(boundaries, length, scale, settings.get("sliding_window") or 0)
+    each_row = zip(*(tensor.transpose(1, 2) for tensor in (query, key, value)), strict=True)
+    return torch.stack([masked(q, k, v, packed) for q, k, v in each_row]), None
 
 
-AttentionInterface.register(_VARLEN, _varlen_attention)
+AttentionInterface.register(_VARLEN, _by_positions)
 AttentionMaskInterface.register(_VARLEN, flash_attention_mask)

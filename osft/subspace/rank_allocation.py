@@ -30,6 +30,7 @@ from osft.data.packing import Feeding
 from osft.data.samples import SampleList
 from osft.models.likelihood import target_logits
 from osft.models.loading import load_model
+from osft.models.packed_attention import AttentionShape
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace.decomposition import unfrozen_rank
 from osft.subspace.targets import Target, transformer_blocks
@@ -113,15 +114,19 @@ def measure_importance(
     *,
     feeding: Feeding,
     dtype: torch.dtype = torch.float32,
+    attention: Sequence[AttentionShape] = (),
     trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Importance of each transformer block on a calibration sample: block name -> mean cosine over all its tokens.
 
-    The whole model is loaded. Raises ValueError without samples, or for one that no micro-batch can hold.
+    The whole model is loaded, with `attention` as of `load_model`. Raises ValueError without samples, or for one that
+    no micro-batch can hold.
     """
     if not samples:
         raise ValueError("there is no calibration sample to measure the blocks' importance on")
-    model = load_model(model_path, dtype=dtype, device=feeding.device, trust_remote_code=trust_remote_code)
+    model = load_model(
+        model_path, dtype=dtype, device=feeding.device, attention=attention, trust_remote_code=trust_remote_code
+    )
     stack, blocks = transformer_blocks(model)
     sums = dict.fromkeys((f"{stack}.{index}" for index in range(len(blocks))), 0.0)
     tokens, is_token = 0, torch.empty(0)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from osft import storage
-from osft.data.packing import Batching, Feeding
+from osft.data.packing import Feeding
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 from osft.subspace.factor_set import FactorSet, SplitWeight, load_factor_set
 from osft.subspace.factor_store import Share, join_shares, precompute, precompute_by_inputs, split_share
+from osft.subspace.preflight import Preflight
 from osft.subspace.rank_allocation import measure_importance
 from osft.subspace.statistics_store import load_statistics
 from osft.training.own_process import answer, in_own_process, in_own_processes
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _MODULE = "osft.training.factors"
 
 
-def factor_set(config: TrainConfig, model: Path, data: "PreparedData", batching: Batching) -> FactorSet:
+def factor_set(config: TrainConfig, model: Path, data: "PreparedData", preflight: Preflight) -> FactorSet:
     """The factor set that is named, or the one that the store holds or gets."""
     if named := _named_factor_set(config):
         return named
@@ -37,7 +38,7 @@ def factor_set(config: TrainConfig, model: Path, data: "PreparedData", batching:
         data.folder,
         factor_store(config),
         config.subspace,
-        batching=batching,
+        preflight=preflight,
         trust_remote_code=config.trust_remote_code,
     )
 
@@ -75,7 +76,7 @@ def compute_factors(
     store: str | Path,
     subspace: SubspaceConfig,
     *,
-    batching: Batching,
+    preflight: Preflight,
     trust_remote_code: bool = False,
     processes: int | None = None,
 ) -> FactorSet:
@@ -94,7 +95,7 @@ def compute_factors(
         "data": str(data),
         "store": str(store),
         "subspace": subspace.to_dict(),
-        "batching": batching.value,
+        "preflight": preflight.to_dict(),
         "trust_remote_code": trust_remote_code,
     }
     if subspace.protect == "weights" and processes > 1:
@@ -119,8 +120,8 @@ def compute_factors_here(work: dict[str, Any], *, device: str) -> FactorSet:
     model, subspace = Path(work["model"]), SubspaceConfig(**work["subspace"])
     common: dict[str, Any] = {"device": device, "trust_remote_code": work["trust_remote_code"]}
     if subspace.protect == "activations":
-        batching = Batching(work["batching"])
-        address = calibrated(model, work["store"], subspace, batching=batching, **common)
+        preflight = Preflight.from_dict(work["preflight"])
+        address = calibrated(model, work["store"], subspace, preflight=preflight, **common)
         file = address.removeprefix(f"{work['store']}/")
         return precompute_by_inputs(
             model, work["store"], subspace, load_statistics(address), statistics_file=file, **common
@@ -139,15 +140,17 @@ def _importance(work: dict[str, Any], *, device: str) -> dict[str, float]:
 
     train = load_split(storage.fetch(work["data"]), "train")
     samples = [train[i] for i in range(min(SubspaceConfig(**work["subspace"]).calibration_samples, len(train)))]
+    preflight = Preflight.from_dict(work["preflight"])
     return measure_importance(
         Path(work["model"]),
         samples,
         feeding=Feeding(
             max_tokens=max(2048, *(len(sample.input_ids) for sample in samples)),
             device=torch.device(device),
-            batching=Batching(work["batching"]),
+            batching=preflight.batching,
         ),
         dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        attention=preflight.attention,
         trust_remote_code=work["trust_remote_code"],
     )
 

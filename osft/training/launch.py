@@ -100,7 +100,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
             return finished
         state = state_to_resume(config, output, made_of)
         selection = held_out_selection(config, data, replay)
-        factors = factor_set(config, model, data, found.batching)
+        factors = factor_set(config, model, data, found)
         made_of["factors"] = factors.bases_sha256
         text = own_text(config, model, factor_store(config))
         if text and needs_own_text(config):

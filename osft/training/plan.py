@@ -17,6 +17,7 @@ from osft.data.chat import Sample
 from osft.data.packing import Batching, collate
 from osft.data.selection import selection_size
 from osft.models.loading import empty_model, model_folder
+from osft.models.packed_attention import has_kernel
 from osft.process.private_names import attention_of
 from osft.settings.schedule import warmup_warning
 from osft.settings.training import TrainConfig
@@ -164,7 +165,7 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
         notes.insert(0, warning)
 
     layers = [layer for _, layer in osft_layers(model)]
-    fixed, activations, problem = lines_of_tokens(model, config, found.batching, data.largest_loss_share)
+    fixed, activations, problem = lines_of_tokens(model, config, found, data.largest_loss_share)
     if problem:
         notes.insert(0, f"The memory is without activations, and so too small: {problem}.")
     resident = ResidentMemory(model)
@@ -199,24 +200,28 @@ def plan(config: TrainConfig, *, gpu_memory_gib: float = 80.0) -> TrainingPlan:
 
 
 def lines_of_tokens(
-    model: PreTrainedModel, config: TrainConfig, batching: Batching, loss_share: float
+    model: PreTrainedModel, config: TrainConfig, preflight: Preflight, loss_share: float
 ) -> tuple[list[MemoryLine], Activations | None, str]:
     """Activations and logits of a micro-batch of which `loss_share` has a loss, on any number of GPUs.
 
     model: on the meta device. Returns the activations, too, or None and why they could not be counted.
     """
     attention = config.attn_implementation or attention_of(model.config)
-    if attention == "sdpa" and batching is Batching.PADDED:
+    by_kernel = has_kernel(preflight.attention, model.dtype)
+    if attention == "sdpa" and (by_kernel or preflight.batching is Batching.PADDED):
         attention = "flash"  # a row that holds one sample needs no mask, and SDPA without one saves as little
     kind = use_counted_attention(model, attention)
     tokens = config.max_tokens_per_gpu
-    batch = collate([Sample([0] * tokens, [0] * tokens)], batching).to("meta")
+    batch = collate([Sample([0] * tokens, [0] * tokens)], preflight.batching).to("meta")
     activations, problem = None, ""
     try:
         activations = count_activations(model, batch)
     except Exception as error:  # of an architecture that computes with numbers or masks, which shapes do not have
         problem = f"{type(model).__name__} cannot be computed on shapes alone ({type(error).__name__}: {error})"
-    lines = [_activations_line(activations, config, kind), logits_line(model, math.ceil(loss_share * tokens))]
+    lines = [
+        _activations_line(activations, config, kind, by_kernel=by_kernel),
+        logits_line(model, math.ceil(loss_share * tokens)),
+    ]
     return lines, activations, problem
 
 
@@ -277,7 +282,9 @@ def _planned_split(
     }, split_kinds
 
 
-def _activations_line(activations: Activations | None, config: TrainConfig, kind: str) -> MemoryLine:
+def _activations_line(
+    activations: Activations | None, config: TrainConfig, kind: str, *, by_kernel: bool
+) -> MemoryLine:
     if activations is None:
         return MemoryLine("activations", 0, "not counted: the architecture cannot be computed on shapes alone")
     tokens = config.max_tokens_per_gpu
@@ -285,10 +292,13 @@ def _activations_line(activations: Activations | None, config: TrainConfig, kind
         parts = "with gradient checkpointing: each block's input, and one block computed again"
     else:
         parts = "every tensor that the forward pass saves for the backward pass"
+    mask = f"{tokens:,} x {tokens:,} numbers {'in that block' if config.gradient_checkpointing else 'in each block'}"
     if kind == "sdpa":
+        parts += f"; SDPA keeps a mask of packed samples, {mask}; flash_attention_2 keeps none"
+    elif by_kernel:
         parts += (
-            f"; attn_implementation='sdpa' keeps a mask of packed samples, {tokens:,} x {tokens:,} numbers, "
-            f"{'in that block' if config.gradient_checkpointing else 'in each block'}; flash_attention_2 keeps none"
+            "; packed samples are computed by flash-attn where it is installed, else by PyTorch's varlen kernel, which "
+            f"keep no mask; a GPU on which neither works takes SDPA with a mask, {mask}"
         )
     return MemoryLine(
         "activations",

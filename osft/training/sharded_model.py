@@ -4,7 +4,7 @@ On one process the tensors are plain; on several, FSDP2 shards each transformer 
 never in one process's memory, neither when it is loaded nor when it is saved (`osft.training.saving`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from osft.models.checkpoint import CheckpointReader
 from osft.models.conversion import ModelWeights
 from osft.models.loading import empty_model
+from osft.models.packed_attention import AttentionShape, use_kernel
 from osft.models.weight_files import check_finite
 from osft.process.private_names import map_tensors
 from osft.settings.training import TrainConfig
@@ -34,9 +35,11 @@ def load_sharded(
     *,
     device: torch.device,
     mesh: DeviceMesh | None = None,
+    attention: Sequence[AttentionShape] = (),
 ) -> tuple[PreTrainedModel, ModelWeights]:
     """The model of a folder, its targets split as a factor set says, on `device`; sharded over `mesh` if given.
 
+    attention: as of `osft.models.loading.load_model`.
     Returns the checkpoint that it came from, too. Raises FactorsMismatchError if the factors are not those of the
     model's weights, ValueError if the checkpoint lacks a tensor of the model.
     """
@@ -81,6 +84,7 @@ def load_sharded(
             owner, _, leaf = other.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
     _load_tensors(model, stored, factors, rank, world_size)
+    use_kernel(model, attention, device)
     return model, stored
 
 

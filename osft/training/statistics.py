@@ -17,13 +17,14 @@ from transformers import AutoTokenizer
 from osft import storage
 from osft.data.chat import Sample, tokenize
 from osft.data.files import data_files
-from osft.data.packing import FAST_TOKENS, Batching, Feeding
+from osft.data.packing import FAST_TOKENS, Feeding
 from osft.data.records import read_records
 from osft.data.self_written import FORMAT, as_samples, save_texts
 from osft.models.loading import load_model
 from osft.settings.subspace import SubspaceConfig
 from osft.storage.hashes import files_sha256, named_sha256
 from osft.subspace.calibration import measure, text_sha256
+from osft.subspace.preflight import Preflight
 from osft.subspace.statistics import Statistics
 from osft.subspace.statistics_store import (
     find_statistics,
@@ -48,7 +49,7 @@ def calibrated(
     store: str | Path,
     subspace: SubspaceConfig,
     *,
-    batching: Batching,
+    preflight: Preflight,
     device: str,
     trust_remote_code: bool = False,
 ) -> str:
@@ -73,7 +74,7 @@ def calibrated(
         model,
         store,
         subspace,
-        batching=batching,
+        preflight=preflight,
         device=device,
         trust_remote_code=trust_remote_code,
     )
@@ -100,13 +101,15 @@ def _measured(
     store: str | Path,
     subspace: SubspaceConfig,
     *,
-    batching: Batching,
+    preflight: Preflight,
     device: str,
     trust_remote_code: bool,
 ) -> Statistics:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model = load_model(
+        folder, dtype=dtype, device=device, attention=preflight.attention, trust_remote_code=trust_remote_code
+    )
     targets = select_targets(model, subspace.target_patterns)
     default = default_text_tokens(targets)
     num_tokens = subspace.calibration_tokens
@@ -128,7 +131,7 @@ def _measured(
     statistics: Statistics | None = None
     for name, (source, samples) in texts.items():
         max_tokens = max(FAST_TOKENS[device], *(len(sample.input_ids) for sample in samples))
-        feeding = Feeding(max_tokens=max_tokens, device=torch.device(device), batching=batching)
+        feeding = Feeding(max_tokens=max_tokens, device=torch.device(device), batching=preflight.batching)
         statistics = measure(
             model,
             targets,

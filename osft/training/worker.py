@@ -103,7 +103,9 @@ def train_process(work: dict[str, Any]) -> None:
     replay = Path(work["replay"]) if work["replay"] else None
     samples = JoinedSamples([new, load_split(replay, "train")]) if replay else new
     validation = load_split(dataset, "validation") if wants_validation(config) else None
-    model, stored = load_sharded(config, work["model"], work["factors"], device=device, mesh=mesh)
+    model, stored = load_sharded(
+        config, work["model"], work["factors"], device=device, mesh=mesh, attention=preflight.attention
+    )
     if work["liger"]:
         apply_liger(model)
     lock = Path(work["lock"]) if work["lock"] else None

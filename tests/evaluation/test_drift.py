@@ -16,6 +16,7 @@ from osft.evaluation.drift import RecordDrift, compare, dtype_that_fits, plan_co
 from osft.evaluation.evaluate import EvaluationSet, evaluate, load_set
 from osft.evaluation.scoring import score_records
 from osft.settings.subspace import SubspaceConfig
+from osft.subspace.preflight import Preflight
 from osft.training.factors import compute_factors
 from osft.training.statistics import self_written_text
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama
@@ -188,7 +189,7 @@ def test_drift_of_models_that_cannot_be_compared_is_none(models, tmp_path):
 
 def test_text_that_the_base_model_wrote_is_found_from_its_factors(model_folder, tmp_path):
     subspace = SubspaceConfig(protect="activations", calibration_tokens=256, unfreeze_rank_ratio=0.25)
-    factors = compute_factors(model_folder, "none", tmp_path, subspace, batching=Batching.PACKED)
+    factors = compute_factors(model_folder, "none", tmp_path, subspace, preflight=Preflight(Batching.PACKED, "tiny"))
     written = load_set(self_written_text(tmp_path / factors.statistics), "self-written")
     tokens = [len(byte_tokenizer()(record.text)["input_ids"]) for record in written.records]
     assert len(tokens) > 1

@@ -9,6 +9,7 @@ from osft.data.packing import Batching
 from osft.evaluation.report.formats import format_duration, format_number, format_percent
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace.factor_set import FactorSet
+from osft.subspace.preflight import Preflight
 from osft.training.factors import compute_factors
 from tests.evaluation.html_page import Page
 from tests.evaluation.round_report import (
@@ -262,7 +263,7 @@ def test_what_rounding_did_to_the_update_is_told_with_what_it_cost(factors):
 
 def test_split_by_inputs_is_told_as_such_and_no_update_is_compared_with_an_inputs_size(tmp_path, model_folder):
     subspace = SubspaceConfig(protect="activations", calibration_tokens=256, unfreeze_rank_ratio=0.25)
-    found = compute_factors(model_folder, "none", tmp_path, subspace, batching=Batching.PACKED)
+    found = compute_factors(model_folder, "none", tmp_path, subspace, preflight=Preflight(Batching.PACKED, "tiny"))
     html = rendered(new_evaluation(), training=new_training(found), factors=found)
     text = Page(html).text["subspace"]
     held = re.search(r"frozen directions hold (\d+\.\d) % of the inputs' energy", " ".join(text.split()))

@@ -14,6 +14,7 @@ from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
 from osft.subspace.factor_set import FactorSet
 from osft.subspace.factor_store import split_share
+from osft.subspace.preflight import Preflight
 from osft.training import factors, launch, own_process, train, worker
 
 
@@ -94,7 +95,7 @@ def test_factors_are_the_same_for_any_number_of_processes(model_folder, tmp_path
     quarter = SubspaceConfig(unfreeze_rank_ratio=0.25)
     found = {}
     for processes in (1, 2, 3):
-        common = {"batching": Batching.PACKED, "processes": processes}
+        common = {"preflight": Preflight(Batching.PACKED, "tiny"), "processes": processes}
         store = str(tmp_path / str(processes))
         found[processes] = factors.compute_factors(model_folder, "none", store, quarter, **common)
         assert found[processes].computed == 14
@@ -113,7 +114,12 @@ def test_shares_of_real_processes_make_the_set_of_one(model_folder, tmp_path):
     quarter = SubspaceConfig(unfreeze_rank_ratio=0.25)
     one, three = (
         factors.compute_factors(
-            model_folder, "none", str(tmp_path / str(n)), quarter, batching=Batching.PACKED, processes=n
+            model_folder,
+            "none",
+            str(tmp_path / str(n)),
+            quarter,
+            preflight=Preflight(Batching.PACKED, "tiny"),
+            processes=n,
         )
         for n in (1, 3)
     )

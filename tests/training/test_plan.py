@@ -140,7 +140,14 @@ def test_real_step_stays_just_below_the_estimate(tmp_path, monkeypatch):
     monkeypatch.setattr(likelihood, "ELEMENTS_IN_CACHE", likelihood.ELEMENTS_AT_ONCE)
     tiny_llama(hidden_size=128, intermediate_size=448, vocab_size=6000).save_pretrained(tmp_path / "model")
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"input_ids": [1] * 128, "labels": [1] * 128}] * 8)
-    settings = config(tmp_path / "model", texts, use_processed_dataset=True, max_tokens_per_gpu=512, max_seq_len=128)
+    settings = config(
+        tmp_path / "model",
+        texts,
+        use_processed_dataset=True,
+        max_tokens_per_gpu=512,
+        max_seq_len=128,
+        attn_implementation="sdpa",
+    )
     planned = bytes_by_name(plan(settings), 1)
 
     model = real_model(tmp_path / "model", "sdpa").train()
@@ -196,6 +203,23 @@ def test_flash_attention_keeps_no_mask(model_folder, chats):
     )
     repeated = 2 * (4 - 2) * tokens * 8 * 2  # keys and values for all 4 heads instead of 2, 8 numbers of 2 bytes
     assert sdpa - flash == 2 * (tokens * tokens * 2 + repeated)
+
+
+@pytest.mark.parametrize(
+    ("settings", "like", "said"),
+    [
+        ({}, "flash_attention_2", "by flash-attn where it is installed, else by PyTorch's varlen kernel"),
+        ({"dtype": "float32"}, "sdpa", "SDPA keeps a mask of packed samples, 128 x 128 numbers in each block"),
+    ],
+    ids=["bfloat16", "float32"],
+)
+def test_packed_samples_are_planned_for_what_computes_them(model_folder, chats, settings, like, said):
+    planned, other = (
+        plan(config(model_folder, chats, **settings, **change)) for change in ({}, {"attn_implementation": like})
+    )
+    (line,) = [line for line in planned.memory[0].lines if line.name == "activations"]
+    assert line.bytes == bytes_by_name(other, 1)["activations"]
+    assert said in line.explanation
 
 
 @pytest.mark.parametrize(
