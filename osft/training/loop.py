@@ -132,7 +132,8 @@ def train_step(
     """One optimizer step on one effective batch.
 
     `num_loss_tokens` counts the whole effective batch, over all processes. Returns this process's sum of losses, its
-    sum of divergences on the text that is `distilled`, and the gradient's global norm, all scalars.
+    sum of divergences on the text that is `distilled`, and the gradient's global norm, all scalars on the device, which
+    is not waited for.
     """
     device = micro_batches[0].input_ids.device
     loss_sum, divergence_sum = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -247,14 +248,16 @@ def run(
             distilled=distilled,
             world_size=world_size,
         )
-        mine = [checkpointer.request(), checkpointer.is_uploading()] if checkpointer else [Request.NOTHING, 0]
-        told = torch.tensor(mine, device=device)
+        mine = [checkpointer.request(), checkpointer.is_uploading()] if checkpointer else [Request.NOTHING, False]
+        told = torch.stack([torch.full((), float(value), device=device) for value in mine])
         totals = torch.stack(sums)
         if world_size > 1:
             torch.distributed.all_reduce(totals)
             torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
-        request, is_uploading = told.tolist()
-        (loss_sum, divergence_sum), norm = totals.tolist(), grad_norm.item()
+        drifts = prediction.drifts() if prediction else totals.new_empty(0)
+        # The one time that a step waits for the device.
+        known = torch.cat([totals, grad_norm[None], told, drifts]).tolist()
+        loss_sum, divergence_sum, norm, request, is_uploading, *predicted = known
         loss = loss_sum / num_loss_tokens
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RuntimeError(
@@ -273,6 +276,7 @@ def run(
             assert selection is not None, "a run that fits its step has held-out samples"
             assert text is not None, "and text"
             fitted = fit_step(model, config, selection, text, feeding)
+            predicted = list(prediction.by_target().values()) if prediction else []
 
         validation_loss = None
         if validation and (is_last or _validation_due(step, config)):
@@ -290,7 +294,7 @@ def run(
             tokens_per_second=num_tokens / seconds,
             step_seconds=seconds,
             timestamp=time.time(),
-            predicted_drift=sum(prediction.by_target().values()) if prediction else None,
+            predicted_drift=sum(predicted) if prediction else None,
             distillation_loss=divergence_sum / distilled.num_tokens if distillation else None,
             validation_loss=validation_loss,
             **(fitted.metrics() if fitted else {}),

@@ -47,9 +47,13 @@ class DriftPrediction:
         self._layers = [known.get(name) or _Layer.of(name, layer, None) for name, layer in weights.items()]
         self._half_unit = unit / 2
 
-    @torch.no_grad()
     def by_target(self) -> dict[str, float]:
         """Nats per token of each target's update, on every rank."""
+        return {layer.name: value for layer, value in zip(self._layers, self.drifts().tolist(), strict=True)}
+
+    @torch.no_grad()
+    def drifts(self) -> torch.Tensor:
+        """(targets,) the same, without waiting for the device."""
         sums = torch.stack([layer.sum() for layer in self._layers])
         products = [layer.product() for layer in self._layers]
         if torch.distributed.is_initialized():  # a product over the layer's outputs is squared when it is whole
@@ -58,8 +62,7 @@ class DriftPrediction:
             sums, *parts = flat.split([len(sums), *(product.numel() for product in products)])
             products = [part.view_as(product) for part, product in zip(parts, products, strict=True)]
         whole = torch.stack([layer.of_product(part) for layer, part in zip(self._layers, products, strict=True)])
-        found = (self._half_unit * (sums + whole)).tolist()
-        return {layer.name: value for layer, value in zip(self._layers, found, strict=True)}
+        return self._half_unit * (sums + whole)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

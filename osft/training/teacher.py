@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from osft.data.packing import Feeding, MicroBatch
+from osft.data.packing import Feeding, MicroBatch, on_device
 from osft.data.samples import Samples
 from osft.models.likelihood import row_slices, target_logits
 
@@ -37,9 +37,9 @@ class TopK:
     """(L,), float32: of all other tokens together. None: there are no others."""
 
     def to(self, device: torch.device | str) -> "TopK":
-        """The same on `device`."""
-        rest = None if self.log_rest is None else self.log_rest.to(device)
-        return TopK(self.tokens.to(device), self.log_probabilities.to(device), rest)
+        """The same on `device`, as `osft.data.packing.on_device`."""
+        rest = None if self.log_rest is None else on_device(self.log_rest, device)
+        return TopK(on_device(self.tokens, device), on_device(self.log_probabilities, device), rest)
 
 
 def top_k(logits: torch.Tensor, k: int = TOP_K) -> TopK:
