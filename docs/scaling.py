@@ -6,10 +6,12 @@ one of eighty takes. Tests compare that with the dry run, and the bytes with wha
 
 import json
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from osft.data.packing import Batching
@@ -94,6 +96,11 @@ def _of_model(
     shapes = [tuple(layer.base_weight.shape) for layer in layers] or [target.shape for target in select_targets(model)]
     targets = sum(m * n for m, n in shapes)
     head = model.get_output_embeddings().weight.numel()
+    if method not in OSFT:
+        for target in select_targets(model):  # so that their inputs are saved
+            model.get_parameter(target.tensor).requires_grad_(True)
+    fixed, activations, problem = lines_of_tokens(model, config, _preflight(model.config), 1.0)
+    assert activations is not None, problem
     inside = sum(parameter.numel() for block in transformer_blocks(model)[1] for parameter in block.parameters())
     outside = sum(parameter.numel() for parameter in model.parameters()) - inside
     passes = 3 if config.gradient_checkpointing else 2  # forward, again, and backward to the inputs
@@ -107,12 +114,7 @@ def _of_model(
         per_token += 2 * (passes + 1) * trained
     else:
         trained = sum(layer.coefficients.numel() for layer in layers)
-        per_token += sum(_operations_per_token(layer, passes - 1) for layer in layers)
-    if method not in OSFT:
-        for target in select_targets(model):  # so that their inputs are saved
-            model.get_parameter(target.tensor).requires_grad_(True)
-    fixed, activations, problem = lines_of_tokens(model, config, _preflight(model.config), 1.0)
-    assert activations is not None, problem
+        per_token += _operations_per_token(layers, passes - 1)
     if method in OSFT:
         memory = {line.name: line.bytes for line in memory_estimate(ResidentMemory(model), gpus, fixed).lines}
     else:
@@ -129,7 +131,7 @@ def _of_model(
     return {f"memory: {name}": float(size) for name, size in memory.items()} | {
         "wire: gathered": others * itemsize * (2 * inside + outside),  # blocks again in the backward pass
         "wire: reduced": others * 4 * trained,
-        "wire: refreshed": others * sum(refreshed_bytes(layer) for layer in layers),
+        "wire: refreshed": others * refreshed_bytes(layers),
         "token": float(per_token),
         "step": float(sum(_operations_per_step(layer)[0] for layer in layers)),
         "step on each": float(sum(_operations_per_step(layer)[1] for layer in layers)),
@@ -139,12 +141,17 @@ def _of_model(
     }
 
 
-def _operations_per_token(layer: OSFTWeight, forward_passes: int) -> int:
-    """For the gradient of X of a weight (m, n): x R in each forward pass, then dY^T L and their product."""
-    m, n = layer.base_weight.shape
-    right = 2 * n * layer.rank * forward_passes if layer.right_basis is not None else 0
-    left = 2 * m * layer.rank if layer.left_basis is not None else 0
-    return right + left + 2 * layer.coefficients.numel()
+def _operations_per_token(layers: Sequence[OSFTWeight], forward_passes: int) -> int:
+    """For the gradients of X: x R in each forward pass, once for layers with one R; then dY^T L and their product."""
+    right = sum(basis.numel() for basis in _right_bases(layers))
+    left = sum(layer.left_basis.numel() for layer in layers if layer.left_basis is not None)
+    return 2 * (right * forward_passes + left + sum(layer.coefficients.numel() for layer in layers))
+
+
+def _right_bases(layers: Sequence[OSFTWeight]) -> list[torch.Tensor]:
+    """Each once: layers with the same input share one."""
+    bases = (layer.right_basis for layer in layers if layer.right_basis is not None)
+    return list({id(basis): basis for basis in bases}.values())
 
 
 def _operations_per_step(layer: OSFTWeight) -> tuple[int, int]:
@@ -160,14 +167,15 @@ def _operations_per_step(layer: OSFTWeight) -> tuple[int, int]:
     return shared, repeated
 
 
-def refreshed_bytes(layer: OSFTWeight) -> int:
-    """What `OSFTWeight.refresh_` gathers whole, and the sum over all ranks, which each part crosses twice."""
-    _, n = layer.base_weight.shape
-    gathered = 0 if layer.left_basis is None else layer.coefficients.nbytes
-    gathered += 0 if layer.right_basis is None else layer.right_basis.nbytes
-    if layer.frozen_basis is not None:
-        gathered += layer.frozen_basis.nbytes
-        gathered += 2 * 4 * n * layer.rank if layer.left_basis is None else layer.base_weight.nbytes
+def refreshed_bytes(layers: Sequence[OSFTWeight]) -> int:
+    """What `refresh` gathers whole, and the sum over all ranks, which each part crosses twice."""
+    gathered = sum(basis.nbytes for basis in _right_bases(layers))
+    for layer in layers:
+        gathered += 0 if layer.left_basis is None else layer.coefficients.nbytes
+        if layer.frozen_basis is not None:
+            overlap = 4 * layer.base_weight.shape[1] * layer.rank
+            gathered += layer.frozen_basis.nbytes
+            gathered += 2 * overlap if layer.left_basis is None else layer.base_weight.nbytes
     return gathered
 
 
@@ -301,14 +309,16 @@ For G GPUs, T tokens in a micro-batch on each, target weights (m, n) of N number
 
 | | full fine-tuning | OSFT |
 | --- | --- | --- |
-| operations a token | (6 + 2c) N + 6 H | (4 + 2c) N + 4 H + 2 K + sum of (1 + c) 2 n r where there is a right basis and 2 m r where there is a left one |
+| operations a token | (6 + 2c) N + 6 H | (4 + 2c) N + 4 H + 2 K + sum of (1 + c) 2 n r of each right basis and 2 m r of each left one |
 | operations a step, in float32 | – | sum of 2 m n r, three times that where a long side is projected; divided by G. Each GPU alike: 2 r r n of "core" and square weights, 4 n (n - r) r of projected tall ones |
 | bytes a GPU holds | 16 (N + …) / G | (2 + 2) N / G, 16 K / G, bases and frozen bases in float32 / G |
 | bytes that reach a GPU | 2 x 2 bytes of each number in a block and 2 of the others for gathering, 4 of each gradient | the same, of weights, bases and X; 4 K for its gradient; `refresh` gathers its right bases, or what stands in [`weight.py`](../osft/subspace/weight.py) |
 
-LoRA is as OSFT with adapters of rank 16 in place of X, and no refresh. Attention's own operations, which grow with the
-length of a sample, are left out for all; bytes count as (G - 1) / G of a ring. What a GPU holds beside that (blocks that
-are gathered, activations, logits, an allowance) is the dry run's own line by line, for full fine-tuning and LoRA, too.
+With `protect="activations"`, layers with the same input (q, k and v; gate and up) have one right basis: it is held,
+gathered and multiplied with once. LoRA is as OSFT with adapters of rank 16 in place of X, and no refresh. Attention's
+own operations, which grow with the length of a sample, are left out for all; bytes count as (G - 1) / G of a ring. What
+a GPU holds beside that (blocks that are gathered, activations, logits, an allowance) is the dry run's own line by line,
+for full fine-tuning and LoRA, too.
 
 ## Checked against what was measured
 
@@ -348,8 +358,7 @@ On 512:
 
 Sharded over nodes, any method waits for the network with so few tokens. What is sent does not depend on them, so a step
 with twice the `max_tokens_per_gpu` takes hardly longer. Of what is gathered with `protect="activations"`, a sixth is X,
-whose values no forward or backward pass reads, and a quarter the bases, which layers with the same input (q, k and v;
-gate and up) each gather for themselves: neither has been avoided yet.
+whose values no forward or backward pass reads: that has not been avoided yet.
 
 The largest model, as wide as an 8B Llama and deeper, that one GPU of 80 GiB can tune so:
 

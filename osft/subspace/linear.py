@@ -1,7 +1,8 @@
 """A linear layer that learns in the free subspace.
 
 The backward pass never forms the gradient of the dense weight: `dX = (dY L)^T (X_in R)`, so that of the input only
-`X_in R` (r columns instead of n) is kept.
+`X_in R` (r columns instead of n) is kept. Layers that are split by the inputs they have in common (q, k and v; gate and
+up) have one R, and one `X_in R` between them.
 """
 
 from typing import Any
@@ -10,14 +11,35 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
+from osft.process.private_names import version_of
 from osft.subspace.decomposition import SplitKind
 from osft.subspace.weight import DifferentiableWeight, OSFTWeight
 
 
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, transposed: bool) -> torch.Tensor:
+    """`x W^T + b`, or `x W + b` if `transposed`."""
+    if not transposed:
+        return F.linear(x, weight, bias)
+    assert bias is not None  # of a Conv1D
+    # The same operation as in Conv1D, for the same rounding.
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which x is multiplied here: autocast's, or its own."""
+    kind = x.device.type
+    has_autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if has_autocast else x.dtype
+
+
 class _SubspaceLinear(torch.autograd.Function):
-    """`x W^T + b`, or `x W + b` if `transposed`, with gradients for the input and the subspace coefficients only."""
+    """`_linear` with gradients for the input and the subspace coefficients only.
+
+    reduced: x times the basis of the inputs, or None where the split has no such basis.
+    """
 
     @staticmethod
     def forward(
@@ -26,19 +48,13 @@ class _SubspaceLinear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         coefficients: torch.Tensor,
-        left: torch.Tensor | None,
-        right: torch.Tensor | None,
+        reduced: torch.Tensor | None,
+        output_basis: torch.Tensor | None,
         transposed: bool,
     ) -> torch.Tensor:
-        input_basis, output_basis = (left, right) if transposed else (right, left)
-        reduced = x if input_basis is None else x @ input_basis.to(x.dtype)
-        ctx.save_for_backward(reduced, weight, output_basis)
+        ctx.save_for_backward(x if reduced is None else reduced, weight, output_basis)
         ctx.coefficients_dtype, ctx.transposed = coefficients.dtype, transposed
-        if not transposed:
-            return F.linear(x, weight, bias)
-        assert bias is not None  # of a Conv1D
-        # The same operation as in Conv1D, for the same rounding.
-        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+        return _linear(x, weight, bias, transposed=transposed)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -79,6 +95,7 @@ class OSFTLinear(OSFTWeight):
         self.transposed = isinstance(linear, Conv1D)
         self._hooks: tuple[RemovableHandle, ...] = ()
         self._is_shown = False
+        self._reduced_inputs: WeakTensorKeyDictionary | None = None  # one of all layers that share their basis
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias.requires_grad_(False) if linear.bias is not None else None
 
@@ -87,6 +104,20 @@ class OSFTLinear(OSFTWeight):
         weight = self._parameters["weight"]
         assert weight is not None
         return weight
+
+    def share_input_basis(self, other: "OSFTLinear") -> None:
+        """Take over the basis of the inputs from a layer that is split by the same inputs.
+
+        `x R` is then computed, and kept for the backward pass, once for all layers that are given the very same x.
+        """
+        assert self.split_kind == other.split_kind, "one input is on one side"
+        if other._reduced_inputs is None:
+            other._reduced_inputs = WeakTensorKeyDictionary()
+        self._reduced_inputs = other._reduced_inputs
+        if self.transposed:
+            self.left_basis = other.left_basis
+        else:
+            self.right_basis = other.right_basis
 
     def read_by(self, block: nn.Module) -> None:
         """Let the transformer block that holds this layer train it also by reading `weight` to compute with it itself.
@@ -130,6 +161,28 @@ class OSFTLinear(OSFTWeight):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return _SubspaceLinear.apply(
-            x, self.dense_weight(), self.bias, self.coefficients, self.left_basis, self.right_basis, self.transposed
-        )
+        weight, transposed = self.dense_weight(), self.transposed
+        if not torch.is_grad_enabled():
+            return _linear(x, weight, self.bias, transposed=transposed)
+        input_basis, output_basis = self.left_basis, self.right_basis
+        if not transposed:
+            input_basis, output_basis = output_basis, input_basis
+        reduced = None if input_basis is None else self._reduce(x, input_basis)
+        return _SubspaceLinear.apply(x, weight, self.bias, self.coefficients, reduced, output_basis, transposed)
+
+    @torch.no_grad()
+    def _reduce(self, x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+        """(..., r): x R, computed here or by a layer before that shares R and was given the same x.
+
+        What is known of x is forgotten with x, so that nothing is held for longer than the layers keep it.
+        """
+        known = self._reduced_inputs
+        if known is None or torch.compiler.is_compiling():  # the compiler finds what is computed twice
+            return x @ basis.to(x.dtype)
+        computed_from = (version_of(x), version_of(basis), _product_dtype(x))
+        found: tuple[tuple[int, int, torch.dtype], torch.Tensor] | None = known.get(x)
+        if found is not None and found[0] == computed_from:
+            return found[1]
+        reduced = x @ basis.to(x.dtype)
+        known[x] = computed_from, reduced
+        return reduced

@@ -1,6 +1,6 @@
 """The method applied to a whole model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from osft.subspace.linear import OSFTLinear
 from osft.subspace.rank_allocation import allocate_ranks
 from osft.subspace.statistics import Statistics
 from osft.subspace.targets import Target, select_targets, transformer_blocks
-from osft.subspace.weight import OSFTWeight, local
+from osft.subspace.weight import OSFTWeight, local, whole
 
 
 def osft_layers(model: nn.Module) -> Iterator[tuple[str, OSFTWeight]]:
@@ -58,6 +58,21 @@ def inject_empty(
             model.set_submodule(target.name, layer)
 
 
+def share_input_bases(model: nn.Module, inputs: Mapping[str, Hashable]) -> None:
+    """Let the linear layers of a block that are split by the same input hold one basis of it.
+
+    `inputs` says which: target -> whatever stands for its input.
+    """
+    stack, _ = transformer_blocks(model)
+    first: dict[tuple[str, Hashable], OSFTLinear] = {}
+    for name, layer in osft_layers(model):
+        if isinstance(layer, OSFTLinear) and name in inputs:
+            number = name.removeprefix(f"{stack}.").partition(".")[0]
+            owner = first.setdefault((number, inputs[name]), layer)
+            if owner is not layer:
+                layer.share_input_basis(owner)
+
+
 def inject(
     model: nn.Module,
     config: SubspaceConfig,
@@ -91,6 +106,7 @@ def inject(
         for target in targets
     }
     inject_empty(model, targets, ranks, split_kinds=split_kinds, stiffness=stiffness)
+    share_input_bases(model, {name: inputs.targets for name, inputs in measured.items()})
     for name, layer in osft_layers(model):
         inputs = measured[name]
         layer.fill_(
@@ -107,8 +123,30 @@ def inject(
 
 def refresh(model: nn.Module, *, learning_rate: float) -> None:
     """Recompute the dense weight of every OSFT layer. Call it after each optimizer step, with the rate it was made."""
+    gather = _GatherOnce()
     for _, layer in osft_layers(model):
-        layer.refresh_(learning_rate)
+        layer.refresh_(learning_rate, gather)
+
+
+def recompute(model: nn.Module) -> None:
+    """Recompute the dense weight of every OSFT layer from coefficients that are in the free subspace."""
+    gather = _GatherOnce()
+    for _, layer in osft_layers(model):
+        layer.recompute_(gather)
+
+
+class _GatherOnce:
+    """`whole`, once for layers that follow each other and share a basis."""
+
+    def __init__(self) -> None:
+        self._tensor: torch.Tensor | None = None
+        self._gathered: torch.Tensor | None = None
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._gathered is None or tensor is not self._tensor:
+            self._gathered = None  # before the next one is there, too
+            self._tensor, self._gathered = tensor, whole(tensor)
+        return self._gathered
 
 
 def coefficients_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -121,7 +159,7 @@ def set_update_(model: nn.Module, coefficients: Mapping[str, torch.Tensor], scal
     """Make the update of each weight `scale` times the one that had these coefficients."""
     for name, layer in osft_layers(model):
         torch.mul(coefficients[name], scale, out=local(layer.coefficients))
-        layer.recompute_()
+    recompute(model)
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ first dimension. Under FSDP2 every tensor is sharded by its first dimension. Of 
 `refresh_` needs nothing from other ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,20 @@ class Split:
             assert self.right is not None
             return self.coefficients, self.right.mT
         return self.left, self.coefficients if self.right is None else self.coefficients @ self.right.mT
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All rows, gathered from every rank; of a stack of experts, this rank's experts, which are whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) and tensor.ndim == 2 else local(tensor)
+
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""`whole`, or what gives the same."""
 
 
 class OSFTWeight(nn.Module):
@@ -146,17 +161,20 @@ class OSFTWeight(nn.Module):
                 own.copy_(given)
 
     @torch.no_grad()
-    def refresh_(self, learning_rate: float) -> None:
-        """Make X what it may be and recompute the dense weight. Call it after each optimizer step, with its rate."""
+    def refresh_(self, learning_rate: float, gather: Gather = whole) -> None:
+        """Make X what it may be and recompute the dense weight. Call it after each optimizer step, with its rate.
+
+        `gather` gathers what layers may share, the basis on the right; by default each time.
+        """
         self._project_()
         if self.stiffness and self.curvature is not None:
             local(self.coefficients).div_(1 + learning_rate * self.stiffness * local(self.curvature))
-        self.recompute_()
+        self.recompute_(gather)
 
     @torch.no_grad()
-    def recompute_(self) -> None:
+    def recompute_(self, gather: Gather = whole) -> None:
         """Recompute the dense weight from an X that is in the free subspace, such as one that was saved."""
-        left, right = self._factors()
+        left, right = self._factors(gather)
         base, weight = local(self.base_weight), local(self.dense_weight())
         if weight.dtype == torch.float32:
             weight.copy_(base)
@@ -167,25 +185,25 @@ class OSFTWeight(nn.Module):
     @torch.no_grad()
     def update(self) -> torch.Tensor:
         """This rank's part of the update D = L X R^T, float32: rows or experts (all on a single process)."""
-        left, right = self._factors()
+        left, right = self._factors(whole)
         return left @ right
 
     @torch.no_grad()
     def split(self) -> Split:
         """Everything whole, gathered from every rank: call it on all of them."""
 
-        def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        def full(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-        base, coefficients = whole(self.base_weight), whole(self.coefficients.detach())
+        base, coefficients = full(self.base_weight), full(self.coefficients.detach())
         assert base is not None
         assert coefficients is not None
         return Split(
             base=base,
             coefficients=coefficients,
-            left=whole(self.left_basis),
-            right=whole(self.right_basis),
-            frozen=whole(self.frozen_basis),
+            left=full(self.left_basis),
+            right=full(self.right_basis),
+            frozen=full(self.frozen_basis),
         )
 
     def _project_(self) -> None:
@@ -195,7 +213,7 @@ class OSFTWeight(nn.Module):
         """
         if self.frozen_basis is None:
             return
-        coefficients, basis = local(self.coefficients), self._whole(self.frozen_basis)
+        coefficients, basis = local(self.coefficients), whole(self.frozen_basis)
         if self.left_basis is None:  # tall: the rows of X are those of the weight, and each rank holds its own
             base = local(self.base_weight).to(coefficients.dtype)
             overlap = base.mT @ coefficients
@@ -203,31 +221,22 @@ class OSFTWeight(nn.Module):
                 torch.distributed.all_reduce(overlap, group=self.coefficients.device_mesh.get_group())
             coefficients.sub_(base @ (basis @ (basis.mT @ overlap)))
         else:  # wide: each row of X is orthogonalized by itself
-            base = self._whole(self.base_weight).to(coefficients.dtype)
+            base = whole(self.base_weight).to(coefficients.dtype)
             coefficients.sub_(((coefficients @ base.mT) @ basis) @ basis.mT @ base)
 
-    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _factors(self, gather: Gather) -> tuple[torch.Tensor, torch.Tensor]:
         """A, B with A B = this rank's part of L X R^T; A is sharded like the weight, B has what A needs."""
         if self.left_basis is None:
             assert self.right_basis is not None
-            return local(self.coefficients), self._whole(self.right_basis).mT
+            return local(self.coefficients), gather(self.right_basis).mT
         if self.right_basis is None:
-            return local(self.left_basis), self._whole(self.coefficients)
-        return local(self.left_basis), self._whole(self.coefficients) @ self._whole(self.right_basis).mT
-
-    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All rows, gathered from every rank; of a stack of experts, this rank's experts, which are whole."""
-        return tensor.full_tensor() if isinstance(tensor, DTensor) and tensor.ndim == 2 else local(tensor)
+            return local(self.left_basis), whole(self.coefficients)
+        return local(self.left_basis), whole(self.coefficients) @ gather(self.right_basis).mT
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         shape = tuple(self.base_weight.shape)
         return f"weight={shape}, rank={self.rank}, split_kind={self.split_kind}"
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 class DifferentiableWeight(torch.autograd.Function):

@@ -20,7 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from osft.data.packing import MicroBatch
 from osft.models.likelihood import ELEMENTS_AT_ONCE, target_logits
 from osft.process.private_names import set_attention
-from osft.subspace.model import osft_layers
+from osft.subspace.linear import OSFTLinear
+from osft.subspace.model import osft_layers, share_input_bases
 from osft.subspace.targets import transformer_blocks
 from osft.training.sharded_model import gathered_dtype, local_rows
 
@@ -96,7 +97,11 @@ class ResidentMemory:
                 f"16 bytes for each of {self._coefficients.numbers:,} trained numbers / {world_size}: float32 "
                 "value, gradient and AdamW's two moments",
             ),
-            MemoryLine("buffers", self._buffers, "whole on every GPU: frequencies of rotary embeddings"),
+            MemoryLine(
+                "buffers",
+                self._buffers,
+                "whole on every GPU: frequencies of rotary embeddings, curvatures of a split by inputs",
+            ),
             self._gathered if world_size > 1 else MemoryLine("gathered by FSDP2", 0, "nothing: there is one process"),
         ]
 
@@ -105,9 +110,9 @@ class _Tensors:
     """Some tensors, by shape and dtype: a model of eighty blocks has a dozen kinds of them."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        found = list(tensors)
-        self.ids = {id(tensor) for tensor in found}
-        self._kinds = Counter((tensor.shape, tensor.dtype) for tensor in found)
+        found = {id(tensor): tensor for tensor in tensors}  # each once: layers share bases
+        self.ids = set(found)
+        self._kinds = Counter((tensor.shape, tensor.dtype) for tensor in found.values())
 
     @property
     def numbers(self) -> int:
@@ -227,6 +232,33 @@ def count_activations(model: PreTrainedModel, batch: MicroBatch) -> Activations:
         block_inputs=total(inputs),
         largest_block=max(total(own - inputs - outside) for own in saved.values()),
     )
+
+
+def share_bases_of_inputs(model: PreTrainedModel, batch: MicroBatch) -> None:
+    """Let layers that a forward pass gives the same input share the basis of a split by it, as loading does.
+
+    Which they are is otherwise known from the statistics. Model and batch are on the same device, meta or another.
+    """
+    given: dict[str, list[torch.Tensor]] = {}
+
+    def see(name: str) -> Callable[..., None]:
+        return lambda _module, args: given.setdefault(name, []).append(args[0])
+
+    by_inputs = {
+        name: layer
+        for name, layer in osft_layers(model)
+        if isinstance(layer, OSFTLinear) and layer.split_kind in ("right", "left")
+    }
+    if not by_inputs:
+        return
+    hooks = [layer.register_forward_pre_hook(see(name)) for name, layer in by_inputs.items()]
+    try:
+        with torch.no_grad():
+            target_logits(model, batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    share_input_bases(model, {name: tuple(id(tensor) for tensor in tensors) for name, tensors in given.items()})
 
 
 def logits_line(model: PreTrainedModel, num_loss_tokens: int) -> MemoryLine:

@@ -36,6 +36,7 @@ from osft.training.memory import (
     allowance_line,
     count_activations,
     logits_line,
+    share_bases_of_inputs,
     use_counted_attention,
 )
 from osft.training.prepare import check_model
@@ -204,7 +205,8 @@ def lines_of_tokens(
 ) -> tuple[list[MemoryLine], Activations | None, str]:
     """Activations and logits of a micro-batch of which `loss_share` has a loss, on any number of GPUs.
 
-    model: on the meta device. Returns the activations, too, or None and why they could not be counted.
+    model: on the meta device; its layers then share bases as a loaded one's do. Returns the activations, too, or None
+    and why they could not be counted.
     """
     attention = config.attn_implementation or attention_of(model.config)
     by_kernel = has_kernel(preflight.attention, model.dtype)
@@ -215,6 +217,7 @@ def lines_of_tokens(
     batch = collate([Sample([0] * tokens, [0] * tokens)], preflight.batching).to("meta")
     activations, problem = None, ""
     try:
+        share_bases_of_inputs(model, batch)
         activations = count_activations(model, batch)
     except Exception as error:  # of an architecture that computes with numbers or masks, which shapes do not have
         problem = f"{type(model).__name__} cannot be computed on shapes alone ({type(error).__name__}: {error})"

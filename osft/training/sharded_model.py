@@ -23,7 +23,7 @@ from osft.models.weight_files import check_finite
 from osft.process.private_names import map_tensors
 from osft.settings.training import TrainConfig
 from osft.subspace.factor_set import FactorSet, check_settings, check_weights, load_factor_set
-from osft.subspace.model import inject_empty, osft_layers
+from osft.subspace.model import inject_empty, osft_layers, share_input_bases
 from osft.subspace.targets import select_targets, transformer_blocks
 from osft.subspace.weight import local
 
@@ -69,6 +69,8 @@ def load_sharded(
         base_dtypes={target.name: stored.dtype(target.tensor) for target in targets},
         stiffness=config.stiffness,
     )
+    if config.protect == "activations":
+        share_input_bases(model, {name: weight.file for name, weight in factors.weights.items()})
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ties = _ties(model)
@@ -170,7 +172,7 @@ def _load_tensors(model: nn.Module, stored: ModelWeights, factors: FactorSet, ra
         local(layer.coefficients).zero_()
         loaded |= {id(layer.dense_weight()), id(layer.coefficients)}
         for side, basis in (("left", layer.left_basis), ("right", layer.right_basis)):
-            if basis is not None:
+            if basis is not None and id(basis) not in loaded:
                 fill_(f"{name}: {side} basis", basis, partial(factors.rows, name, side))
     for name, parameter in model.named_parameters(remove_duplicate=False):  # of a tied one whichever name is stored
         if name in stored and id(parameter) not in loaded:

@@ -30,7 +30,7 @@ from osft import storage
 from osft.storage.atomic import flush, flush_folder
 from osft.storage.hashes import files_sha256
 from osft.storage.sealed import DamagedFile, read_sealed, write_sealed
-from osft.subspace.model import osft_layers
+from osft.subspace.model import recompute
 from osft.training.mirror import POSITION, Mirror
 
 _FILES = "files"
@@ -146,8 +146,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
     dcp.load(_tensors(model, optimizer), checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
-    for _, layer in osft_layers(model):
-        layer.recompute_()  # and not projected a second time, which would round differently
+    recompute(model)  # and not projected a second time, which would round differently
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -11,13 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from docs.scaling import refreshed_bytes
 from osft.data.packing import collate
-from osft.subspace.factor_store import precompute
 from osft.subspace.model import osft_layers
 from osft.subspace.targets import transformer_blocks
 from osft.subspace.weight import local
 from osft.training.loop import make_optimizer, train_step
 from osft.training.sharded_model import load_sharded
-from tests.training.test_plan import config, packed
+from tests.training.test_plan import SPLITS, config, factor_set, packed
 
 WORLD_SIZE = 2  # of a group without peers; it divides the rows of every weight, which are else filled up
 
@@ -41,17 +40,19 @@ class Collectives(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("free_subspace", ["complement", "core"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_no_tensor_is_whole_and_a_step_gathers_each_block_twice_in_the_weights_dtype_and_reduces_coefficients_only(
-    model_folder, chats, tmp_path, free_subspace
+    model_folder, chats, tmp_path, split
 ):
-    settings = config(model_folder, chats, dtype="bfloat16", free_subspace=free_subspace)
-    factors = precompute(model_folder, tmp_path / "factors", settings.subspace).path
+    settings = config(model_folder, chats, dtype="bfloat16", **SPLITS[split])
+    factors = factor_set(settings, tmp_path / "factors")
     distributed.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
     try:
         mesh = init_device_mesh("cpu", (WORLD_SIZE,))
         model, _ = load_sharded(settings, settings.model_path, factors, device=torch.device("cpu"), mesh=mesh)
-        tensors = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if "rotary" not in name)]
+        a_row = ("rotary", "curvature")
+        buffers = [buffer for name, buffer in model.named_buffers() if not any(each in name for each in a_row)]
+        tensors = [*model.parameters(), *buffers]
         assert {local(tensor).numel() * WORLD_SIZE for tensor in tensors} == {tensor.numel() for tensor in tensors}
         optimizer = make_optimizer(model, settings, fused=False)
         with Collectives() as seen:
@@ -59,7 +60,7 @@ def test_no_tensor_is_whole_and_a_step_gathers_each_block_twice_in_the_weights_d
         layers = [layer for _, layer in osft_layers(model)]
         inside = sum(p.numel() for block in transformer_blocks(model)[1] for p in block.parameters())
         outside = sum(p.numel() for p in model.parameters()) - inside
-        refreshed = sum(refreshed_bytes(layer) for layer in layers)
+        refreshed = refreshed_bytes(layers)
         trained = sum(layer.coefficients.numel() for layer in layers)
         kept = {p.dtype for layer in layers for p in (layer.coefficients, *layer.bases())}
     finally:

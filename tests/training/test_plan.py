@@ -17,9 +17,10 @@ from osft import osft
 from osft.data.chat import Sample
 from osft.data.packing import collate
 from osft.models import likelihood
-from osft.models.loading import empty_model
+from osft.models.loading import empty_model, load_model
 from osft.settings.training import TrainConfig
-from osft.subspace.factor_store import precompute
+from osft.subspace.calibration import measure
+from osft.subspace.factor_store import precompute, precompute_by_inputs
 from osft.subspace.model import inject_empty
 from osft.subspace.rank_allocation import allocate_ranks
 from osft.subspace.targets import select_targets
@@ -30,7 +31,7 @@ from osft.training.plan import TrainingPlan, plan
 from osft.training.prepare import prepare_training_data
 from osft.training.sharded_model import load_sharded
 from tests.architectures import small_config
-from tests.conftest import byte_tokenizer, tiny_llama, write_jsonl
+from tests.conftest import byte_tokenizer, feeding, tiny_llama, write_jsonl
 
 LLAMA_8B = Path(__file__).parents[1] / "data_llama_8b"
 GIB = 2**30
@@ -73,9 +74,12 @@ def loaded_bytes(settings: TrainConfig, factors: Path, world_size: int) -> dict[
         found = dict.fromkeys(("weights", "base weights", "bases", "frozen bases", "coefficients", "buffers"), 0)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             leaf = name.rsplit(".", 1)[-1]
-            kind = {"coefficients": "coefficients", "base_weight": "base weights", "frozen_basis": "frozen bases"}.get(
-                leaf, "bases" if leaf.endswith("_basis") else "buffers" if "rotary" in name else "weights"
-            )
+            kind = {
+                "coefficients": "coefficients",
+                "base_weight": "base weights",
+                "frozen_basis": "frozen bases",
+                "curvature": "buffers",
+            }.get(leaf, "bases" if leaf.endswith("_basis") else "buffers" if "rotary" in name else "weights")
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             found[kind] += local.nbytes
     finally:
@@ -84,18 +88,28 @@ def loaded_bytes(settings: TrainConfig, factors: Path, world_size: int) -> dict[
     return found | {"coefficients": 4 * found["coefficients"]}
 
 
+SPLITS = {
+    "complement": {},
+    "core": {"free_subspace": "core"},
+    "activations": {"protect": "activations"},
+}
+
+
+def factor_set(settings: TrainConfig, store: Path) -> Path:
+    """That of a run with these settings, in a store."""
+    model_path, subspace = settings.model_path, settings.subspace
+    if subspace.protect == "weights":
+        return precompute(model_path, store, subspace).path
+    model = load_model(model_path, dtype=torch.float32)
+    statistics = measure(model, select_targets(model), packed(64), feeding=feeding())
+    return precompute_by_inputs(model_path, store, subspace, statistics, statistics_file="").path
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("free_subspace", ["complement", "core"])
-def test_static_lines_are_the_bytes_of_the_loaded_model(model_folder, chats, tmp_path, world_size, free_subspace):
-    settings = config(
-        model_folder,
-        chats,
-        nproc_per_node=world_size,
-        dtype="bfloat16",
-        free_subspace=free_subspace,
-    )
-    subspace = settings.subspace
-    factors = precompute(model_folder, tmp_path / "factors", subspace).path
+@pytest.mark.parametrize("split", SPLITS)
+def test_static_lines_are_the_bytes_of_the_loaded_model(model_folder, chats, tmp_path, world_size, split):
+    settings = config(model_folder, chats, nproc_per_node=world_size, dtype="bfloat16", **SPLITS[split])
+    factors = factor_set(settings, tmp_path / "factors")
     planned = bytes_by_name(plan(settings), world_size)
     loaded = loaded_bytes(settings, factors, world_size)
     assert {name: planned[name] for name in loaded} == loaded
@@ -337,6 +351,28 @@ def test_lines_of_llama_8b_add_up(eight_billion):
         assert one[name] == 8 * eight[name]
     assert one["weights"] == 2 * eight_billion.total_parameters
     assert one["coefficients"] == 16 * eight_billion.trainable_parameters
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_layers_with_one_input_hold_one_basis_and_keep_what_it_is_multiplied_with_once(
+    chats, model_folder, tmp_path, gradient_checkpointing
+):
+    settings = config(
+        model_folder, chats, protect="activations", gradient_checkpointing=gradient_checkpointing, dtype="bfloat16"
+    )
+    planned = bytes_by_name(plan(settings), 1)
+    hidden, intermediate, tokens = 32, 64, settings.max_tokens_per_gpu
+    alone = hidden // 4 * (3 * hidden) + intermediate // 4 * intermediate  # q, k, v; o; gate, up; down
+    assert planned["bases"] == 2 * 4 * alone
+
+    factors = factor_set(settings, tmp_path / "factors")
+    model, _ = load_sharded(settings, settings.model_path, factors, device=torch.device("cpu"))
+    model.gradient_checkpointing_disable()
+    use_counted_attention(model, "sdpa")
+    counted = count_activations(model, collate(packed(tokens)))
+    assert planned["activations"] == pytest.approx(
+        counted.total(gradient_checkpointing=gradient_checkpointing), rel=0.02
+    )
 
 
 def test_document_about_scaling_says_what_the_dry_run_does(eight_billion):
