@@ -358,7 +358,12 @@ def test_layers_with_one_input_hold_one_basis_and_keep_what_it_is_multiplied_wit
     chats, model_folder, tmp_path, gradient_checkpointing
 ):
     settings = config(
-        model_folder, chats, protect="activations", gradient_checkpointing=gradient_checkpointing, dtype="bfloat16"
+        model_folder,
+        chats,
+        protect="activations",
+        gradient_checkpointing=gradient_checkpointing,
+        dtype="bfloat16",
+        attn_implementation="sdpa",
     )
     planned = bytes_by_name(plan(settings), 1)
     hidden, intermediate, tokens = 32, 64, settings.max_tokens_per_gpu
