@@ -149,6 +149,14 @@ def _timed(seconds: dict[str, float], what: str, device: str) -> Iterator[None]:
     seconds[what] = time.perf_counter() - started
 
 
+def seconds_of(work: Callable[[], Any], device: str) -> float:
+    """How long it takes, until the GPU is done with it."""
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "", device):
+        work()
+    return seconds[""]
+
+
 def synchronize(device: str) -> None:
     """Wait for the GPU, where there is one."""
     if device == "cuda":

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -36,6 +37,7 @@ from benchmarks.contestants import (
     build,
     prepare,
     random_batches,
+    seconds_of,
     stepper,
     synchronize,
     train_config,
@@ -96,12 +98,9 @@ def measure_seconds(
         batches = random_batches(shape, count=shape.micro_batches, tokens=shape.tokens, seed=shape.seed + repetition)
         for method, step in steps.items():
             progress(f"{shape.tokens} tokens: step {repetition}/{shape.repetitions} {METHODS[method]}")
-            synchronize(shape.device)
-            started = time.perf_counter()
-            step(batches)
-            synchronize(shape.device)
+            taken = seconds_of(partial(step, batches), shape.device)
             if repetition:
-                seconds[method].append(time.perf_counter() - started)
+                seconds[method].append(taken)
     return seconds
 
 

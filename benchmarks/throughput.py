@@ -9,17 +9,18 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.contestants import Settings, build, stepper, synchronize, train_config
+from benchmarks.contestants import Settings, build, seconds_of, stepper, train_config
 from benchmarks.texts import python_source, write_tokenizer
 from osft.data.packing import FAST_TOKENS, Batching, Feeding
 from osft.data.prepare import prepare
-from osft.data.records import Record, parse_record
+from osft.data.records import parse_record
 from osft.data.samples import SampleList
 from osft.evaluation.scoring import Asked, score_records
 
@@ -54,18 +55,18 @@ def measure_throughput(
         batches = [batch for _, batch in feeding.batches(SampleList(right))]
         seconds: dict[str, list[float]] = {"train": [], "evaluate": []}
 
-        def evaluate(_: Any, records: Sequence[Record] = records) -> None:
-            score_records(served, tokenizer, records, max_tokens=feeding.max_tokens, batching=shared)
-
+        works: dict[str, Callable[[], Any]] = {
+            "train": partial(step, batches),
+            "evaluate": partial(
+                score_records, served, tokenizer, records, max_tokens=feeding.max_tokens, batching=shared
+            ),
+        }
         for repetition in range(ROUNDS + 1):  # the first one warms up
             progress(f"tokens per second, {kind}: {repetition}/{ROUNDS}")
-            for what, work in (("train", step), ("evaluate", evaluate)):
-                synchronize(settings.device)
-                started = time.perf_counter()
-                work(batches)
-                synchronize(settings.device)
+            for what, work in works.items():
+                taken = seconds_of(work, settings.device)
                 if repetition:
-                    seconds[what].append(time.perf_counter() - started)
+                    seconds[what].append(taken)
         found[kind] = {
             what: _num_tokens(samples) / median(seconds[what])
             for what, samples in (("train", right), ("evaluate", all_answers))
