@@ -201,8 +201,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
         "copy of the weights",
         f"seconds: median (min-max) of {settings['repetitions']} rounds in which the methods take turns, half as many "
         f"of the long sample; ratios: of the medians (min-max of the rounds)",
-        "a forward pass and a backward pass to the inputs, which no method saves, are 4 of full fine-tuning's 6 operations "
-        f"a token; LoRA, which adds least to them, takes {_lora(result)} of mini-trainer's time",
+        "a forward pass and a backward pass to the inputs, which no method saves, are 4 of full fine-tuning's 6 "
+        f"operations a token; LoRA, which adds least to them, takes {_lora(result)} of mini-trainer's time",
         "memory: peak of a step above the process before the model was built, initialization excluded; the "
         "allocator returns freed blocks at once; mapped files count",
         f"leak: median over the weights after {settings['leak_steps']} steps on 2 layers of hidden size 256 in "
