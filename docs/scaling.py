@@ -101,8 +101,7 @@ def _of_model(
             model.get_parameter(target.tensor).requires_grad_(True)
     fixed, activations, problem = lines_of_tokens(model, config, _preflight(model.config), 1.0)
     assert activations is not None, problem
-    inside = sum(parameter.numel() for block in transformer_blocks(model)[1] for parameter in block.parameters())
-    outside = sum(parameter.numel() for parameter in model.parameters()) - inside
+    inside, outside = gathered_numbers(model)
     passes = 3 if config.gradient_checkpointing else 2  # forward, again, and backward to the inputs
     per_token = 2 * passes * targets + 4 * head  # the head's output is not computed again
     if method == FULL:
@@ -139,6 +138,19 @@ def _of_model(
         "targets": float(targets),
         "trained": float(trained),
     }
+
+
+def gathered_numbers(model: PreTrainedModel) -> tuple[int, int]:
+    """How many numbers FSDP2 gathers for a pass through the blocks, and of all that is outside of them."""
+    unread = {id(layer.coefficients) for _, layer in osft_layers(model)}
+    in_blocks = {id(parameter) for block in transformer_blocks(model)[1] for parameter in block.parameters()}
+    inside = outside = 0
+    for parameter in model.parameters():
+        if id(parameter) in in_blocks:
+            inside += parameter.numel() if id(parameter) not in unread else 0
+        else:
+            outside += parameter.numel()
+    return inside, outside
 
 
 def _operations_per_token(layers: Sequence[OSFTWeight], forward_passes: int) -> int:
@@ -312,7 +324,7 @@ For G GPUs, T tokens in a micro-batch on each, target weights (m, n) of N number
 | operations a token | (6 + 2c) N + 6 H | (4 + 2c) N + 4 H + 2 K + sum of (1 + c) 2 n r of each right basis and 2 m r of each left one |
 | operations a step, in float32 | – | sum of 2 m n r, three times that where a long side is projected; divided by G. Each GPU alike: 2 r r n of "core" and square weights, 4 n (n - r) r of projected tall ones |
 | bytes a GPU holds | 16 (N + …) / G | (2 + 2) N / G, 16 K / G, bases and frozen bases in float32 / G |
-| bytes that reach a GPU | 2 x 2 bytes of each number in a block and 2 of the others for gathering, 4 of each gradient | the same, of weights, bases and X; 4 K for its gradient; `refresh` gathers its right bases, or what stands in [`weight.py`](../osft/subspace/weight.py) |
+| bytes that reach a GPU | 2 x 2 bytes of each number in a block and 2 of the others for gathering, 4 of each gradient | the same, of weights and bases; 4 K for the gradient of X, whose values are not gathered; `refresh` gathers its right bases, or what stands in [`weight.py`](../osft/subspace/weight.py) |
 
 With `protect="activations"`, layers with the same input (q, k and v; gate and up) have one right basis: it is held,
 gathered and multiplied with once. LoRA is as OSFT with adapters of rank 16 in place of X, and no refresh. Attention's
@@ -357,8 +369,7 @@ On 512:
 {most}
 
 Sharded over nodes, any method waits for the network with so few tokens. What is sent does not depend on them, so a step
-with twice the `max_tokens_per_gpu` takes hardly longer. Of what is gathered with `protect="activations"`, a sixth is X,
-whose values no forward or backward pass reads: that has not been avoided yet.
+with twice the `max_tokens_per_gpu` takes hardly longer.
 
 The largest model, as wide as an 8B Llama and deeper, that one GPU of 80 GiB can tune so:
 

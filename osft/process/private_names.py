@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -89,6 +89,35 @@ def version_of(tensor: torch.Tensor) -> int:
     PyTorch keeps the count for its own checks and documents no way to it.
     """
     return int(tensor._version)
+
+
+def hand_out_unread(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let FSDP2 gather nothing of these sharded parameters, whose values no forward or backward pass reads.
+
+    What a pass gets in the place of one has its shape, the dtype in which FSDP2 would gather it, and a single element,
+    NaN. The gradients are reduced as ever. Call it when all tensors are on their device.
+
+    FSDP2's extension point (`fsdp_pre_all_gather` and `fsdp_post_all_gather` of the local tensor) is documented for
+    subclasses of Tensor, which the optimizer's state would then be of, and makes a whole tensor of what is handed out.
+    """
+    import torch
+    from torch import nn
+    from torch.distributed.fsdp import FSDPModule
+
+    unread = {id(parameter) for parameter in parameters}
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    for group in (group for state in states for group in state._fsdp_param_groups):
+        for sharded in group.fsdp_params:
+            if id(sharded.sharded_param) in unread:
+                local: Any = sharded._sharded_local_tensor
+                local.fsdp_pre_all_gather = lambda mesh, size, stride, module, policy: ((), None)
+                local.fsdp_post_all_gather = lambda outputs, metadata, dtype, *, out: None
+                sharded._init_extensions()
+                dtype = sharded.mp_policy.param_dtype or sharded.sharded_param.dtype
+                element = torch.full((), torch.nan, dtype=dtype, device=local.device)
+                sharded._unsharded_param = nn.Parameter(element.expand(sharded.sharded_param.shape))
+        # The dtype of what a group gathers is read off its first.
+        group.fsdp_params.sort(key=lambda sharded: id(sharded.sharded_param) in unread)
 
 
 def as_plain_tensors() -> AbstractContextManager[None]:

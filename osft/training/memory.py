@@ -143,7 +143,8 @@ def _gathered_line(model: PreTrainedModel) -> MemoryLine:
     blocks = [list(block.parameters()) for block in transformer_blocks(model)[1]]
     inside = {id(parameter) for block in blocks for parameter in block}
     root = gathered(parameter for parameter in model.parameters() if id(parameter) not in inside)
-    largest = max(gathered(block) for block in blocks)
+    # Of what is trained the values are not gathered.
+    largest = max(gathered(parameter for parameter in block if not parameter.requires_grad) for block in blocks)
     trained = [[parameter for parameter in block if parameter.requires_grad] for block in blocks]
     gradients = max(gathered(block) for block in trained)
     reduced = max(sum(4 * parameter.numel() for parameter in block) for block in trained)

@@ -20,7 +20,7 @@ from osft.models.conversion import ModelWeights
 from osft.models.loading import empty_model
 from osft.models.packed_attention import AttentionShape, use_kernel
 from osft.models.weight_files import check_finite
-from osft.process.private_names import map_tensors
+from osft.process.private_names import hand_out_unread, map_tensors
 from osft.settings.training import TrainConfig
 from osft.subspace.factor_set import FactorSet, check_settings, check_weights, load_factor_set
 from osft.subspace.model import inject_empty, osft_layers, share_input_bases
@@ -85,16 +85,18 @@ def load_sharded(
         for other in others:
             owner, _, leaf = other.rpartition(".")
             setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+    if mesh:
+        hand_out_unread(model, (layer.coefficients for _, layer in osft_layers(model)))
     _load_tensors(model, stored, factors, rank, world_size)
     use_kernel(model, attention, device)
     return model, stored
 
 
 def gathered_dtype(model: nn.Module) -> torch.dtype | None:
-    """In which FSDP2 gathers bases and coefficients, float32 where they are kept; None: as they are.
+    """In which FSDP2 gathers bases, kept in float32, and gets the gradients of coefficients; None: as they are.
 
     It is the weights' own, in which the layers compute with them: half the bytes in bfloat16, and one cast a shard.
-    Their gradients are added up in float32. None of a model whose weights have several: the others would be cast, too.
+    The gradients are added up in float32. None of a model whose weights have several: the others would be cast, too.
     """
     own = {id(each) for _, layer in osft_layers(model) for each in (layer.coefficients, *layer.bases())}
     dtypes = {parameter.dtype for parameter in model.parameters() if id(parameter) not in own}

@@ -9,10 +9,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from docs.scaling import refreshed_bytes
+from docs.scaling import gathered_numbers, refreshed_bytes
 from osft.data.packing import collate
 from osft.subspace.model import osft_layers
-from osft.subspace.targets import transformer_blocks
 from osft.subspace.weight import local
 from osft.training.loop import make_optimizer, train_step
 from osft.training.sharded_model import load_sharded
@@ -58,8 +57,7 @@ def test_no_tensor_is_whole_and_a_step_gathers_each_block_twice_in_the_weights_d
         with Collectives() as seen:
             train_step(model.train(), optimizer, [collate(packed(64))], num_loss_tokens=60, world_size=WORLD_SIZE)
         layers = [layer for _, layer in osft_layers(model)]
-        inside = sum(p.numel() for block in transformer_blocks(model)[1] for p in block.parameters())
-        outside = sum(p.numel() for p in model.parameters()) - inside
+        inside, outside = gathered_numbers(model)
         refreshed = refreshed_bytes(layers)
         trained = sum(layer.coefficients.numel() for layer in layers)
         kept = {p.dtype for layer in layers for p in (layer.coefficients, *layer.bases())}

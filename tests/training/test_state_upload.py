@@ -1,42 +1,17 @@
 """Uploads that are slower than collective operations may be, with real process groups."""
 
-import multiprocessing
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from osft.training.state_upload import StateUpload
+from tests.training.in_processes import in_processes
 
 TIMEOUT_SECONDS = 1.2
 UPLOAD_SECONDS = 2.0
-
-
-def in_two_processes(function: Callable[[int], object], folder: Path) -> list[object]:
-    """What the function gives on each rank of a gloo group with a short timeout, or the text of its error."""
-    context = multiprocessing.get_context("fork")
-    found = context.Queue()
-
-    def run(rank: int) -> None:
-        torch.set_num_threads(1)
-        try:
-            store = torch.distributed.FileStore(str(folder / "store"), 2)
-            timeout = timedelta(seconds=TIMEOUT_SECONDS)
-            torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
-            found.put((rank, function(rank)))
-        except Exception as error:
-            found.put((rank, f"{type(error).__name__}: {error}"))
-
-    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = dict(found.get(timeout=60) for _ in processes)
-    for process in processes:
-        process.join(30)
-    return [results[rank] for rank in range(2)]
 
 
 def step(upload: StateUpload) -> None:
@@ -74,7 +49,7 @@ def test_slow_upload_of_a_rank_does_not_end_the_others(tmp_path, trains_on):
         upload.settle()
         return is_complete
 
-    assert in_two_processes(run, tmp_path)[0] is trains_on
+    assert in_processes(run, tmp_path, timeout_seconds=TIMEOUT_SECONDS)[0] is trains_on
     assert (tmp_path / "position").read_text() == "shard-0 shard-1"
 
 
@@ -85,7 +60,7 @@ def test_waiting_for_it_in_a_barrier_would(tmp_path):
         time.sleep(UPLOAD_SECONDS * rank)
         torch.distributed.barrier()
 
-    assert "timed out" in str(in_two_processes(run, tmp_path)[0]).lower()
+    assert "timed out" in str(in_processes(run, tmp_path, timeout_seconds=TIMEOUT_SECONDS)[0]).lower()
 
 
 def test_next_state_waits_for_the_one_before(tmp_path):
@@ -97,7 +72,7 @@ def test_next_state_waits_for_the_one_before(tmp_path):
         upload.settle()
         return done
 
-    assert in_two_processes(run, tmp_path) == [["first", "second"]] * 2
+    assert in_processes(run, tmp_path, timeout_seconds=TIMEOUT_SECONDS) == [["first", "second"]] * 2
 
 
 def test_error_of_an_upload_is_raised_with_the_next_step():
