@@ -56,8 +56,7 @@ def counts(
     """What one step of one micro-batch on each of `gpus` GPUs takes of a Llama with this config.json.
 
     Bytes a GPU: "memory: …" and, received in a step, "wire: …". Operations: "token", of one token in the computation's
-    dtype; once a step, in float32, "step", of all GPUs together, and "step on each" that each does alike. Numbers:
-    "parameters", "targets" and "trained".
+    dtype; once a step, in float32, "step", of all GPUs together. Numbers: "parameters", "targets" and "trained".
     """
     values = json.dumps(shape)
     two, three = (_of_blocks(values, method, blocks, gpus, tokens, checkpointing) for blocks in (2, 3))
@@ -132,8 +131,7 @@ def _of_model(
         "wire: reduced": others * 4 * trained,
         "wire: refreshed": others * refreshed_bytes(layers),
         "token": float(per_token),
-        "step": float(sum(_operations_per_step(layer)[0] for layer in layers)),
-        "step on each": float(sum(_operations_per_step(layer)[1] for layer in layers)),
+        "step": float(sum(_operations_per_step(layer, gpus) for layer in layers)),
         "parameters": float(parameters),
         "targets": float(targets),
         "trained": float(trained),
@@ -166,29 +164,27 @@ def _right_bases(layers: Sequence[OSFTWeight]) -> list[torch.Tensor]:
     return list({id(basis): basis for basis in bases}.values())
 
 
-def _operations_per_step(layer: OSFTWeight) -> tuple[int, int]:
-    """Of `OSFTWeight.refresh_`, L X R^T and the projection of a long side: of all GPUs together, and of each alike."""
+def _operations_per_step(layer: OSFTWeight, gpus: int) -> int:
+    """Of `OSFTWeight.refresh_`, L X R^T and the projection of a long side: of all GPUs together."""
     m, n = layer.base_weight.shape
-    shared, repeated = 2 * m * n * layer.rank, 0
-    if layer.left_basis is not None and layer.right_basis is not None:
-        repeated += 2 * layer.rank**2 * n
+    operations = 2 * m * n * layer.rank
     if layer.frozen_basis is not None:
-        shared += 4 * m * n * layer.rank
-        short_side = 4 * layer.frozen_basis.numel() * layer.rank
-        shared, repeated = (shared, short_side) if layer.left_basis is None else (shared + short_side, 0)
-    return shared, repeated
+        operations += 4 * (m * n + layer.frozen_basis.numel()) * layer.rank
+    if layer.left_basis is not None and layer.right_basis is not None:
+        operations += 2 * layer.rank**2 * min(m, gpus * n)  # of each GPU, its rows of L X or all of X R^T
+    return operations
 
 
 def refreshed_bytes(layers: Sequence[OSFTWeight]) -> int:
-    """What `refresh` gathers whole, and the sum over all ranks, which each part crosses twice."""
-    gathered = sum(basis.nbytes for basis in _right_bases(layers))
+    """What `refresh` gathers whole, or sums up for each rank's rows, and twice what it sums up whole."""
+    sent = sum(basis.nbytes for basis in _right_bases(layers))
     for layer in layers:
-        gathered += 0 if layer.left_basis is None else layer.coefficients.nbytes
+        rank, is_wide = layer.rank, layer.left_basis is not None
+        sent += layer.coefficients.nbytes if is_wide else 0
         if layer.frozen_basis is not None:
-            overlap = 4 * layer.base_weight.shape[1] * layer.rank
-            gathered += layer.frozen_basis.nbytes
-            gathered += 2 * overlap if layer.left_basis is None else layer.base_weight.nbytes
-    return gathered
+            n, frozen_rank = layer.base_weight.shape[1], layer.frozen_basis.shape[1]
+            sent += 2 * 4 * rank * (n + frozen_rank)  # two of r x n, and a sum of r x k
+    return sent
 
 
 def _memory(found: Counts) -> float:
@@ -230,7 +226,7 @@ def rate(device: str) -> float:
 
 
 def _seconds(found: Counts, tokens: int, gpus: int, fast: float, exact: float) -> float:
-    return found["token"] * tokens / fast + (found["step"] / gpus + found["step on each"]) / exact
+    return found["token"] * tokens / fast + found["step"] / gpus / exact
 
 
 def _check_rows(device: str) -> list[tuple[str, ...]]:
@@ -322,7 +318,7 @@ For G GPUs, T tokens in a micro-batch on each, target weights (m, n) of N number
 | | full fine-tuning | OSFT |
 | --- | --- | --- |
 | operations a token | (6 + 2c) N + 6 H | (4 + 2c) N + 4 H + 2 K + sum of (1 + c) 2 n r of each right basis and 2 m r of each left one |
-| operations a step, in float32 | – | sum of 2 m n r, three times that where a long side is projected; divided by G. Each GPU alike: 2 r r n of "core" and square weights, 4 n (n - r) r of projected tall ones |
+| operations a step, in float32 | – | sum of 2 m n r, and 2 m r r of "core" and square weights; where a long side is projected, of l the short one, 4 m n r and 4 l (l - r) r more; divided by G |
 | bytes a GPU holds | 16 (N + …) / G | (2 + 2) N / G, 16 K / G, bases and frozen bases in float32 / G |
 | bytes that reach a GPU | 2 x 2 bytes of each number in a block and 2 of the others for gathering, 4 of each gradient | the same, of weights and bases; 4 K for the gradient of X, whose values are not gathered; `refresh` gathers its right bases, or what stands in [`weight.py`](../osft/subspace/weight.py) |
 

@@ -14,8 +14,8 @@ is stable for any size. It is applied after the optimizer's own step, as AdamW a
 
 A stack of experts' weights (num_experts, m, n) is split expert by expert; every tensor then has the experts as its
 first dimension. Under FSDP2 every tensor is sharded by its first dimension. Of a single weight these are the rows:
-`refresh_` computes each rank's rows of W and gathers only the small factor. Of a stack they are whole experts, and
-`refresh_` needs nothing from other ranks.
+`refresh_` computes each rank's rows of W and gathers only the small factor; no rank holds W0 whole. Of a stack they are
+whole experts, and `refresh_` needs nothing from other ranks.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from osft.subspace.decomposition import Factors, SplitKind, factor_shapes
+
+
+def _two_of_three(left: torch.Tensor, middle: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A, B with A B = left middle right, the shorter side multiplied first: of a shard of rows, it is the left."""
+    if left.shape[-2] <= right.shape[-1]:
+        return left @ middle, right
+    return left, middle @ right
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +83,9 @@ class Split:
         if self.left is None:
             assert self.right is not None
             return self.coefficients, self.right.mT
-        return self.left, self.coefficients if self.right is None else self.coefficients @ self.right.mT
+        if self.right is None:
+            return self.left, self.coefficients
+        return _two_of_three(self.left, self.coefficients, self.right.mT)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,6 +96,29 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All rows, gathered from every rank; of a stack of experts, this rank's experts, which are whole."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) and tensor.ndim == 2 else local(tensor)
+
+
+def _sum(part: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
+    """The sum of all ranks' parts, whole on each."""
+    if mesh is not None:
+        torch.distributed.all_reduce(part, group=mesh.get_group())
+    return part
+
+
+def _rows_of_sum(part: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
+    """This rank's rows of the sum of all ranks' parts."""
+    if mesh is None:
+        return part
+    return DTensor.from_local(part, mesh, [Partial()], run_check=False).redistribute(placements=[Shard(0)]).to_local()
+
+
+def _all_rows(rows: torch.Tensor, count: int, mesh: DeviceMesh | None) -> torch.Tensor:
+    """(count, columns), of which each rank gives its rows."""
+    if mesh is None:
+        return rows
+    shape = torch.Size((count, rows.shape[1]))
+    stride = (rows.shape[1], 1)
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride).full_tensor()
 
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -209,20 +242,25 @@ class OSFTWeight(nn.Module):
     def _project_(self) -> None:
         """X <- X - U U^T X on the long side, U = W0 B being the frozen directions of that side and B `frozen_basis`.
 
-        U is never formed: it is as long as the weight, B as short as its other side.
+        U is never formed: it is as long as the weight, B as short as its other side. Neither W0 nor B is gathered:
+        each rank multiplies with its rows, and what is sent is of the size of X or of a side of it.
         """
         if self.frozen_basis is None:
             return
-        coefficients, basis = local(self.coefficients), whole(self.frozen_basis)
-        if self.left_basis is None:  # tall: the rows of X are those of the weight, and each rank holds its own
-            base = local(self.base_weight).to(coefficients.dtype)
-            overlap = base.mT @ coefficients
-            if isinstance(self.coefficients, DTensor) and coefficients.ndim == 2:
-                torch.distributed.all_reduce(overlap, group=self.coefficients.device_mesh.get_group())
-            coefficients.sub_(base @ (basis @ (basis.mT @ overlap)))
+        coefficients, basis = local(self.coefficients), local(self.frozen_basis)
+        base, mesh = local(self.base_weight).to(coefficients.dtype), self._mesh()
+        if self.left_basis is None:  # tall: the rows of X are those of the weight
+            overlap = _rows_of_sum(base.mT @ coefficients, mesh)
+            inside = _sum(basis.mT @ overlap, mesh)
+            coefficients.sub_(base @ _all_rows(basis @ inside, base.shape[-1], mesh))
         else:  # wide: each row of X is orthogonalized by itself
-            base = whole(self.base_weight).to(coefficients.dtype)
-            coefficients.sub_(((coefficients @ base.mT) @ basis) @ basis.mT @ base)
+            overlap = _sum(whole(self.coefficients) @ base.mT @ basis, mesh)
+            coefficients.sub_(_rows_of_sum(overlap @ basis.mT @ base, mesh))
+
+    def _mesh(self) -> DeviceMesh | None:
+        """Over which rows are sharded; None on one process, and of experts, which are whole where they are."""
+        coefficients = self.coefficients
+        return coefficients.device_mesh if isinstance(coefficients, DTensor) and coefficients.ndim == 2 else None
 
     def _factors(self, gather: Gather) -> tuple[torch.Tensor, torch.Tensor]:
         """A, B with A B = this rank's part of L X R^T; A is sharded like the weight, B has what A needs."""
@@ -231,7 +269,7 @@ class OSFTWeight(nn.Module):
             return local(self.coefficients), gather(self.right_basis).mT
         if self.right_basis is None:
             return local(self.left_basis), whole(self.coefficients)
-        return local(self.left_basis), whole(self.coefficients) @ gather(self.right_basis).mT
+        return _two_of_three(local(self.left_basis), whole(self.coefficients), gather(self.right_basis).mT)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

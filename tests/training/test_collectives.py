@@ -32,8 +32,8 @@ class Collectives(TorchDispatchMode):
         operation = func.name().split("::")[1].removesuffix("_")
         if operation in ("_allgather_base", "_reduce_scatter_base"):  # FSDP2's; (output, input, …)
             self.bytes[operation] += max(tensor.nbytes for tensor in args[:2])
-        elif operation == "all_gather_into_tensor":  # `full_tensor`'s
-            self.bytes["refreshed"] += result.nbytes
+        elif operation in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # those of DTensor
+            self.bytes["refreshed"] += max(args[0].nbytes, result.nbytes)
         elif operation == "allreduce" and args[0][0].numel() > 1:
             self.bytes["refreshed"] += 2 * args[0][0].nbytes
         return result
