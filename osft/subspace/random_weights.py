@@ -1,11 +1,13 @@
 """A model of any size with random weights, cheap enough to run a few tokens through on a laptop.
 
 Large weights are windows into one row of random numbers, `W[i, j] = row[i + j]`: as good as random for what depends on
-the code alone, and of no size. Embeddings and the head are cut to the few tokens and positions
-that are tried. Of blocks that are alike, one is computed and the others hand on what they get.
+the code alone, and of no size. A matrix product would copy such a window each time, so those that are not the largest
+are copied once for all weights of a shape. Embeddings and the head are cut to the few tokens and positions that are
+tried. Of blocks that are alike, one is computed and the others hand on what they get.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ ROWS = 256
 """Of an embedding: token ids and positions must stay below."""
 _LARGE = 2**14
 """Elements from which a weight is a window."""
+_COPIED = 2**26
+"""Elements of the largest window that is copied: 256 MiB in float32."""
 
 
 @torch.no_grad()
@@ -28,14 +32,14 @@ def fill_at_random(model: PreTrainedModel) -> None:
     """Give the parameters of an empty model random values on the CPU, the same ones each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        row = torch.randn(2 * max(sum(parameter.shape) for parameter in model.parameters()))
+        window = _windows(torch.randn(2 * max(sum(parameter.shape) for parameter in model.parameters())))
         head = model.get_output_embeddings()
         filled: dict[int, nn.Parameter] = {}  # tied parameters stay one
         for module in model.modules():
             for name, parameter in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
                 if id(parameter) not in filled:
                     cut = module is head or isinstance(module, nn.Embedding)
-                    value = _random(module, name, parameter[:ROWS] if cut else parameter, row)
+                    value = _random(module, name, parameter[:ROWS] if cut else parameter, window)
                     filled[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
                 module.register_parameter(name, filled[id(parameter)])
             if isinstance(module, nn.Embedding):
@@ -48,17 +52,32 @@ def fill_at_random(model: PreTrainedModel) -> None:
                 parameter.normal_(std=0.02)
 
 
-def _random(module: nn.Module, name: str, parameter: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Values for a parameter; those of a large one are windows into `row`."""
-    shape = list(parameter.shape)
+_Windows = Callable[[tuple[int, ...], float, torch.dtype], torch.Tensor]
+"""A large weight's values, from its shape, standard deviation and dtype."""
+
+
+def _windows(row: torch.Tensor) -> _Windows:
+    """Windows into `row`; weights that ask for the same one share it."""
+
+    @cache
+    def window(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> torch.Tensor:
+        values = (row[: sum(shape)] * scale).to(dtype).as_strided(shape, [1] * len(shape))
+        return values.contiguous() if len(shape) == 2 and values.numel() <= _COPIED else values
+
+    return window
+
+
+def _random(module: nn.Module, name: str, parameter: torch.Tensor, window: _Windows) -> torch.Tensor:
+    """Values for a parameter; those of a large one are a window."""
+    shape = tuple(parameter.shape)
     if len(shape) < 2:
         return (torch.ones if name == "weight" else torch.zeros)(shape, dtype=parameter.dtype)
     if parameter.numel() < _LARGE:
         return torch.randn(shape, dtype=parameter.dtype) * _scale(module, shape)
-    return (row[: sum(shape)] * _scale(module, shape)).to(parameter.dtype).as_strided(shape, [1] * len(shape))
+    return window(shape, _scale(module, shape), parameter.dtype)
 
 
-def _scale(module: nn.Module, shape: list[int]) -> float:
+def _scale(module: nn.Module, shape: tuple[int, ...]) -> float:
     """Standard deviation that keeps the size of what a linear layer computes."""
     if isinstance(module, nn.Embedding):
         return 1.0
