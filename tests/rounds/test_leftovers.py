@@ -130,8 +130,8 @@ def factors(*keys: str) -> set[str]:
     return {name for key in keys for name in (f"factors/sets/{key}.json", f"factors/weights/{key}.safetensors")}
 
 
-def test_storage_grows_by_what_the_versions_hold(rounds):
-    outcomes = ["promoted", "refused", "nothing", "failed", "promoted"] * 3
+def test_storage_of_twenty_rounds_grows_by_what_the_versions_hold(rounds):
+    outcomes = ["promoted", "refused", "nothing", "failed", "promoted"] * 4
     for number, outcome in enumerate(outcomes):
         rounds.play(f"r{number}", outcome)
     sets = {name for name in rounds.files() if name.startswith("factors/sets/")}
