@@ -238,7 +238,7 @@ def decompose(weight: torch.Tensor, rank: int, split: SplitKind = "complement") 
 def _gram(weight: torch.Tensor) -> torch.Tensor:
     """W^T W, (n, n), as `eigh` reads it: the lower triangle, in blocks of rows. What is above is not the product's."""
     columns = weight.shape[1]
-    gram, block = weight.new_zeros(columns, columns), max(256, columns // 8)
+    gram, block = weight.new_zeros(columns, columns), max(192, columns // 8)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         torch.mm(weight[:, start:stop].T, weight[:, :stop], out=gram[start:stop, :stop])
