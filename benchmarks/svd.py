@@ -5,15 +5,20 @@
 Seconds are those that the process computed (user and system time of one thread), so that others on the machine count
 less than on the wall's clock. The ways take turns.
 
-    torch.linalg.svd   all singular vectors, float32
-    decompose          the eigenvectors of the Gram matrix in float64, and of the long side what the split needs
-    next_split         from the split of the weight before a round that moved it, with its checks
+    torch.linalg.svd, float32   all singular vectors
+    torch.linalg.svd, float64   the same, of the weight in float64: what the others are compared with
+    decompose                   eigenvectors of the Gram matrix in float64, and of the long side what the split needs
+    next_split                  from the split of the weight before a round that moved it, with its checks
+
+How exact a way is, is the sine of the largest angle between its free directions of the input and those of the float64
+decomposition.
 """
 
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -28,6 +33,7 @@ from osft.subspace.next_split import next_split
 
 SHAPES = ((2048, 2048), (5632, 2048))
 RATIO = 0.25
+SINGLE, DOUBLE = "torch.linalg.svd, float32", "torch.linalg.svd, float64"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -51,44 +57,64 @@ def trained(weight: torch.Tensor, factors: Factors) -> torch.Tensor:
     return weight + 2e-3 * weight.norm() * update / update.norm()
 
 
-def measure(shape: tuple[int, int], runs: int) -> dict[str, list[float]]:
-    """CPU seconds of each way, a run each."""
+@dataclass(slots=True)
+class Measured:
+    """One way to split one weight."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of the CPU, a run each."""
+    sine: float = 0.0
+    """Of the largest angle between its free directions and the exact ones."""
+
+
+def measure(shape: tuple[int, int], runs: int) -> dict[str, Measured]:
+    """Every way `runs` times, in turns."""
     torch.manual_seed(0)
     rank = round(RATIO * min(shape))
     before_weight = a_weight(shape)
     before = decompose(before_weight, rank)
     weight = trained(before_weight, before)
-    ways: dict[str, Callable[[], Factors]] = {
-        "torch.linalg.svd": lambda: Factors(right=torch.linalg.svd(weight, full_matrices=False).Vh[-rank:].T),
-        "decompose": lambda: decompose(weight, rank),
-        "next_split": lambda: next_split(weight, before),
+    ways: dict[str, Callable[[], torch.Tensor | None]] = {
+        SINGLE: lambda: torch.linalg.svd(weight, full_matrices=False).Vh[-rank:].T,
+        DOUBLE: lambda: torch.linalg.svd(weight.double(), full_matrices=False).Vh[-rank:].T,
+        "decompose": lambda: decompose(weight, rank).right,
+        "next_split": lambda: next_split(weight, before).right,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    frozen = torch.linalg.svd(weight.double(), full_matrices=False).Vh[:-rank]
+    measured = {name: Measured() for name in ways}
     for run in range(runs):
         for name, way in ways.items():
             started = time.process_time()
-            way()
-            seconds[name].append(time.process_time() - started)
-            print(f"{shape} run {run + 1} {name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
-    return seconds
+            free = way()
+            taken = time.process_time() - started
+            measured[name].seconds.append(taken)
+            assert free is not None, "of a tall or square weight"
+            measured[name].sine = torch.linalg.matrix_norm(frozen @ free.double(), 2).item()
+            print(f"{shape} run {run + 1} {name}: {taken:.2f} s", file=sys.stderr, flush=True)
+    return measured
 
 
-def report(measured: dict[tuple[int, int], dict[str, list[float]]], results: Path) -> None:
+def report(measured: dict[tuple[int, int], dict[str, Measured]], results: Path) -> None:
     """Write the table."""
     rows = []
-    for (m, n), seconds in measured.items():
-        svd = median(seconds["torch.linalg.svd"])
-        for name, taken in seconds.items():
-            spread = f"{median(taken):.2f} ({min(taken):.2f}-{max(taken):.2f})"
-            rows.append(f"| {m} x {n} | {name} | {len(taken)} | {spread} | {svd / median(taken):.1f} |")
+    for (m, n), ways in measured.items():
+        single, double = (median(ways[name].seconds) for name in (SINGLE, DOUBLE))
+        for name, way in ways.items():
+            taken = median(way.seconds)
+            spread = f"{taken:.2f} ({min(way.seconds):.2f}-{max(way.seconds):.2f})"
+            rows.append(
+                f"| {m} x {n} | {name} | {len(way.seconds)} | {spread} | {way.sine:.0e} | {single / taken:.1f} | "
+                f"{double / taken:.1f} |"
+            )
     machine = describe_machine("cpu")
     lines = [
         "# The split of a weight",
         "",
         "Written by `python -m benchmarks.svd`.",
         "",
-        "| weight | way | runs | CPU seconds, median (min-max) | times faster than torch.linalg.svd |",
-        "|---|---|---|---|---|",
+        "| weight | way | runs | CPU seconds, median (min-max) | sine of the angle to the exact free directions "
+        "| times faster than float32's | than float64's |",
+        "|---|---|---|---|---|---|---|",
         *rows,
         "",
         f"- {machine['processor']}, one thread; torch {machine['torch']}; {date.today().isoformat()}; load "
