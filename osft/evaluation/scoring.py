@@ -228,14 +228,19 @@ def micro_batches(
 ) -> Iterator[tuple[MicroBatch, torch.Tensor]]:
     """All samples in micro-batches on a device, each with its targets' samples: (L,), int64, on the CPU.
 
-    A longer sample than `max_tokens` makes it so many. A progress bar shows `description`.
+    Samples of more than `max_tokens` are put into batches of the next multiple. A progress bar shows `description`.
     """
     lengths = [len(sample.input_ids) for sample in samples]
-    longest = max(max_tokens, *lengths)
-    if batching is Batching.BRANCHED:
-        (plan,) = plan_branches([sample.input_ids for sample in samples], longest)
-    else:
-        (plan,) = plan_micro_batches(lengths, longest, batching=batching)
+    alike: dict[int, list[int]] = {}
+    for position, length in enumerate(lengths):
+        alike.setdefault(-(-length // max_tokens) * max_tokens, []).append(position)
+    plan: list[list[int]] = []
+    for budget, positions in sorted(alike.items()):
+        if batching is Batching.BRANCHED:
+            (bins,) = plan_branches([samples[position].input_ids for position in positions], budget)
+        else:
+            (bins,) = plan_micro_batches([lengths[position] for position in positions], budget, batching=batching)
+        plan += [[positions[at] for at in chosen] for chosen in bins]
     with tqdm(total=sum(lengths), desc=description, unit="token", mininterval=5.0) as progress:
         for chosen in plan:
             batch = collate([samples[position] for position in chosen], batching)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from osft.data.chat import tokenize
+from osft.data.chat import Sample, tokenize
 from osft.data.packing import Batching
 from osft.data.records import Record
 from osft.evaluation.generation import generate
-from osft.evaluation.scoring import RecordScores, changes, describe_accuracy, score_records
+from osft.evaluation.scoring import RecordScores, changes, describe_accuracy, micro_batches, score_records
 from tests.conftest import arithmetic, byte_tokenizer, tiny_llama
 
 
@@ -100,6 +100,17 @@ def test_answers_do_not_depend_on_what_is_asked_beside_them(model, tokenizer):
     assert answers == generate(model, tokenizer, asked_for, together=False)
     assert answers == [answer for record in asked_for for answer in generate(model, tokenizer, [record])]
     assert generate(model, tokenizer, []) == []
+
+
+@pytest.mark.parametrize("batching", list(Batching))
+def test_long_sample_does_not_make_the_batches_of_others_long(batching):
+    lengths = [3, 40, 5, 4, 9, 2, 10, 41, 6]
+    samples = [Sample([number] * length, [number] * length) for number, length in enumerate(lengths)]
+    found = list(micro_batches(samples, torch.device("cpu"), 10, batching, ""))
+    assert sorted(int(i) for _, of_target in found for i in of_target.unique()) == list(range(len(samples)))
+    sizes = [batch.input_ids.numel() for batch, _ in found]
+    assert sizes[-2:] == [40, 41]
+    assert max(sizes[:-2]) <= 10
 
 
 def test_plain_text_has_a_loss_and_no_accuracy(model, tokenizer):
