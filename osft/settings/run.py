@@ -26,6 +26,9 @@ class ModelSettings(Settings):
     gradient_checkpointing: Boolean = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
+    torch_compile: Boolean = False
+    """Compile the transformer blocks with torch.compile, for any length of a micro-batch."""
+
     attn_implementation: Text | None = None
     """Attention kernel, as `transformers` names it: sdpa, eager, flash_attention_2, … None: sdpa, or eager for an
     architecture that does not support it (Gemma 2, gpt-oss); and on a GPU that computes in bfloat16, packed samples by

@@ -37,7 +37,8 @@ _NOT_IDENTITY = frozenset(
         *("ckpt_output_dir", "data_output_dir", "resume", "save_state_minutes", "save_state_steps", "dry_run"),
         *("nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_endpoint", "master_addr", "master_port"),
         *("rdzv_timeout_minutes", "process_group_timeout_minutes", "deterministic"),
-        *("max_tokens_per_gpu", "gradient_checkpointing", "use_liger", "attn_implementation", "trust_remote_code"),
+        *("max_tokens_per_gpu", "gradient_checkpointing", "use_liger", "torch_compile", "attn_implementation"),
+        "trust_remote_code",
         *("mlflow_tracking_uri", "mlflow_experiment_name", "mlflow_run_name", "tensorboard_log_dir"),
         *("wandb_project", "wandb_entity", "wandb_run_name"),
     }

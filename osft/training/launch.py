@@ -34,6 +34,7 @@ from osft.storage.hashes import file_sha256
 from osft.storage.lock import exclusive
 from osft.storage.sealed import write_sealed
 from osft.training.callbacks import Follower, TrainingCallback
+from osft.training.compiling import check_compiler
 from osft.training.disk_space import check_disk_space
 from osft.training.factors import factor_set, factor_store, named_factors
 from osft.training.identity import MADE_OF, model_contents
@@ -80,6 +81,7 @@ def train(config: TrainConfig, callbacks: Sequence[TrainingCallback] = ()) -> Tr
     output = output_folder(config)
     processes = num_processes(config)
     liger = liger_wanted(config)
+    check_compiler(config)
     model = CheckpointReader(model_folder(config.model_path)).folder
     found = check_model(config, model)
     logger.info(found.line())

@@ -26,6 +26,7 @@ from osft.subspace.factor_set import FactorSet, check_settings, check_weights, l
 from osft.subspace.model import inject_empty, osft_layers, share_input_bases
 from osft.subspace.targets import select_targets, transformer_blocks
 from osft.subspace.weight import local
+from osft.training.compiling import compile_blocks
 
 
 def load_sharded(
@@ -73,6 +74,8 @@ def load_sharded(
         share_input_bases(model, {name: weight.file for name, weight in factors.weights.items()})
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.torch_compile:
+        compile_blocks(model)
     ties = _ties(model)
     if mesh:
         policy = MixedPrecisionPolicy(gathered_dtype(model), reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -46,6 +46,25 @@ def test_liger_that_cannot_run_is_refused_before_training(call, tmp_path, monkey
     assert call(use_liger=None, max_steps=1).summary.liger is False, "on only where both are there"
 
 
+@pytest.mark.covers("torch_compile")
+def test_blocks_are_compiled_where_it_is_asked_for(call, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function.__self__) or function)
+    reference = call(max_steps=2)
+    assert not compiled
+    other = call(max_steps=2, torch_compile=True)
+    assert [type(block).__name__ for block in compiled] == ["LlamaDecoderLayer"] * 2
+    assert losses(other) == losses(reference)
+
+
+@pytest.mark.covers("torch_compile")
+def test_compiling_without_a_compiler_is_refused_before_training(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=r"torch_compile=True needs a C\+\+ compiler"):
+        call(torch_compile=True)
+    assert not (tmp_path / "run-1").exists()
+
+
 @pytest.mark.covers("trust_remote_code")
 def test_code_of_the_model_runs_only_with_trust(call, tmp_path):
     folder = tmp_path / "custom"
