@@ -27,7 +27,9 @@ class ModelSettings(Settings):
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
     torch_compile: Boolean = False
-    """Compile the transformer blocks with torch.compile, for any length of a micro-batch."""
+    """Compile the transformer blocks with torch.compile, for any length of a micro-batch. It needs a C++ compiler,
+    which the training image lacks. On a CPU it does not pay: a step of two blocks of the benchmark took 1.06 seconds of
+    a core instead of 1.08, after minutes of compiling. Not measured on a GPU."""
 
     attn_implementation: Text | None = None
     """Attention kernel, as `transformers` names it: sdpa, eager, flash_attention_2, … None: sdpa, or eager for an

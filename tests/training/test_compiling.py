@@ -48,6 +48,7 @@ def steps(*, compiled: bool, gradient_checkpointing: bool) -> list[tuple[float, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the compiler takes minutes on a busy machine
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_losses_are_the_same_and_lengths_are_not_compiled_one_by_one(compiler, gradient_checkpointing):
     expected = steps(compiled=False, gradient_checkpointing=gradient_checkpointing)

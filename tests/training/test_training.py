@@ -103,6 +103,14 @@ def test_two_processes_train_as_one(one_process, two_processes):
     assert_same_training(two_processes, one_process)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_compiled_blocks_that_are_sharded_train_as_the_others(one_process, config, tmp_path, gradient_checkpointing):
+    change = {"torch_compile": True, "gradient_checkpointing": gradient_checkpointing, "nproc_per_node": 2}
+    assert_same_training(train(config.replace(ckpt_output_dir=str(tmp_path / "run"), **change)), one_process)
+
+
 def test_sharded_update_is_orthogonal_to_the_frozen_directions(config, two_processes):
     result = two_processes
     base = CheckpointReader(config.model_path)
