@@ -19,6 +19,7 @@ from osft.settings.training import TrainConfig
 from osft.storage.atomic import write_json
 from osft.subspace import factor_store, select_targets
 from osft.subspace.calibration import measure
+from osft.subspace.preflight import preflight
 from osft.training.loop import make_optimizer, train_step
 from osft.training.sharded_model import load_sharded
 
@@ -200,7 +201,16 @@ def build(method: str, folder: Path, settings: Settings) -> Any:
     if method in subspaces():
         config = train_config(folder, method, settings)
         assert config.factors is not None
-        return load_sharded(config, config.model_path, config.factors, device=device)[0].train()
+        found = preflight(config.model_path)
+        loaded, _ = load_sharded(
+            config,
+            config.model_path,
+            config.factors,
+            device=device,
+            attention=found.attention,
+            loss_head=found.loss_head,
+        )
+        return loaded.train()
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=settings.torch_dtype)
     model.to(device)
     if method == "full_targets":

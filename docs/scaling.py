@@ -81,11 +81,11 @@ def _of_blocks(shape: str, method: str, blocks: int, gpus: int, tokens: int, che
     return _of_model(model, method, gpus, config, parameters, dtype.itemsize)
 
 
-def _preflight(config: PreTrainedConfig) -> Preflight:
-    """What is found of any Llama: its packed samples need no mask."""
+def _preflight(config: PreTrainedConfig, method: str) -> Preflight:
+    """What is found of any Llama: packed samples need no mask, and the loss of a head that is not trained no logits."""
     heads, key_value_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     shape = AttentionShape(heads, key_value_heads, size, size, scale=size**-0.5, window=0)
-    return Preflight(Batching.PACKED, "a Llama", attention=(shape,))
+    return Preflight(Batching.PACKED, "a Llama", attention=(shape,), loss_head=method != FULL)
 
 
 def _of_model(
@@ -98,7 +98,7 @@ def _of_model(
     if method not in OSFT:
         for target in select_targets(model):  # so that their inputs are saved
             model.get_parameter(target.tensor).requires_grad_(True)
-    fixed, activations, problem = lines_of_tokens(model, config, _preflight(model.config), 1.0)
+    fixed, activations, problem = lines_of_tokens(model, config, _preflight(model.config, method), 1.0)
     assert activations is not None, problem
     inside, outside = gathered_numbers(model)
     passes = 3 if config.gradient_checkpointing else 2  # forward, again, and backward to the inputs

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from osft.models import likelihood
+from osft.models import row_slices
 from osft.models.likelihood import cross_entropy, kl_divergence
 
 
 @pytest.fixture(params=[1, 7, 10**6], ids=["row-by-row", "few-rows", "at-once"])
 def several_slices(request, monkeypatch):
-    monkeypatch.setattr(likelihood, "ELEMENTS_AT_ONCE", 11 * request.param)
+    monkeypatch.setattr(row_slices, "ELEMENTS_AT_ONCE", 11 * request.param)
 
 
 def rows(count: int = 20, vocabulary: int = 11, dtype: torch.dtype = torch.float32):

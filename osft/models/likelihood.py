@@ -11,7 +11,9 @@ from transformers.masking_utils import create_masks_for_generate
 
 from osft.data.packing import Batching, Feeding, MicroBatch
 from osft.data.samples import Samples
+from osft.models.loss_head import LossHead
 from osft.models.packed_attention import in_place_of_mask, takes_boundaries
+from osft.models.row_slices import row_slices
 
 
 def target_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -77,8 +79,14 @@ def _attention_mask(model: Any, batch: MicroBatch) -> Any:
 
 
 def token_nll(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Negative log-likelihood of each target in nats, (L,), float32."""
-    return cross_entropy(target_logits(model, batch), batch.targets)
+    """Negative log-likelihood of each target in nats, (L,), float32, without logits where the head is a `LossHead`."""
+    network: Any = model
+    head = network.get_output_embeddings()
+    if not isinstance(head, LossHead):
+        return cross_entropy(target_logits(model, batch), batch.targets)
+    with head.asked_for_losses(batch):
+        losses: torch.Tensor = network(**_inputs(network, batch)).logits
+    return losses.flatten()
 
 
 @torch.no_grad()
@@ -133,12 +141,6 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nll
 
 
-ELEMENTS_AT_ONCE = 2**24
-"""Logits in float32 at a time: 64 MiB. In float64, twice that."""
-ELEMENTS_IN_CACHE = 2**19
-"""At a time on a CPU, where 64 MiB are asked of the system anew each time: a divergence takes a third of the time."""
-
-
 class _CrossEntropy(torch.autograd.Function):
     """log sum_j exp(z_j) - z_target of each row z, with the gradient softmax(z) - onehot(target)."""
 
@@ -181,10 +183,3 @@ def kl_divergence(logits: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         p = log_p.exp()
         divergence[rows] = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)  # not p > 0: a NaN stays one
     return divergence.clamp_(min=0)  # which it is but for rounding
-
-
-def row_slices(logits: torch.Tensor) -> list[slice]:
-    """Rows that are computed at a time."""
-    elements = min(ELEMENTS_AT_ONCE, ELEMENTS_IN_CACHE) if logits.device.type == "cpu" else ELEMENTS_AT_ONCE
-    rows = max(1, elements // max(1, logits.shape[1]))
-    return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]

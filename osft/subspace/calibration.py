@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from osft.data.chat import Sample
 from osft.data.packing import Batching, Feeding, MicroBatch, collate, plan_micro_batches
-from osft.models.likelihood import cross_entropy, row_slices, target_logits
+from osft.models.likelihood import cross_entropy, target_logits
+from osft.models.row_slices import row_slices
 from osft.process.private_names import version_of
 from osft.subspace.moment_sums import OUTPUT_TOKENS, MomentSums
 from osft.subspace.statistics import Part, Statistics

@@ -10,7 +10,7 @@ sample alone:
     neither, or other without what follows      refused
 
 Where packed samples stay apart, samples that branch from one beginning are tried, too, and attention that is told where
-samples begin instead of what to mask.
+samples begin instead of what to mask; and of every model, an output head that gives losses instead of logits.
 """
 
 import math
@@ -29,6 +29,7 @@ from osft.data.packing import Batching, collate
 from osft.models.checkpoint import CheckpointReader
 from osft.models.likelihood import target_logits, token_nll
 from osft.models.loading import UnsupportedModelError, empty_model
+from osft.models.loss_head import LossHead
 from osft.models.packed_attention import AttentionShape, Packed, masked, register
 from osft.process.private_names import attention_of, has_flash_attention, set_attention
 from osft.subspace.model import inject_empty, osft_layers
@@ -62,6 +63,8 @@ class Preflight:
     attention: tuple[AttentionShape, ...] = ()
     """What the layers ask of their attention where it can be told where samples begin, instead of what to mask
     (`osft.models.packed_attention`). Empty where it cannot."""
+    loss_head: bool = False
+    """Whether the loss is that of the output head's product and nothing more: see `osft.models.loss_head`."""
 
     @property
     def shared_batching(self) -> Batching:
@@ -85,7 +88,9 @@ class Preflight:
     def from_dict(cls, values: dict[str, Any]) -> "Preflight":
         """What `to_dict` gave."""
         shapes = tuple(AttentionShape(**shape) for shape in values["attention"])
-        return cls(Batching(values["batching"]), values["reason"], values["branches"], shapes)
+        return cls(
+            Batching(values["batching"]), values["reason"], values["branches"], shapes, loss_head=values["loss_head"]
+        )
 
 
 def preflight(
@@ -217,6 +222,7 @@ def examine(model: PreTrainedModel, *, name: str = "the model") -> Preflight:
             f"{difference:.2g} standard deviations), so they cannot be trained in batches"
         )
     result = _try_packed(model, [first, second, third], rows)
+    result = replace(result, loss_head=_try_loss_head(model, [first, second, third], result.batching))
     try:
         _backward(model, [first, second, third], result.batching)
     except Exception as error:
@@ -272,6 +278,23 @@ def _try_branches(model: PreTrainedModel, samples: Sequence[Sample]) -> bool:
     except Exception:  # it takes no mask of this form
         return False
     return _difference(branched.float(), packed.float()) <= TOLERANCE
+
+
+@torch.no_grad()
+def _try_loss_head(model: PreTrainedModel, samples: Sequence[Sample], batching: Batching) -> bool:
+    """Whether losses are the same if the output head computes them from its own product."""
+    batch = collate(samples, batching).to(model.device)
+    expected = token_nll(model, batch)
+    head: Any = model.get_output_embeddings()
+    if not LossHead.take_place_in(model):
+        return False
+    try:
+        found = token_nll(model, batch)
+    except Exception:  # its code looks at the logits
+        return False
+    finally:
+        head.__class__ = nn.Linear
+    return found.shape == expected.shape and _difference(found, expected) <= TOLERANCE
 
 
 def _hidden_parts(model: PreTrainedModel) -> set[str]:

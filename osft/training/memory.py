@@ -18,7 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AttentionInterface, PreTrainedModel
 
 from osft.data.packing import MicroBatch
-from osft.models.likelihood import ELEMENTS_AT_ONCE, target_logits
+from osft.models.likelihood import target_logits
+from osft.models.loss_head import LOGITS_AT_ONCE
+from osft.models.row_slices import ELEMENTS_AT_ONCE
 from osft.process.private_names import set_attention
 from osft.subspace.linear import OSFTLinear
 from osft.subspace.model import osft_layers, share_input_bases
@@ -262,15 +264,28 @@ def share_bases_of_inputs(model: PreTrainedModel, batch: MicroBatch) -> None:
     share_input_bases(model, {name: tuple(id(tensor) for tensor in tensors) for name, tensors in given.items()})
 
 
-def logits_line(model: PreTrainedModel, num_loss_tokens: int) -> MemoryLine:
-    """The peak around the loss, in its backward pass."""
+def logits_line(model: PreTrainedModel, tokens: int, num_loss_tokens: int, *, loss_head: bool) -> MemoryLine:
+    """The peak around the loss of so many tokens, of which some count: in its backward pass, or with a `LossHead`, in
+    the head's forward pass.
+    """
     head = model.get_output_embeddings().weight
-    numbers = num_loss_tokens * head.shape[0]
+    words, width = head.shape
+    numbers = num_loss_tokens * words
+    if loss_head:
+        at_once = min(num_loss_tokens, max(1, LOGITS_AT_ONCE["cuda"] // words))
+        slices = 8 * min(at_once * words, ELEMENTS_AT_ONCE)
+        return MemoryLine(
+            "logits",
+            head.itemsize * (at_once * words + (tokens + 2 * num_loss_tokens) * width) + slices + 16 * num_loss_tokens,
+            f"of {at_once:,} loss tokens x {words:,} words at a time, {_Tensors([head]).dtypes}; {_mib(slices)} for "
+            f"those of them in float32; the last hidden states, those of {num_loss_tokens:,} loss tokens and their "
+            "gradient",
+        )
     slices = 8 * min(numbers, ELEMENTS_AT_ONCE)
     return MemoryLine(
         "logits",
         2 * head.itemsize * numbers + slices,
-        f"{num_loss_tokens:,} loss tokens x {head.shape[0]:,} words, {_Tensors([head]).dtypes}, and their gradient; "
+        f"{num_loss_tokens:,} loss tokens x {words:,} words, {_Tensors([head]).dtypes}, and their gradient; "
         f"{_mib(slices)} for the rows that are in float32 at a time; tokens without loss have none",
     )
 

@@ -223,7 +223,7 @@ def lines_of_tokens(
         problem = f"{type(model).__name__} cannot be computed on shapes alone ({type(error).__name__}: {error})"
     lines = [
         _activations_line(activations, config, kind, by_kernel=by_kernel),
-        logits_line(model, math.ceil(loss_share * tokens)),
+        logits_line(model, tokens, math.ceil(loss_share * tokens), loss_head=preflight.loss_head),
     ]
     return lines, activations, problem
 

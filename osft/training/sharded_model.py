@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from osft.models.checkpoint import CheckpointReader
 from osft.models.conversion import ModelWeights
 from osft.models.loading import empty_model
+from osft.models.loss_head import LossHead
 from osft.models.packed_attention import AttentionShape, use_kernel
 from osft.models.weight_files import check_finite
 from osft.process.private_names import hand_out_unread, map_tensors
@@ -37,10 +38,11 @@ def load_sharded(
     device: torch.device,
     mesh: DeviceMesh | None = None,
     attention: Sequence[AttentionShape] = (),
+    loss_head: bool = False,
 ) -> tuple[PreTrainedModel, ModelWeights]:
     """The model of a folder, its targets split as a factor set says, on `device`; sharded over `mesh` if given.
 
-    attention: as of `osft.models.loading.load_model`.
+    attention: as of `osft.models.loading.load_model`. loss_head: whether the model can have a `LossHead`.
     Returns the checkpoint that it came from, too. Raises FactorsMismatchError if the factors are not those of the
     model's weights, ValueError if the checkpoint lacks a tensor of the model.
     """
@@ -72,6 +74,8 @@ def load_sharded(
     )
     if config.protect == "activations":
         share_input_bases(model, {name: weight.file for name, weight in factors.weights.items()})
+    if loss_head:
+        LossHead.take_place_in(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.torch_compile:

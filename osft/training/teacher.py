@@ -19,7 +19,8 @@ from torch import nn
 
 from osft.data.packing import Feeding, MicroBatch, on_device
 from osft.data.samples import Samples
-from osft.models.likelihood import row_slices, target_logits
+from osft.models.likelihood import target_logits
+from osft.models.row_slices import row_slices
 
 TOP_K = 4096
 """Tokens whose probabilities are kept, 8 bytes each: 32 KiB for each position. A smaller vocabulary is kept whole."""

@@ -104,7 +104,13 @@ def train_process(work: dict[str, Any]) -> None:
     samples = JoinedSamples([new, load_split(replay, "train")]) if replay else new
     validation = load_split(dataset, "validation") if wants_validation(config) else None
     model, stored = load_sharded(
-        config, work["model"], work["factors"], device=device, mesh=mesh, attention=preflight.attention
+        config,
+        work["model"],
+        work["factors"],
+        device=device,
+        mesh=mesh,
+        attention=preflight.attention,
+        loss_head=preflight.loss_head,
     )
     if work["liger"]:
         apply_liger(model)

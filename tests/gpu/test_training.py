@@ -14,6 +14,7 @@ from osft.models.likelihood import token_nll
 from osft.settings.training import TrainConfig
 from osft.subspace import factor_store, select_targets
 from osft.subspace.calibration import measure
+from osft.subspace.preflight import preflight
 from osft.training.liger import apply_liger
 from osft.training.loop import make_optimizer, train_step
 from osft.training.plan import plan
@@ -63,11 +64,18 @@ def settings(tmp_path_factory) -> Callable[[str, str], TrainConfig]:
     return made
 
 
+def loaded(config: TrainConfig, device: torch.device) -> nn.Module:
+    """The model, as the worker loads it."""
+    found = preflight(config.model_path, attn_implementation=config.attn_implementation)
+    how = {"device": device, "attention": found.attention, "loss_head": found.loss_head}
+    return load_sharded(config, config.model_path, config.factors, **how)[0]
+
+
 def losses(
     config: TrainConfig, device: torch.device, prepare: Callable[[nn.Module], None] = lambda model: None
 ) -> list[float]:
     """Nats per loss token of each step; every step takes the same samples, packed into several micro-batches."""
-    model, _ = load_sharded(config, config.model_path, config.factors, device=device)
+    model = loaded(config, device)
     prepare(model)
     model.train()
     optimizer = make_optimizer(model, config, fused=True)
@@ -126,7 +134,7 @@ def test_gradient_checkpointing_changes_no_loss(settings, device, protect):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_samples_do_not_see_each_other(settings, device, family):
     config = settings(family, "weights")
-    model, _ = load_sharded(config, config.model_path, config.factors, device=device)
+    model = loaded(config, device)
     samples = texts()
     with torch.no_grad():
         packed = token_nll(model.eval(), collate(samples).to(device))
@@ -160,13 +168,13 @@ def test_peak_memory_is_that_of_the_dry_run(device, tmp_path, gradient_checkpoin
     lines = {line.name: line.bytes for line in estimate.lines if line.name != "allowance"}  # what tensors take
     factors = factor_store.precompute(folder, tmp_path / "factors", config.subspace, device=device.type).path
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    loaded, _ = load_sharded(config, folder, factors, device=device)
-    optimizer = make_optimizer(loaded.train(), config, fused=True)
+    trained = loaded(config.replace(factors=str(factors)), device)
+    optimizer = make_optimizer(trained.train(), config, fused=True)
     batches = [collate([Sample(row, row)] * 4).to(device)] * 2  # in the second one gradients are there from the first
     for _ in range(2):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        train_step(loaded, optimizer, batches, num_loss_tokens=2 * len(batches[0].targets))
+        train_step(trained, optimizer, batches, num_loss_tokens=2 * len(batches[0].targets))
     if device.type != "cuda":
         pytest.skip("only CUDA's allocator tells its peak")
     peak = torch.cuda.max_memory_allocated() - before

@@ -16,8 +16,9 @@ from docs import scaling
 from osft import osft
 from osft.data.chat import Sample
 from osft.data.packing import collate
-from osft.models import likelihood
+from osft.models import row_slices
 from osft.models.loading import empty_model, load_model
+from osft.models.loss_head import LossHead
 from osft.settings.training import TrainConfig
 from osft.subspace.calibration import measure
 from osft.subspace.factor_store import precompute, precompute_by_inputs
@@ -151,7 +152,7 @@ def test_counted_attention_saves_what_the_real_kernel_saves(model_folder, kernel
 
 def test_real_step_stays_just_below_the_estimate(tmp_path, monkeypatch):
     # The estimate is of a GPU, which takes more logits at a time.
-    monkeypatch.setattr(likelihood, "ELEMENTS_IN_CACHE", likelihood.ELEMENTS_AT_ONCE)
+    monkeypatch.setattr(row_slices, "ELEMENTS_IN_CACHE", row_slices.ELEMENTS_AT_ONCE)
     tiny_llama(hidden_size=128, intermediate_size=448, vocab_size=6000).save_pretrained(tmp_path / "model")
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"input_ids": [1] * 128, "labels": [1] * 128}] * 8)
     settings = config(
@@ -165,6 +166,7 @@ def test_real_step_stays_just_below_the_estimate(tmp_path, monkeypatch):
     planned = bytes_by_name(plan(settings), 1)
 
     model = real_model(tmp_path / "model", "sdpa").train()
+    assert LossHead.take_place_in(model)
     micro_batches = [collate(packed(512))] * 2  # in the second one the gradients are there from the first
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     train_step(model, optimizer, micro_batches, num_loss_tokens=1016)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from osft.data.chat import Sample
 from osft.data.packing import Batching, Feeding
 from osft.data.samples import SampleList
-from osft.models import likelihood
+from osft.models import row_slices
 from osft.training.teacher import taught, top_k, top_k_divergence
 from tests.conftest import tiny_llama
 
@@ -16,7 +16,7 @@ VOCABULARY = 11
 
 @pytest.fixture(params=[1, 7, 10**6], ids=["row-by-row", "few-rows", "at-once"])
 def several_slices(request, monkeypatch):
-    monkeypatch.setattr(likelihood, "ELEMENTS_AT_ONCE", VOCABULARY * request.param)
+    monkeypatch.setattr(row_slices, "ELEMENTS_AT_ONCE", VOCABULARY * request.param)
 
 
 def two_models(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
