@@ -13,6 +13,8 @@ from osft.models.checkpoint import CheckpointReader
 from osft.models.conversion import ModelWeights
 from osft.models.likelihood import token_nll
 from osft.models.loading import empty_model, load_model, without_dropout
+from osft.models.packed_attention import masked, register
+from osft.process.private_names import set_attention
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace import inject, osft_layers
 from osft.subspace.preflight import Preflight
@@ -127,3 +129,18 @@ def test_batches_compute_and_train_what_single_samples_do_and_the_result_is_save
         )
         torch.testing.assert_close(token_nll(tuned, batch), expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(before, expected, atol=1e-3), "nothing was learned, so the test shows nothing"
+
+
+def test_boundaries_give_what_a_mask_gives_with_samples_longer_than_were_tried():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(4, VOCABULARY, (length,), generator=generator).tolist() for length in (50, 13, 60)]
+    batch = collate([Sample(row, row) for row in rows])
+    register("osft_test", masked)
+    by_kernel = [kind for kind in TRAINED if found(kind).attention]
+    assert len(by_kernel) >= 80
+    for kind in by_kernel:
+        model = build(kind).eval()
+        with torch.no_grad():
+            expected = token_nll(model, batch)
+            set_attention(model.config, "osft_test")
+            torch.testing.assert_close(token_nll(model, batch), expected, rtol=1e-4, atol=1e-4, msg=kind)
