@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from osft.data.chat import Sample
+from osft.data.packing import collate
 from osft.models import row_slices
-from osft.models.likelihood import cross_entropy, kl_divergence
+from osft.models.likelihood import cross_entropy, kl_divergence, target_logits
+from tests.conftest import tiny_llama
 
 
 @pytest.fixture(params=[1, 7, 10**6], ids=["row-by-row", "few-rows", "at-once"])
@@ -106,3 +109,14 @@ def test_divergence_of_a_nan_is_no_number(first):
 def test_vocabularies_of_different_sizes_are_refused():
     with pytest.raises(ValueError, match=r"shapes \(2, 5\) and \(2, 6\) cannot be compared"):
         kl_divergence(torch.zeros(2, 5), torch.zeros(2, 6))
+
+
+def test_gradient_of_the_logits_reaches_the_head_uncopied():
+    model = tiny_llama()
+    seen: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _head, _inputs, output: output.register_hook(seen.append) and None)
+    logits = target_logits(model, collate([Sample(list(range(20)), list(range(20)))]))
+    gradient = torch.ones_like(logits)
+    logits.backward(gradient)
+    assert [each.data_ptr() for each in seen] == [gradient.data_ptr()]

@@ -36,8 +36,8 @@ def target_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     finally:
         if hook is not None:
             hook.remove()
-    logits: torch.Tensor = outputs.logits
-    return logits[0] if selected else logits.flatten(0, 1)[batch.loss_positions]
+    logits: torch.Tensor = outputs.logits.flatten(0, 1)  # and not [0], whose gradient is copied into zeros
+    return logits if selected else logits[batch.loss_positions]
 
 
 def _inputs(model: Any, batch: MicroBatch) -> dict[str, Any]:
