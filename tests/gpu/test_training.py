@@ -51,7 +51,7 @@ def settings(tmp_path_factory) -> Callable[[str, str], TrainConfig]:
             learning_rate=2e-3,
             dtype="float32",
         )
-        store = {"store": root / "factors", "device": "cpu", "report": lambda _: None}
+        store = {"store": root / "factors", "device": "cpu"}
         if protect == "weights":
             factors = factor_store.precompute(folder, config=config.subspace, **store)
         else:
