@@ -342,8 +342,9 @@ uncertain as the median of the {spread} seconds that full fine-tuning's steps to
 {cpu}
 
 LoRA's small products take more time than operations: of its seconds below, expect half as many again. So the time that
-"complement" takes on a GPU is that of its float32 products, half of it; in TF32 or bfloat16 they would be a tenth, which
-has not been tried.
+"complement" takes on a GPU is that of its float32 products, half of it. Since these seconds were measured, the product
+that recomputes weights in bfloat16 is left to the tensor cores (TF32), a tenth of its time by the data sheet; that has
+not been measured, and is not in what follows.
 
 ## A Llama of 70 billion parameters
 

@@ -18,7 +18,8 @@ first dimension. Under FSDP2 every tensor is sharded by its first dimension. Of 
 whole experts, and `refresh_` needs nothing from other ranks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,8 +213,10 @@ class OSFTWeight(nn.Module):
         if weight.dtype == torch.float32:
             weight.copy_(base)
             weight.addmm_(left, right) if weight.ndim == 2 else weight.baddbmm_(left, right)
-        else:  # one rounding, of the sum
-            weight.copy_(base.float() + left @ right)
+        else:  # one rounding, of the sum, beside which that of the update's factors is nothing
+            with _tensor_cores(weight.device):
+                update = left @ right
+            weight.copy_(update.add_(base))
 
     @torch.no_grad()
     def update(self) -> torch.Tensor:
@@ -275,6 +278,18 @@ class OSFTWeight(nn.Module):
         """Shown by `print(model)`."""
         shape = tuple(self.base_weight.shape)
         return f"weight={shape}, rank={self.rank}, split_kind={self.split_kind}"
+
+
+@contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """On a GPU, products of float32 numbers by its tensor cores, which read 10 bits of each mantissa (TF32)."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class DifferentiableWeight(torch.autograd.Function):

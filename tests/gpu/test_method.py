@@ -93,6 +93,19 @@ def test_update_stays_out_of_the_frozen_directions(device, shape, free_subspace,
     torch.testing.assert_close(layer.dense_weight(), base + layer.update(), rtol=0, atol=1e-6)
 
 
+def test_bfloat16_weight_is_the_sum_but_for_its_rounding(device):
+    torch.manual_seed(0)
+    layer = OSFTLinear(nn.Linear(512, 384).to(device, torch.bfloat16), rank=RANK)
+    layer.fill_(decompose(layer.dense_weight().detach(), RANK))
+    torch.nn.init.normal_(layer.coefficients, std=0.01)
+    layer.refresh_(LEARNING_RATE)
+    exact = layer.base_weight.double() + layer.update().double()
+    errors = (layer.dense_weight().double() - exact).abs()
+    rounding = (exact.float().bfloat16().double() - exact).abs()
+    assert layer.update().norm() > 0.1 * layer.base_weight.norm(), "the update is too small to see how it is computed"
+    assert errors.norm() < 1.01 * rounding.norm()
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 def test_output_on_frozen_inputs_is_unchanged(device, transposed):
     torch.manual_seed(0)
