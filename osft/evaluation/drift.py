@@ -17,6 +17,7 @@ Its standard error is that of a ratio of two sums over records, as the loss's (`
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from osft.data.records import Record
 from osft.evaluation.record import SetDrift
 from osft.evaluation.scoring import Asked, RecordScores, SampleScores, micro_batches
 from osft.models.checkpoint import CheckpointReader
+from osft.models.cpu_linear import fast_linear_layers
 from osft.models.likelihood import kl_divergence, residuals, stderr_of_sum, target_logits
 from osft.models.loading import ROOM_FOR_WEIGHTS
 from osft.process.memory import memory_available
@@ -85,20 +87,23 @@ def compare(
     is_right = torch.zeros(len(asked.samples), dtype=torch.bool).index_fill_(0, torch.tensor(asked.right), True)
     parameter = next(model.parameters())
     batches = micro_batches(asked.samples, parameter.device, max_tokens, batching, description) if any(pairs) else ()
-    for batch, sample_of_target in batches:
-        moved, right = target_logits(model, batch), is_right[sample_of_target]
-        for number, (pair, reference) in enumerate(zip(pairs, references, strict=True)):
-            if pair is None:
-                continue
-            logits = moved if reference is model else target_logits(reference, batch)
-            if logits.shape != moved.shape:
-                pairs[number] = None
-                continue
-            pair.add(logits, moved, sample_of_target, right)
+    with ExitStack() as stack:
+        for each in models:
+            stack.enter_context(fast_linear_layers(each))
+        for batch, sample_of_target in batches:
+            moved, right = target_logits(model, batch), is_right[sample_of_target]
+            for number, (pair, reference) in enumerate(zip(pairs, references, strict=True)):
+                if pair is None:
+                    continue
+                logits = moved if reference is model else target_logits(reference, batch)
+                if logits.shape != moved.shape:
+                    pairs[number] = None
+                    continue
+                pair.add(logits, moved, sample_of_target, right)
+                if with_scores:
+                    pair.scores.add(logits, batch, sample_of_target)
             if with_scores:
-                pair.scores.add(logits, batch, sample_of_target)
-        if with_scores:
-            scores.add(moved, batch, sample_of_target)
+                scores.add(moved, batch, sample_of_target)
     wanted = [*(pair.scores if pair else None for pair in pairs), scores if any(pairs) else None]
     return Comparison(
         [pair.drift(parameter.dtype) if pair else None for pair in pairs],

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from osft.data.records import Record
 from osft.data.template_keys import with_known_roles
+from osft.models.cpu_linear import fast_linear_layers
 
 MAX_NEW_TOKENS = 24
 """Of an answer, unless it ends before."""
@@ -35,13 +36,14 @@ def generate(
         width = max(map(len, batch))
         rows = [[end] * (width - len(prompt)) + prompt for prompt in batch]
         is_token = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch]
-        written = generating.generate(
-            torch.tensor(rows, device=model.device),
-            attention_mask=torch.tensor(is_token, device=model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=end,
-        )
+        with fast_linear_layers(model):
+            written = generating.generate(
+                torch.tensor(rows, device=model.device),
+                attention_mask=torch.tensor(is_token, device=model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=end,
+            )
         answers += [text.strip() for text in tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)]
     return answers
 

@@ -18,6 +18,7 @@ from osft.evaluation.record import BenchmarkScore
 from osft.evaluation.score_store import ScoreStore, measurement_key, model_hash
 from osft.evaluation.scoring import MAX_TEXT_TOKENS, RecordScores, score_records
 from osft.models.conversion import fill_exact_
+from osft.models.cpu_linear import fast_linear_layers
 from osft.models.loading import load_model
 from osft.subspace.preflight import Preflight, preflight
 
@@ -147,7 +148,8 @@ class MeasuredModel:
         def measure() -> dict[str, Any]:
             logger.info(f"{description}: {', '.join(benchmarks.names)}")
             model, tokenizer = self._loaded
-            return {name: score.to_dict() for name, score in benchmarks.run(model, tokenizer).items()}
+            with fast_linear_layers(model):
+                return {name: score.to_dict() for name, score in benchmarks.run(model, tokenizer).items()}
 
         found = self._store.measured(self._key("benchmarks", tasks=benchmarks.content_hash), measure)
         return {name: BenchmarkScore(**score) for name, score in found.items()}

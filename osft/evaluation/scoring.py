@@ -25,6 +25,7 @@ from osft.data.chat import Sample, tokenize
 from osft.data.packing import Batching, MicroBatch, collate, plan_micro_batches
 from osft.data.records import Record
 from osft.evaluation.record import MetricChange, SetChanges, SetScore
+from osft.models.cpu_linear import fast_linear_layers
 from osft.models.likelihood import cross_entropy, residuals, stderr_of_sum, target_logits
 
 SHORT_ANSWER_TOKENS = 16
@@ -107,8 +108,10 @@ def score_records(
     asked = Asked.of(records, tokenizer)
     parameter = next(model.parameters())
     found = SampleScores(asked)
-    for batch, sample_of_target in micro_batches(asked.samples, parameter.device, max_tokens, batching, description):
-        found.add(target_logits(model, batch), batch, sample_of_target)
+    batches = micro_batches(asked.samples, parameter.device, max_tokens, batching, description)
+    with fast_linear_layers(model):
+        for batch, sample_of_target in batches:
+            found.add(target_logits(model, batch), batch, sample_of_target)
     return found.of_records(parameter.dtype)
 
 
@@ -187,6 +190,9 @@ class SampleScores:
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
         self._nll = torch.zeros(len(asked.samples), dtype=torch.float64)
+        short = max(asked.samples[position].num_loss_tokens for position in asked.right) <= SHORT_ANSWER_TOKENS
+        has_choices = all(record.choices for record in asked.records)
+        self._is_matched = short and not has_choices and all(map(_has_answer, asked.records))
         self._wrong = torch.zeros(len(asked.samples), dtype=torch.int64)
 
     @torch.no_grad()
@@ -195,9 +201,10 @@ class SampleScores:
 
         A target that ties with another token is not more probable: which of them greedy decoding takes is chance.
         """
-        as_probable = (logits >= logits.gather(1, batch.targets[:, None])).sum(-1)  # the target itself, too
         self._nll.index_add_(0, sample_of_target, cross_entropy(logits, batch.targets).double().cpu())
-        self._wrong.index_add_(0, sample_of_target, (as_probable != 1).long().cpu())
+        if self._is_matched:
+            as_probable = (logits >= logits.gather(1, batch.targets[:, None])).sum(-1)  # the target itself, too
+            self._wrong.index_add_(0, sample_of_target, (as_probable != 1).long().cpu())
 
     def of_records(self, dtype: torch.dtype) -> RecordScores:
         """The scores of each record, of logits that were computed in `dtype`."""
@@ -212,7 +219,7 @@ class SampleScores:
             ]
             ties = sum(abs(margin) <= tie for margin in margins)
             return replace(scores, correct=[m > tie for m in margins], accuracy_kind="choice", num_ties=ties)
-        if all(map(_has_answer, asked.records)) and max(num_loss_tokens) <= SHORT_ANSWER_TOKENS:
+        if self._is_matched:
             # Whether each target is more probable than any other token.
             exact = (self._wrong == 0).tolist()
             return replace(scores, correct=[exact[at] for at in asked.right], accuracy_kind="exact match")

@@ -44,6 +44,17 @@ def set_attention(config: PreTrainedConfig, attention: str) -> None:
     config._attn_implementation = attention
 
 
+def onednn_linear() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None:
+    """`x W^T + b` by oneDNN, of float32 tensors on a CPU and without a gradient; None where PyTorch does not have it.
+
+    Nothing public chooses the library by which PyTorch multiplies such matrices. This is what its compiler takes.
+    """
+    import torch
+
+    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    return None if operation is None else lambda x, weight, bias: operation(x, weight, bias, "none", [], "")
+
+
 def experts_of(config: object) -> str | None:
     """How a model of this configuration multiplies with its experts; None where the configuration does not say."""
     implementation: str | None = getattr(config, "_experts_implementation", None)

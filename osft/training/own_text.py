@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from osft import storage
 from osft.data.samples import SampleList
 from osft.data.self_written import FORMAT, as_samples, default_num_tokens, write_text
+from osft.models.cpu_linear import fast_linear_layers
 from osft.models.loading import empty_model, load_model
 from osft.settings.subspace import SubspaceConfig
 from osft.settings.training import TrainConfig
@@ -51,13 +52,14 @@ def written_text(
     address = _address(folder, store, subspace, num_tokens)
     if found := storage.find(address):
         return _read(found)
-    texts = write_text(
-        model,
-        tokenizer,
-        num_tokens=num_tokens,
-        seed=subspace.calibration_seed,
-        temperature=subspace.calibration_temperature,
-    )
+    with fast_linear_layers(model):
+        texts = write_text(
+            model,
+            tokenizer,
+            num_tokens=num_tokens,
+            seed=subspace.calibration_seed,
+            temperature=subspace.calibration_temperature,
+        )
     write_sealed(storage.local(address), {"input_ids": texts})
     storage.publish(address)
     return texts
