@@ -112,7 +112,7 @@ $(VENV)/peers/.complete: benchmarks/peers.txt $(VENV)/.complete
 	$(if $(filter uv,$(INSTALLER)),VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip,$(BIN)/python -m pip) install --no-deps --target $(VENV)/peers --requirement benchmarks/peers.txt
 	@touch $@
 
-bench-data: setup ## Measure preparing, resolving and planning 10,000 and 100,000 chats (minutes): SIZES=10000,100000,1000000
+bench-data: setup ## Measure preparing, resolving, planning and evaluating 10,000 and 100,000 chats (minutes): SIZES=10000,100000,1000000
 	$(BIN)/python -m benchmarks.data $(if $(SIZES),--sizes '$(SIZES)')
 
 bench-svd: setup ## Measure what the split of a weight costs, anew and from the last round's (two minutes on a quiet core)
