@@ -104,7 +104,7 @@ check-compiled: setup
 	@$(BIN)/python -m components.readme --check
 	@$(BIN)/python -m docs.generate --check
 
-bench: setup $(VENV)/peers/.complete ## Measure a training step of ours, full fine-tuning, LoRA, PEFT's OSF and mini-trainer (ten minutes)
+bench: setup $(VENV)/peers/.complete ## Measure a training step of ours, full fine-tuning, LoRA, PEFT's OSF and mini-trainer (a quarter of an hour)
 	$(BIN)/python -m benchmarks.step
 
 # mini-trainer, beside this project's own packages: without what it requires, which would change those.

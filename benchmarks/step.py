@@ -1,6 +1,6 @@
 """One training step of OSFT, against full fine-tuning, LoRA, PEFT's OSF and mini-trainer's OSFT.
 
-    make bench                                                # CPU, ten minutes on two cores
+    make bench                                                # CPU, a quarter of an hour on two cores
     python -m benchmarks.step --device cuda --profile 8b      # blocks of an 8B Llama; 1b: of a 1B one
 
 The same loop (`osft.training.loop.train_step`, AdamW) steps every method on the same random Llama and tokens, as
