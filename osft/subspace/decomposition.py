@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from osft.subspace.second_moment import SecondMoment, orthonormalized
+from osft.subspace.second_moment import SecondMoment, add_gram_, orthonormalized
 
 SplitKind = Literal["complement", "core", "right", "left"]
 """How a weight is split. "complement" and "core": by its singular vectors, as `FreeSubspace` says. "right" and "left":
@@ -236,10 +236,7 @@ def decompose(weight: torch.Tensor, rank: int, split: SplitKind = "complement") 
 
 
 def _gram(weight: torch.Tensor) -> torch.Tensor:
-    """W^T W, (n, n), as `eigh` reads it: the lower triangle, in blocks of rows. What is above is not the product's."""
-    columns = weight.shape[1]
-    gram, block = weight.new_zeros(columns, columns), max(192, columns // 8)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        torch.mm(weight[:, start:stop].T, weight[:, :stop], out=gram[start:stop, :stop])
+    """W^T W, (n, n), as `eigh` reads it: the lower triangle."""
+    gram = weight.new_zeros(weight.shape[1], weight.shape[1])
+    add_gram_(gram, weight)
     return gram
