@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -28,6 +29,7 @@ from tests.conftest import tiny_llama
 
 CPU = torch.device("cpu")
 GROUPED = AttentionShape(heads=4, key_value_heads=2, head_size=8, value_size=8, scale=0.3, window=0)
+LARGE = AttentionShape(heads=32, key_value_heads=8, head_size=128, value_size=128, scale=128**-0.5, window=0)
 SHAPES = {
     "grouped": GROUPED,
     "window": AttentionShape(heads=2, key_value_heads=2, head_size=16, value_size=16, scale=0.25, window=4),
@@ -275,17 +277,43 @@ def test_without_a_right_kernel_the_mask_stays_and_it_is_said(gpu, caplog):
     ] * 2
 
 
-@pytest.mark.parametrize("why", ["float32", "eager", "cpu", "no shapes", "wide heads"])
+@pytest.mark.parametrize("why", ["float32", "eager", "no shapes", "wide heads"])
 def test_what_needs_the_mask_is_left_alone(gpu, why, caplog):
     model = tiny_llama(attn_implementation="eager" if why == "eager" else "sdpa")
     before = attention_of(model.config)
     model.to(torch.float32 if why == "float32" else torch.bfloat16)
     wide = AttentionShape(heads=1, key_value_heads=1, head_size=512, value_size=512, scale=1.0, window=0)
     shapes = {"no shapes": [], "wide heads": [wide]}.get(why, [GROUPED])
-    device = torch.device("cpu" if why == "cpu" else "cuda")
-    assert use_kernel(model, shapes, device, kernels=[implementation("math", masked)]) is None
+    assert use_kernel(model, shapes, torch.device("cuda"), kernels=[implementation("math", masked)]) is None
     assert attention_of(model.config) == before
     assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), LARGE], ids=[*SHAPES, "large"])
+def test_on_a_cpu_each_sample_is_computed_by_itself(shape, dtype):
+    (kernel,) = [each.kernel for each in KERNELS if each.device == "cpu"]
+    assert disagreement(kernel, [shape], dtype=dtype, device=CPU) == ""
+
+
+def test_a_model_on_a_cpu_makes_no_mask_and_gives_the_losses_and_gradients_of_one(model, monkeypatch):
+    expected = losses_and_gradients(model, Batching.PACKED)
+    shapes = [replace(GROUPED, window=4 if getattr(model.config, "sliding_window", None) else 0, scale=8**-0.5)]
+    assert use_kernel(model, shapes, CPU) == "torch"
+    monkeypatch.setattr(packed_attention.F, "scaled_dot_product_attention", without_mask_beyond(14))
+    for found, other in zip(losses_and_gradients(model, Batching.PACKED), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-5)
+
+
+def without_mask_beyond(longest: int):
+    """SDPA that has no mask of more tokens than the longest sample."""
+    attention = nn.functional.scaled_dot_product_attention
+
+    def checked(query, key, value, attn_mask=None, **settings):
+        assert query.shape[-2] <= longest
+        return attention(query, key, value, attn_mask, **settings)
+
+    return checked
 
 
 def test_float32_within_a_model_in_bfloat16_gets_the_mask():

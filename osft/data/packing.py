@@ -34,7 +34,7 @@ class Batching(StrEnum):
 
 FAST_TOKENS = {"cuda": 2048, "cpu": 512}
 """Of a micro-batch, by the kind of device: with how many the model computes fast what need not be in few batches.
-Attention goes over all of a packed row, of which a CPU computes what the mask hides, too."""
+A CPU that masks a packed row computes what the mask hides, too."""
 
 
 @dataclass(frozen=True, slots=True)

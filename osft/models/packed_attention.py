@@ -3,16 +3,17 @@
 A mask of a row of T tokens has T x T numbers, most of which say that two samples do not see each other. Kernels for
 sequences of several lengths take the samples' boundaries and compute what is left. Here they are attention functions of
 `transformers`. The boundaries travel in the place of the mask, which models hand to their attention as it is if it has
-four dimensions, so that nobody has to ask the device how long a sample is. Whatever else the attention is given, a mask
-(answers that share their prompt, padded prompts of a generation) or none, is computed by PyTorch's SDPA.
+four dimensions, so that nobody has to ask a GPU how long a sample is. Whatever else the attention is given, a mask (answers
+that share their prompt, padded prompts of a generation) or none, is computed by PyTorch's SDPA.
 
     kernel                        where                                      computes
     flash_attn                    the package flash-attn is installed        bfloat16 and float16, heads of up to 256
     torch.nn.attention.varlen     GPUs of the Ampere generation and newer    the same
+    SDPA of each sample           CPUs                                       everything
     SDPA, which makes the mask    everywhere                                 everything
 
 Which models' code hands boundaries on unharmed is tried on a CPU (`osft.subspace.preflight`). Whether a kernel computes
-the right thing on the device at hand is tried before it is used. Not yet run on a GPU.
+the right thing on the device at hand is tried before it is used. Those of GPUs have not yet run on one.
 """
 
 import importlib.util
@@ -20,7 +21,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +41,8 @@ _HALF = (torch.bfloat16, torch.float16)
 """What the kernels compute in."""
 _LENGTHS = (1, 7, 64, 129, 200)
 """Tokens of the samples on which a kernel is tried: shorter than a tile of it, as long, and longer."""
-TOLERANCE = 8
-"""Of a kernel's differences, in units of the dtype's eps; SDPA's own in half precision are up to 4."""
+TOLERANCE = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 256}
+"""Of a kernel's differences, in units of the dtype's eps; SDPA's own are up to 4, on a CPU in float32 up to 60."""
 _NOT_BY_KERNELS = ("softcap", "s_aux", "position_bias", "indices")
 """Arguments of attention functions: capped scores, sinks, biases, sparse attention."""
 
@@ -131,6 +132,22 @@ def _flash_attn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pac
     return output[..., : value.shape[-1]]
 
 
+def _each_sample(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """Sixteen samples of 60 tokens take a CPU a sixth of the time that the row and its mask take."""
+    boundaries = packed.boundaries.tolist()
+    lengths = [stop - start for start, stop in pairwise(boundaries)]
+    outputs = []
+    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        if packed.window and len(q) > packed.window:
+            outputs.append(masked(q, k, v, packed._replace(boundaries=torch.tensor([0, len(q)], dtype=torch.int32))))
+            continue
+        q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
+        grouped = query.shape[1] != key.shape[1]
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=packed.scale, enable_gqa=grouped)
+        outputs.append(found[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 def _widened(value: torch.Tensor, size: int) -> torch.Tensor:
     """Filled up with zeros to heads of `size`, as kernels want values to be as wide as queries."""
     return F.pad(value, (0, size - value.shape[-1])) if value.shape[-1] < size else value
@@ -142,11 +159,14 @@ class _Implementation:
     """By which transformers knows it. One with "flash" in it would get flash attention's own treatment."""
     package: str
     kernel: Kernel
+    device: str = "cuda"
+    """The kind that it is for."""
 
 
 KERNELS = (
     _Implementation("osft_fa", "flash_attn", _flash_attn),
     _Implementation("osft_varlen", "torch.nn.attention.varlen", _torch_varlen),
+    _Implementation("osft_each", "torch", _each_sample, device="cpu"),
 )
 """The first that is there and right is used."""
 _registered: set[str] = set()
@@ -202,9 +222,11 @@ def takes_boundaries(config: PreTrainedConfig) -> bool:
     return attention_of(config) in _registered
 
 
-def has_kernel(shapes: Iterable[AttentionShape], dtype: torch.dtype) -> bool:
-    """Whether a GPU that the kernels support can do without a mask; `shapes`: of the model's layers, if it can."""
+def has_kernel(shapes: Iterable[AttentionShape], dtype: torch.dtype, device: str = "cuda") -> bool:
+    """Whether a CPU, or a GPU that the kernels support, needs no mask for layers of these shapes; none: no model."""
     sizes = [shape.head_size for shape in shapes]
+    if device == "cpu":
+        return dtype in TOLERANCE and bool(sizes)
     return dtype in _HALF and bool(sizes) and all(size <= LARGEST_HEAD and size % 8 == 0 for size in sizes)
 
 
@@ -215,22 +237,25 @@ def use_kernel(
     *,
     kernels: Sequence[_Implementation] = KERNELS,
 ) -> str | None:
-    """Let `model` compute packed samples on a GPU by their boundaries. Returns the package that does it.
+    """Let `model` compute packed samples by their boundaries. Returns the package that does it.
 
     shapes: those of the model's layers (`osft.subspace.preflight.Preflight.attention`). Call it where no attention was
-    asked for. Each kernel is tried first. None, and the model is left as it is, on a CPU, for a model that computes in
-    float32 or by another attention than SDPA, and where no kernel is right, which is logged.
+    asked for. Each kernel is tried first. None, and the model is left as it is, for a model with another attention than
+    SDPA or one that computes in float32 on a GPU, and where no kernel is right, which is logged.
     """
-    if device.type != "cuda" or attention_of(model.config) != "sdpa" or not has_kernel(shapes, model.dtype):
+    if attention_of(model.config) != "sdpa" or not has_kernel(shapes, model.dtype, device.type):
         return None
     for each in kernels:
-        if importlib.util.find_spec(each.package.partition(".")[0]) is None:
+        if each.device != device.type or importlib.util.find_spec(each.package.partition(".")[0]) is None:
             continue
         problem = disagreement(each.kernel, shapes, dtype=model.dtype, device=device)
         if not problem:
-            register(each.name, each.kernel, dtypes=_HALF)
+            register(each.name, each.kernel, dtypes=_HALF if each.device == "cuda" else None)
             set_attention(model.config, each.name)
-            logger.info(f"attention: packed samples by {each.package}, without a mask")
+            logger.log(
+                logging.INFO if each.device == "cuda" else logging.DEBUG,
+                f"attention: packed samples by {each.package}, without a mask",
+            )
             return each.package
         logger.warning(f"attention: {each.package} is not used: {problem}")
     logger.warning("attention: packed samples by SDPA with a mask, whose time and memory grow with the tokens' square")
@@ -245,7 +270,7 @@ def disagreement(kernel: Kernel, shapes: Iterable[AttentionShape], *, dtype: tor
         except Exception as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         for what, difference in differences.items():
-            if not difference <= TOLERANCE * torch.finfo(dtype).eps:
+            if not difference <= TOLERANCE[dtype] * torch.finfo(dtype).eps:
                 return f"its {what} differs from SDPA's by {difference:.2g} for {shape}"
     return ""
 
@@ -253,8 +278,9 @@ def disagreement(kernel: Kernel, shapes: Iterable[AttentionShape], *, dtype: tor
 def _differences(kernel: Kernel, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Of the output and the three gradients: the largest error of a token's head, as a share of its norm and the mean.
 
-    Measured by SDPA in float32, of the same numbers.
+    Measured by SDPA on the same numbers in float32, or of float32 in float64.
     """
+    reference = torch.float64 if dtype == torch.float32 else torch.float32
     generator = torch.Generator().manual_seed(0)
     boundaries = torch.tensor([*accumulate(_LENGTHS, initial=0)], dtype=torch.int32, device=device)
     packed = Packed(boundaries, max(_LENGTHS), shape.scale, shape.window)
@@ -271,7 +297,7 @@ def _differences(kernel: Kernel, shape: AttentionShape, dtype: torch.dtype, devi
     gradient = random(shape.heads, shape.value_size)
 
     def computed(function: Kernel, exact: bool) -> list[torch.Tensor]:
-        leaves = [(each.float() if exact else each).clone().requires_grad_() for each in inputs]
+        leaves = [(each.to(reference) if exact else each).clone().requires_grad_() for each in inputs]
         query, key, value = leaves
         output = function(query, key, value, packed)
         return [output, *torch.autograd.grad(output, leaves, gradient.to(output.dtype))]
@@ -282,5 +308,5 @@ def _differences(kernel: Kernel, shape: AttentionShape, dtype: torch.dtype, devi
 
 
 def _largest_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    errors, norms = (found.float() - expected).norm(dim=-1), expected.norm(dim=-1)
+    errors, norms = (found.to(expected) - expected).norm(dim=-1), expected.norm(dim=-1)
     return (errors / (norms + norms.mean())).max().item()
