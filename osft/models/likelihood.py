@@ -14,6 +14,9 @@ from osft.data.samples import Samples
 from osft.models.loss_head import LossHead
 from osft.models.packed_attention import in_place_of_mask, takes_boundaries
 from osft.models.row_slices import row_slices
+from osft.process.vector_math import settle_vector_math
+
+settle_vector_math()
 
 
 def target_logits(model: nn.Module, batch: MicroBatch) -> torch.Tensor:

@@ -28,8 +28,11 @@ from transformers.models.auto.modeling_auto import (
 from osft import storage
 from osft.models.packed_attention import AttentionShape, use_kernel
 from osft.process.private_names import dtype_plan
+from osft.process.vector_math import settle_vector_math
 from osft.storage.atomic import atomic_path
 from osft.storage.paths import expanded
+
+settle_vector_math()
 
 _DROPOUT = re.compile(r"dropout|_pdrop$|^layerdrop$")
 """The settings of a model's config that are probabilities of dropping activations or layers."""

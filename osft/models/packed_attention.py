@@ -3,8 +3,8 @@
 A mask of a row of T tokens has T x T numbers, most of which say that two samples do not see each other. Kernels for
 sequences of several lengths take the samples' boundaries and compute what is left. Here they are attention functions of
 `transformers`. The boundaries travel in the place of the mask, which models hand to their attention as it is if it has
-four dimensions, so that nobody has to ask a GPU how long a sample is. Whatever else the attention is given, a mask (answers
-that share their prompt, padded prompts of a generation) or none, is computed by PyTorch's SDPA.
+four dimensions, so that nobody has to ask a GPU how long a sample is. Whatever else the attention is given, a mask
+(answers that share their prompt, padded prompts of a generation) or none, is computed by PyTorch's SDPA.
 
     kernel                        where                                      computes
     flash_attn                    the package flash-attn is installed        bfloat16 and float16, heads of up to 256
@@ -275,6 +275,7 @@ def disagreement(kernel: Kernel, shapes: Iterable[AttentionShape], *, dtype: tor
     return ""
 
 
+@torch.enable_grad()  # whoever loads a model may want none
 def _differences(kernel: Kernel, shape: AttentionShape, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """Of the output and the three gradients: the largest error of a token's head, as a share of its norm and the mean.
 

@@ -33,9 +33,9 @@ class ModelSettings(Settings):
 
     attn_implementation: Text | None = None
     """Attention kernel, as `transformers` names it: sdpa, eager, flash_attention_2, … None: sdpa, or eager for an
-    architecture that does not support it (Gemma 2, gpt-oss); and on a GPU that computes in bfloat16, packed samples by
-    flash-attn where it is installed, else by PyTorch's varlen kernel, which need no mask of all tokens by all, if the
-    architecture can and the kernel agrees with sdpa there (osft/models/packed_attention.py)."""
+    architecture that does not support it (Gemma 2, gpt-oss); and packed samples without a mask of all tokens by all, if
+    the architecture can (osft/models/packed_attention.py): on a GPU that computes in bfloat16 by flash-attn where it is
+    installed, else by PyTorch's varlen kernel, if that agrees with sdpa there, and on a CPU one after the other."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Computation dtype. "auto": bfloat16 on CUDA, float32 on CPUs. The trained coefficients are always float32."""

@@ -28,7 +28,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from osft.process.vector_math import settle_vector_math
 from osft.subspace.decomposition import Factors, SplitKind, factor_shapes
+
+settle_vector_math()
 
 
 def _two_of_three(left: torch.Tensor, middle: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
