@@ -139,7 +139,8 @@ def _each_sample(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pa
     outputs = []
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
         if packed.window and len(q) > packed.window:
-            outputs.append(masked(q, k, v, packed._replace(boundaries=torch.tensor([0, len(q)], dtype=torch.int32))))
+            alone = Packed(torch.tensor([0, len(q)], dtype=torch.int32), len(q), packed.scale, packed.window)
+            outputs.append(masked(q, k, v, alone))
             continue
         q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
         grouped = query.shape[1] != key.shape[1]
