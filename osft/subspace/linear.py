@@ -162,7 +162,7 @@ class OSFTLinear(OSFTWeight):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features)."""
         weight, transposed = self.dense_weight(), self.transposed
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and self.coefficients.requires_grad):  # nothing is learned
             return _linear(x, weight, self.bias, transposed=transposed)
         input_basis, output_basis = self.left_basis, self.right_basis
         if not transposed:

@@ -102,6 +102,23 @@ def test_backward_keeps_reduced_input_and_no_weight_gradient(kind):
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_that_learns_nothing_now_keeps_no_input_and_gives_its_input_the_same_gradient(kind):
+    layer = make_layer(SHAPES["square"], "complement", kind=kind)
+    x = torch.randn(7, 24, requires_grad=True)
+    layer(x).sum().backward()
+    expected, x.grad = x.grad, None
+    layer.coefficients.grad = None
+    layer.coefficients.requires_grad_(False)
+    saved: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        output = layer(x)
+    output.sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+    assert layer.coefficients.grad is None
+    assert not {torch.Size([7, 24]), torch.Size([7, layer.rank])} & set(saved)
+
+
 @pytest.mark.parametrize("linear", [nn.Linear(24, 40), Conv1D(40, 24)], ids=["linear", "conv1d"])
 def test_untrained_layer_computes_what_the_linear_computes_and_merges_to_it(linear):
     x = torch.randn(3, 24)
