@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from osft.data import tokenizing
@@ -73,8 +74,8 @@ def test_a_killed_preparation_tokenizes_what_is_left(model_folder, tmp_path, mon
 
         def counted(work, numbers):
             with done.open("a") as lines:
-                lines.write("x\n")
-            if len(done.read_text().splitlines()) == 12:
+                lines.write(f"{os.getpid()}\n")
+            if len(done.read_text().splitlines()) >= 12:
                 os.kill(os.getpid() if processes == 1 else os.getppid(), signal.SIGKILL)
                 time.sleep(60)
             return chunk(work, numbers)
@@ -86,8 +87,10 @@ def test_a_killed_preparation_tokenizes_what_is_left(model_folder, tmp_path, mon
     first.start()
     first.join()
     assert first.exitcode == -signal.SIGKILL
-    kept = sorted(file.name for file in (tmp_path / "out").glob("*.incomplete-*/training/*.arrow"))
-    assert kept[:9] == [f"{number:08d}.arrow" for number in range(9)]
+    while any(psutil.pid_exists(int(pid)) for pid in done.read_text().split()):
+        time.sleep(0.01)
+    kept = list((tmp_path / "out").glob("*.incomplete-*/training/*.arrow"))
+    assert len(kept) >= 12 - processes  # each process was at work on one, maybe on an early one
 
     taken: list[int] = []
     chunk = tokenizing.Tokenizing._chunk
