@@ -24,20 +24,22 @@ def _several_slices(request, monkeypatch):
 
 def product(dtype: torch.dtype, bias: bool = False):
     torch.manual_seed(0)
-    hidden, weight, offset = torch.randn(20, 6), torch.randn(11, 6), torch.randn(11) if bias else None
+    hidden, weight, offset = torch.randn(25, 6), torch.randn(11, 6), torch.randn(11) if bias else None
     cast = [each if each is None else each.to(dtype) for each in (hidden, weight, offset)]
-    return cast[0].requires_grad_(), *cast[1:], torch.randint(11, (20,))
+    positions = torch.randint(25, (20,)).sort().values
+    assert len(positions.unique()) < 20, "some are several targets'"
+    return cast[0].requires_grad_(), positions, *cast[1:], torch.randint(11, (20,))
 
 
 @pytest.mark.usefixtures("_several_slices")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_and_gradient_are_those_of_the_logits(dtype, bias):
-    hidden, weight, offset, targets = product(dtype, bias)
+    hidden, positions, weight, offset, targets = product(dtype, bias)
     factors = torch.rand(20)
-    found = loss_head._LinearCrossEntropy.apply(hidden, weight, offset, targets)
+    found = loss_head._LinearCrossEntropy.apply(hidden, positions, weight, offset, targets)
     (gradient,) = torch.autograd.grad((found * factors).sum(), hidden)
-    expected = cross_entropy(nn.functional.linear(hidden, weight, offset), targets)
+    expected = cross_entropy(nn.functional.linear(hidden[positions], weight, offset), targets)
     (expected_gradient,) = torch.autograd.grad((expected * factors).sum(), hidden)
     torch.testing.assert_close(found, expected)
     tolerance = 1e-6 if dtype == torch.float32 else 0.02
@@ -46,9 +48,9 @@ def test_losses_and_gradient_are_those_of_the_logits(dtype, bias):
 
 @pytest.mark.usefixtures("_several_slices")
 def test_gradient_is_that_of_finite_differences():
-    hidden, weight, offset, targets = product(torch.float64, bias=True)
+    hidden, positions, weight, offset, targets = product(torch.float64, bias=True)
     assert torch.autograd.gradcheck(
-        lambda h: loss_head._LinearCrossEntropy.apply(h, weight, offset, targets), (hidden,)
+        lambda h: loss_head._LinearCrossEntropy.apply(h, positions, weight, offset, targets), (hidden,)
     )
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from osft.data.packing import MicroBatch
+from osft.models.cpu_linear import fast_linear
 from osft.models.row_slices import row_slices
 
 LOGITS_AT_ONCE = {"cuda": 2**26, "cpu": 2**22}
@@ -51,25 +51,32 @@ class LossHead(nn.Linear):
         """Hidden states (R, T, in_features) -> the logits, or the losses that are asked for, float32."""
         if self._asked is None:
             return super().forward(input)
-        hidden = input.flatten(0, -2)[self._asked.loss_positions]
-        losses: torch.Tensor = _LinearCrossEntropy.apply(hidden, self.weight, self.bias, self._asked.targets)
+        asked, hidden = self._asked, input.flatten(0, -2)
+        losses: torch.Tensor = _LinearCrossEntropy.apply(
+            hidden, asked.loss_positions, self.weight, self.bias, asked.targets
+        )
         return losses[None, :, None]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """log sum_j exp(z_j) - z_target of each row of z = h W^T + b, with a gradient for h only."""
+    """log sum_j exp(z_j) - z_target of z = h W^T + b at some rows h of `hidden`, with a gradient for `hidden` only."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
     ) -> torch.Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        losses = torch.empty(len(hidden), dtype=exact, device=hidden.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        losses = torch.empty(len(positions), dtype=exact, device=hidden.device)
+        gradient = hidden.new_empty(len(positions), hidden.shape[1]) if ctx.needs_input_grad[0] else None
         at_once = max(1, LOGITS_AT_ONCE.get(hidden.device.type, LOGITS_AT_ONCE["cpu"]) // len(weight))
-        for start in range(0, len(hidden), at_once):
+        for start in range(0, len(positions), at_once):
             rows = slice(start, start + at_once)
-            logits, of_rows = F.linear(hidden[rows], weight, bias), targets[rows]
+            logits, of_rows = fast_linear(hidden[positions[rows]], weight, bias), targets[rows]
             for few in row_slices(logits):
                 values, expected = logits[few].to(exact), of_rows[few, None]
                 log_sum_exp = values.logsumexp(-1, keepdim=True)
@@ -78,12 +85,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     probabilities = values.sub_(log_sum_exp).exp_()
                     logits[few] = probabilities.scatter_add_(1, expected, -torch.ones_like(log_sum_exp))
             if gradient is not None:
-                torch.mm(logits, weight, out=gradient[rows])
-        ctx.save_for_backward(gradient)
+                gradient[rows] = fast_linear(logits, weight.T)
+        ctx.save_for_backward(gradient, positions)
+        ctx.num_rows = len(hidden)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_output,) = grad_outputs
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_output[:, None].to(gradient.dtype), None, None, None
+        gradient, positions = ctx.saved_tensors
+        of_all = gradient.new_zeros(ctx.num_rows, gradient.shape[1])
+        of_targets = gradient * grad_output[:, None].to(gradient.dtype)
+        # Answers that share their prompt have a position in common, with a target each.
+        return of_all.index_put_((positions,), of_targets, accumulate=True), None, None, None, None

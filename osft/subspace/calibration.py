@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from osft.data.chat import Sample
 from osft.data.packing import Batching, Feeding, MicroBatch, collate, plan_micro_batches
+from osft.models.cpu_linear import fast_linear_layers
 from osft.models.likelihood import cross_entropy, target_logits
 from osft.models.row_slices import row_slices
 from osft.process.private_names import version_of
@@ -167,7 +168,8 @@ def _measuring(model: nn.Module) -> Iterator[None]:
     try:
         for parameter in learning:
             parameter.requires_grad_(False)
-        yield
+        with fast_linear_layers(model):
+            yield
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
+from osft.models.cpu_linear import fast_linear
 from osft.process.private_names import version_of
 from osft.subspace.decomposition import SplitKind
 from osft.subspace.weight import DifferentiableWeight, OSFTWeight
@@ -22,7 +22,7 @@ from osft.subspace.weight import DifferentiableWeight, OSFTWeight
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, transposed: bool) -> torch.Tensor:
     """`x W^T + b`, or `x W + b` if `transposed`."""
     if not transposed:
-        return F.linear(x, weight, bias)
+        return fast_linear(x, weight, bias)
     assert bias is not None  # of a Conv1D
     # The same operation as in Conv1D, for the same rounding.
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
@@ -60,12 +60,15 @@ class _SubspaceLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_output,) = grad_outputs
         reduced, weight, output_basis = ctx.saved_tensors
-        grad_input = None
-        if ctx.needs_input_grad[0]:
-            grad_input = grad_output @ (weight.T if ctx.transposed else weight)
-        grad_reduced = grad_output if output_basis is None else grad_output @ output_basis.to(grad_output.dtype)
+        grad_reduced = grad_output
+        if output_basis is not None:
+            grad_reduced = fast_linear(grad_output, output_basis.to(grad_output.dtype).T)
         rows, columns = (reduced, grad_reduced) if ctx.transposed else (grad_reduced, reduced)
         grad_coefficients = rows.flatten(0, -2).T @ columns.flatten(0, -2)
+        del reduced, rows, columns  # what was computed again for this is as large as the gradient that follows
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            grad_input = fast_linear(grad_output, weight if ctx.transposed else weight.T)
         return grad_input, None, None, grad_coefficients.to(ctx.coefficients_dtype), None, None, None
 
 
@@ -104,6 +107,11 @@ class OSFTLinear(OSFTWeight):
         weight = self._parameters["weight"]
         assert weight is not None
         return weight
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether the backward pass needs the inputs themselves: X has a column for each of them."""
+        return (self.left_basis if self.transposed else self.right_basis) is None
 
     def share_input_basis(self, other: "OSFTLinear") -> None:
         """Take over the basis of the inputs from a layer that is split by the same inputs.
@@ -178,11 +186,11 @@ class OSFTLinear(OSFTWeight):
         """
         known = self._reduced_inputs
         if known is None or torch.compiler.is_compiling():  # the compiler finds what is computed twice
-            return x @ basis.to(x.dtype)
+            return fast_linear(x, basis.to(x.dtype).T)
         computed_from = (version_of(x), version_of(basis), _product_dtype(x))
         found: tuple[tuple[int, int, torch.dtype], torch.Tensor] | None = known.get(x)
         if found is not None and found[0] == computed_from:
             return found[1]
-        reduced = x @ basis.to(x.dtype)
+        reduced = fast_linear(x, basis.to(x.dtype).T)
         known[x] = computed_from, reduced
         return reduced

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from osft.models.checkpoint import CheckpointReader
 from osft.models.conversion import ModelWeights
+from osft.models.gated_mlp import use_gated_product
 from osft.models.loading import empty_model
 from osft.models.loss_head import LossHead
 from osft.models.packed_attention import AttentionShape, use_kernel
@@ -76,6 +77,8 @@ def load_sharded(
         share_input_bases(model, {name: weight.file for name, weight in factors.weights.items()})
     if loss_head:
         LossHead.take_place_in(model)
+    if device.type == "cpu":
+        use_gated_product(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.torch_compile:

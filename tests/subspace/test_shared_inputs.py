@@ -46,6 +46,9 @@ class Branches(nn.Module):
         return torch.cat([layer(x).sin() for layer in self.children()], dim=-1)
 
 
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.mkldnn._linear_pointwise.default}
+
+
 class Products(TorchDispatchMode):
     """Counts the products that have RANK columns and TOKENS rows: x R."""
 
@@ -53,7 +56,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.default and result.shape == (TOKENS, RANK):
+        if func in _PRODUCTS and result.shape == (TOKENS, RANK):
             self.count += 1
         return result
 
