@@ -131,7 +131,9 @@ def measure_memory(method: str, folder: Path, shapes: Sequence[Settings]) -> lis
         return_freed_memory()
         reset_peak_memory(settings.device)
         at_rest = allocated_memory(settings.device)
-        step(random_batches(shape, count=shape.micro_batches, tokens=shape.tokens, seed=settings.seed + 1))
+        # In the second micro-batch gradients are in place; others change nothing.
+        count = min(2, shape.micro_batches)
+        step(random_batches(shape, count=count, tokens=shape.tokens, seed=settings.seed + 1))
         synchronize(settings.device)
         peak = peak_memory(settings.device)
         files = 0 if cuda else resident()["RssFile"] - files_before
@@ -251,7 +253,7 @@ def main(
             settings,
             tokens=tokens,
             micro_batches=min(settings.micro_batches, MAX_TOKENS // tokens),
-            repetitions=-(-repetitions // (1 if tokens < MAX_TOKENS else 2)),
+            repetitions=repetitions if tokens < MAX_TOKENS else max(1, repetitions // 2),
         )
         for tokens in LENGTHS
     ]

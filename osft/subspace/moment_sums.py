@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from osft.subspace.second_moment import SecondMoment, add_gram_
+from osft.subspace.second_moment import SecondMoment, add_gram_, fill_upper_
 from osft.subspace.statistics import InputStatistics
 from osft.subspace.watching import Use
 
@@ -106,7 +106,7 @@ class MomentSums:
                 torch.distributed.all_reduce(total)
         if self.tokens is None:
             for total in (self.inputs, *self.outputs.values()):
-                _fill_upper_(total)
+                fill_upper_(total)
             self.inputs /= num_tokens
             for target, energy in self.energies.items():
                 energy /= num_tokens * outputs[target]
@@ -204,8 +204,3 @@ def _add_squares(total: torch.Tensor | None, vectors: torch.Tensor, *, counts: b
     if counts:
         add_gram_(total, vectors.detach().reshape(-1, n).float())
     return total
-
-
-def _fill_upper_(lower: torch.Tensor) -> None:
-    """Make a symmetric matrix of its lower triangle."""
-    lower.tril_().add_(lower.tril(-1).T)

@@ -1,6 +1,6 @@
 """Second moments `M = E[v v^T]` of vectors, whole or as their leading directions and the mean of the rest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -135,11 +135,22 @@ def add_gram_(total: torch.Tensor, rows: torch.Tensor) -> None:
 
     In blocks of rows, of which one goes beyond the triangle: what is above it means nothing afterwards.
     """
-    n = rows.shape[1]
-    block = max(_GRAM_BLOCK, n // 8)
-    for start in range(0, n, block):
-        stop = min(start + block, n)
+    for start, stop in _gram_blocks(rows.shape[1]):
         total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+
+
+def fill_upper_(lower: torch.Tensor) -> None:
+    """Make a symmetric matrix of its lower triangle."""
+    for start, stop in _gram_blocks(len(lower)):
+        diagonal = lower[start:stop, start:stop]
+        diagonal.tril_().add_(diagonal.tril(-1).T)
+        lower[start:stop, stop:] = lower[stop:, start:stop].T
+
+
+def _gram_blocks(n: int) -> Iterator[tuple[int, int]]:
+    """First row of each block, and the row behind it."""
+    block = max(_GRAM_BLOCK, n // 8)
+    return ((start, min(start + block, n)) for start in range(0, n, block))
 
 
 def orthonormalized(columns: torch.Tensor, last: int) -> torch.Tensor:
