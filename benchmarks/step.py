@@ -215,7 +215,7 @@ def main(
     profile: Annotated[str, typer.Option(help=f"Shape of the model: {', '.join(PROFILES)}.")] = "cpu",
     repetitions: Annotated[
         int, typer.Option(min=1, help="Timed rounds of short samples, after one that warms up; of long ones, half.")
-    ] = 5,
+    ] = 4,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: one a core.")] = 0,
     seed: Annotated[int, typer.Option(help="Of weights and tokens.")] = 0,
     results: Annotated[Path, typer.Option(help="Folder of the tables and their figures.")] = RESULTS,

@@ -270,17 +270,17 @@ def logits_line(model: PreTrainedModel, tokens: int, num_loss_tokens: int, *, lo
     """
     head = model.get_output_embeddings().weight
     words, width = head.shape
-    numbers = num_loss_tokens * words
     if loss_head:
         at_once = min(num_loss_tokens, max(1, LOGITS_AT_ONCE["cuda"] // words))
         slices = 8 * min(at_once * words, ELEMENTS_AT_ONCE)
+        numbers = at_once * (words + 2 * width) + (tokens + num_loss_tokens) * width
         return MemoryLine(
             "logits",
-            head.itemsize * (at_once * words + (tokens + 2 * num_loss_tokens) * width) + slices + 16 * num_loss_tokens,
+            head.itemsize * numbers + slices + 16 * num_loss_tokens,
             f"of {at_once:,} loss tokens x {words:,} words at a time, {_Tensors([head]).dtypes}; {_mib(slices)} for "
-            f"those of them in float32; the last hidden states, those of {num_loss_tokens:,} loss tokens and their "
-            "gradient",
+            f"those of them in float32; the last hidden states, and the gradient of {num_loss_tokens:,} of them",
         )
+    numbers = num_loss_tokens * words
     slices = 8 * min(numbers, ELEMENTS_AT_ONCE)
     return MemoryLine(
         "logits",
