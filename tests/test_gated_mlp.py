@@ -1,6 +1,7 @@
 """Gated MLPs that keep less for the backward pass, and change nothing by a bit."""
 
 import copy
+import gc
 from collections import Counter
 
 import pytest
@@ -90,6 +91,26 @@ def test_two_of_the_wide_tensors_are_kept(free_subspace, before):
     assert kept(model)[WIDTH] == before
     use_gated_product(model)
     assert kept(model)[WIDTH] == 2
+
+
+def wide_tensors() -> int:
+    gc.collect()
+    shape = (*TOKENS.shape, WIDTH)
+    return sum(isinstance(each, torch.Tensor) and each.shape == shape for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("free_subspace", ["complement", "core"])
+def test_with_gradient_checkpointing_nothing_wide_is_there_after_the_forward_pass(free_subspace):
+    plain = split(free_subspace).train()
+    lean = copy.deepcopy(plain)
+    use_gated_product(lean, checkpointed=True)
+    for model in (plain, lean):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert all(map(torch.equal, computed(lean), computed(plain)))
+    before = wide_tensors()
+    logits = lean(TOKENS).logits
+    assert wide_tensors() <= before
+    logits.sum().backward()
 
 
 def test_activation_that_learns_is_left_alone():

@@ -23,11 +23,15 @@ _AT_ONCE = 2**17
 """Numbers of each tensor: half a MiB in float32, several of which a processor's cache holds."""
 
 
-def use_gated_product(model: nn.Module) -> None:
-    """Let the gated MLPs of `model` that are on a CPU keep less, in place. Names of tensors and modules stay."""
+def use_gated_product(model: nn.Module, *, checkpointed: bool = False) -> None:
+    """Let the gated MLPs of `model` that are on a CPU keep less, in place. Names of tensors and modules stay.
+
+    checkpointed: whether the model has gradient checkpointing, which keeps none of all that. gate and up, of which the
+    product can be made again, would be kept in its place.
+    """
     for module in model.modules():
         if _is_gated_mlp(module):
-            module.forward = partial(_forward, module)
+            module.forward = partial(_forward, module, checkpointed)
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
@@ -41,15 +45,15 @@ def _code(kind: type[nn.Module]) -> tuple[Any, ...]:
     return (code.co_code, code.co_names, code.co_consts) if code is not None else ()
 
 
-def _forward(mlp: Any, x: torch.Tensor) -> Any:
+def _forward(mlp: Any, checkpointed: bool, x: torch.Tensor) -> Any:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     if torch.compiler.is_compiling() or gate.device.type != "cpu":
         return mlp.down_proj(mlp.act_fn(gate) * up)
     product = _GatedProduct.apply(gate, up, mlp.act_fn)
-    if not (torch.is_grad_enabled() and getattr(mlp.down_proj, "keeps_inputs", False)):
-        return mlp.down_proj(product)
-    with _recomputed(product, gate, up, mlp.act_fn):
-        return mlp.down_proj(product)
+    if torch.is_grad_enabled() and not checkpointed and getattr(mlp.down_proj, "keeps_inputs", False):
+        with _recomputed(product, gate, up, mlp.act_fn):
+            return mlp.down_proj(product)
+    return mlp.down_proj(product)
 
 
 class _GatedProduct(torch.autograd.Function):

@@ -45,7 +45,7 @@ def set_attention(config: PreTrainedConfig, attention: str) -> None:
 
 
 def onednn_linear() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None:
-    """`x W^T + b` by oneDNN, of float32 tensors on a CPU and without a gradient; None where PyTorch does not have it.
+    """`x W^T + b` by oneDNN, of float32 tensors on a CPU, with no gradient; None where PyTorch does not have it.
 
     Nothing public chooses the library by which PyTorch multiplies such matrices. This is what its compiler takes.
     """

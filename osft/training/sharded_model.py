@@ -78,7 +78,7 @@ def load_sharded(
     if loss_head:
         LossHead.take_place_in(model)
     if device.type == "cpu":
-        use_gated_product(model)
+        use_gated_product(model, checkpointed=config.gradient_checkpointing)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.torch_compile:
