@@ -373,7 +373,7 @@ def test_layers_with_one_input_hold_one_basis_and_keep_what_it_is_multiplied_wit
     assert planned["bases"] == 2 * 4 * alone
 
     factors = factor_set(settings, tmp_path / "factors")
-    monkeypatch.setattr(sharded_model, "use_gated_product", lambda model: None)  # as on the GPUs that are planned for
+    monkeypatch.setattr(sharded_model, "use_gated_product", lambda model, **_: None)  # as on GPUs
     model, _ = load_sharded(settings, settings.model_path, factors, device=torch.device("cpu"))
     model.gradient_checkpointing_disable()
     use_counted_attention(model, "sdpa")
