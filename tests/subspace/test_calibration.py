@@ -144,6 +144,18 @@ def test_tokens_are_drawn_with_the_models_probabilities():
     torch.testing.assert_close(shares, logits[0].softmax(-1), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("vocabulary", [48, 256, 257, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_is_the_one_in_whose_share_of_the_distribution_the_number_lies(vocabulary, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(400, vocabulary, generator=generator)).to(dtype)
+    uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-53])
+    ends = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
+    expected = torch.searchsorted(ends, uniforms[:, None] * ends[:, -1:], right=True)[:, 0].clamp_max(vocabulary - 1)
+    assert torch.equal(sample_tokens(logits, uniforms), expected)
+
+
 def test_no_sample_is_refused():
     with pytest.raises(ValueError, match="no sample"):
         measure(tiny_llama(), select_targets(tiny_llama()), [], feeding=feeding())

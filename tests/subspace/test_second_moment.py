@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from osft.subspace.second_moment import SecondMoment
+from osft.subspace.second_moment import SecondMoment, add_gram_, fill_upper_
 
 
 def matrix(n=12, seed=0, vectors=40) -> torch.Tensor:
@@ -84,3 +84,14 @@ def test_sum_of_compressed_moments_stays_within_its_bound(max_rank):
         error = torch.linalg.matrix_norm(sum(matrices) - total.dense(), 2).item()
         assert 0 < error <= total.error_bound.item() * (1 + 1e-4)
         assert total.trace().item() == pytest.approx(sum(each.trace().item() for each in matrices), rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 191, 192, 500])
+def test_sums_of_products_are_symmetric_and_whole(n):
+    rows = torch.randn(40, n)
+    total = torch.zeros(n, n)
+    add_gram_(total, rows)
+    add_gram_(total, rows)
+    fill_upper_(total)
+    assert torch.equal(total, total.T)
+    torch.testing.assert_close(total, 2 * rows.T @ rows, atol=1e-4, rtol=1e-5)
