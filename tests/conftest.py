@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # A console of rich that is made while COLUMNS is set keeps that width, whatever a test then asks for.
 os.environ.pop("COLUMNS", None)
 from osft.data.packing import Feeding
+from osft.models import cpu_linear
 from osft.process import logs
 
 CHATML = (
@@ -67,6 +68,12 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     }
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+
+
+@pytest.fixture
+def without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own products on a processor of AMD, too: for who compares bits with them, or counts them."""
+    monkeypatch.setattr(cpu_linear, "onednn_operation", lambda: None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-from osft.models import gated_mlp
+from osft.models import row_slices
 from osft.models.gated_mlp import use_gated_product
 from osft.settings.subspace import SubspaceConfig
 from osft.subspace.model import inject, osft_layers
@@ -24,7 +24,7 @@ WIDTH = 64
 
 @pytest.fixture(params=[1, 7 * WIDTH, 2**17], ids=["row-by-row", "few-rows", "at-once"])
 def _several_lots(request, monkeypatch):
-    monkeypatch.setattr(gated_mlp, "_AT_ONCE", request.param)
+    monkeypatch.setattr(row_slices, "ELEMENTS_IN_CACHE", request.param)
 
 
 def split(free_subspace: str = "complement") -> nn.Module:

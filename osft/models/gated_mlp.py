@@ -6,7 +6,7 @@ the processor's cache; and the gradients are written over gate and up. It is the
 that nothing changes by a bit. On GPUs Liger's kernel does the like (`osft.training.liger`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,12 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from osft.models.row_slices import row_slices
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 _ELEMENTWISE = {type(ACT2FN[name]) for name in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")}
 """Activations that compute each number by itself and learn nothing."""
-_AT_ONCE = 2**17
-"""Numbers of each tensor: half a MiB in float32, several of which a processor's cache holds."""
 
 
 def use_gated_product(model: nn.Module, *, checkpointed: bool = False) -> None:
@@ -106,7 +106,7 @@ def _recomputed(
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _few_rows(*tensors: torch.Tensor) -> Any:
+def _few_rows(*tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """The same rows of each tensor, (..., n), one lot after the other."""
-    lots = max(1, _AT_ONCE // tensors[0].shape[-1])
-    return zip(*(tensor.flatten(0, -2).split(lots) for tensor in tensors), strict=True)
+    flat = [tensor.flatten(0, -2) for tensor in tensors]
+    return ([tensor[rows] for tensor in flat] for rows in row_slices(flat[0]))
